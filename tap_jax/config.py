@@ -1,0 +1,468 @@
+"""The one place of defaults and of their validation.
+
+A config is a `ConfigDict` with the fields of `default_config`, no more and no less. A file under `configs/` has a
+function `get_config(argument="")` that starts from it; the command line (`--config.KEY=VALUE`), the file's argument
+(`configs/flava.py:rounds=5,seed=42`) and `load_config`'s `overrides` change single fields.
+
+"⚙" marks a choice that the paper leaves open, or where it and its release differ; the default is this project's reading.
+"""
+
+import ast
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import runpy
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tap_jax.errors import UserError
+from tap_jax.federation import KINDS, PAPER_ROWS, TASKS, Federation, client_table
+
+# method -> what one run of it can yield; the first is the default. Those of one line share a trunk (spec.md 5).
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "tap": ("tap", "tap-no-kd", "fedavg", "fedavg+post", "fedavg+2p"),
+    "fedavg": ("fedavg", "fedavg+post", "fedavg+2p"),
+    "local": ("local",),
+    "per_fedavg": ("per_fedavg", "per_fedavg+post"),
+    "disentafl": ("disentafl", "disentafl+post", "disentafl+2p"),
+    "feddat": ("feddat", "feddat+post"),
+}
+
+
+def default_config() -> ConfigDict:
+    """FLAVA's settings of Tables 21 and 22; every field with its unit and source.
+
+    Returns:
+      An unlocked config: add nothing to it (`validate` would object), set what you need.
+    """
+    config = ConfigDict()
+
+    # --- The algorithm: Table 21 unless said otherwise -------------------------------------------------------------
+    config.method = "tap"  # one of VARIANTS
+    config.variants = ()  # which results to make, see VARIANTS; empty: the method's first
+    config.rounds = 200  # T, communication rounds
+    config.cohort_size = 2  # clients per round, drawn uniformly
+    config.local_steps = 20  # τ, iterations per round and model; fewer where a client's data give out
+    config.batch_size = 128  # samples per iteration, from the union of a client's tasks
+    config.post_steps = 50  # P, iterations of Stage 2 and of post-training
+    config.seed = 41  # the paper's seeds: 41-44
+    # m_{i,o} per task kind, in units of the loss (Table 22); one float stands for all kinds.
+    config.margins = ConfigDict(
+        dict(image_classification=0.01, image_generation=0.005, text_classification=0.005, text_generation=0.01)
+    )
+
+    config.optimizer = optimizer = ConfigDict()  # AdamW
+    optimizer.learning_rate_initial = 1e-4  # η_0, in round 0
+    optimizer.learning_rate = 3e-4  # after the warm-up
+    optimizer.warmup_rounds = 20  # rounds of linear rise between the two; 0: none
+    optimizer.post_learning_rate = 1e-4  # constant, in Stage 2 and post-training
+    optimizer.weight_decay = 0.01  # decoupled
+    optimizer.clip_norm = 1.0  # ⚙ largest global gradient norm of a client; 0: no clipping
+    optimizer.state = "fresh"  # ⚙ at every local training | "persist" with the client
+
+    config.aggregation = "samples"  # ⚙ weigh clients by sample count | "uniform"
+
+    config.replacement = replacement = ConfigDict()  # Stage 1
+    replacement.history = "plain"  # ⚙ mean of a task's loss | "weighted" by its share λ_o of each minibatch
+    replacement.scope = "task"  # ⚙ all of B_o | "exclusive": only blocks that no other task of the client uses
+    replacement.first = "replace"  # ⚙ always, at a client's first participation | "keep"
+
+    config.distillation = distillation = ConfigDict()  # Stage 2, equation 5
+    distillation.temperature = 1.0  # τ̃
+    distillation.temperature_power = -2.0  # ⚙ p in τ̃^p: equation 5 says -2, Hinton et al. +2; equal at τ̃ = 1
+    distillation.image_loss = "kl"  # ⚙ over pixels along the width | "mse"
+    distillation.weights = ConfigDict(  # β_o per task kind
+        dict(image_classification=2e-3, image_generation=2e-3, text_classification=2e-3, text_generation=1.0)
+    )
+
+    config.baselines = baselines = ConfigDict()
+    baselines.local_rounds = "sampled"  # ⚙ Local trains when it is sampled | "every" round
+    baselines.per_fedavg_gradient = "first_order"  # ⚙ | "exact": with the Hessian-vector product
+    baselines.inner_learning_rate_initial = 1e-4  # Per-FedAvg's inner step, in round 0
+    baselines.inner_learning_rate = 3e-4  # the same after optimizer.warmup_rounds
+    baselines.disentafl_weight = 0.5  # of the auxiliary loss
+    baselines.feddat_width = 32  # bottleneck of the adapters
+    baselines.feddat_weight = 2e-3  # of both KL terms, for every task
+
+    # --- The server model: spec.md 2, Tables 18-21 -----------------------------------------------------------------
+    config.model = model = ConfigDict()
+    model.name = "flava"  # | "vilt"
+    model.weights = "random"  # frozen weights: "random" | "hub" (the model's own id) | another hub id | folder
+    model.backbone = "routed"  # experts and four paths | "standard": one stack for all (Appendix C.4)
+    model.width = 768  # D
+    model.heads = 12  # attention heads of encoders and backbone
+    model.mlp = 3072  # inner width of every feed-forward
+    model.image_layers = 12  # image encoder; no use in ViLT
+    model.text_layers = 12  # text encoder; no use in ViLT
+    model.image_size = 224  # pixels a side that the encoder sees; the data stay at 64
+    model.patch = 16  # pixels a side
+    model.upsample = 2  # factor of the input adaptor's first resize
+    model.vocab = 30522  # V, word pieces
+    model.max_text = 256  # input tokens
+    model.max_answer = 256  # ⚙ target tokens; shorter where a task's data allow
+    model.backbone_layers = (1, 1)  # L of MoTE and MoME
+    model.qv_delta = True  # ⚙ dense trainable delta on W_q and W_v of the backbone, as Table 7 counts
+    model.encoder_rank = 8  # R of LoRA in the encoders
+    model.attention_rank = 16  # R in the backbone's attention
+    model.expert_rank = 4  # R in the experts
+    model.lora_dropout = 0.3
+    model.lora_alpha_ratio = 2.0  # alpha = ratio · R
+    model.head_hidden = (384,)  # classification heads (Table 18)
+    model.head_activation = "relu"  # | "gelu" (exact)
+    model.head_dropout = 0.3
+    model.head_layer_norm = False  # after the first linear
+    model.image_channels = (64, 32, 16)  # image generation head, from 8x8 pixels (Table 19)
+    model.text_heads = 4  # GPT-2 layer of the text generation head (Table 20)
+    model.text_cond_heads = 8  # its conditioning attention
+    model.text_inner = 1536  # its feed-forward
+    model.text_dropout = 0.1
+    model.condition = "pooled"  # ⚙ condition answers on the pooled vector | "paths": on all path vectors
+    model.position = "interpolate"  # ⚙ ViLT's 12x12 position table to the grid | "slice" its corner
+
+    # --- Clients and data: spec.md 4 and 6 -------------------------------------------------------------------------
+    config.federation = federation = ConfigDict()
+    federation.table = "flava"  # the paper's ten patterns for "flava" | "vilt" | "custom": `rows`
+    federation.rows = ()  # one dict task -> share of its group's part per pattern; only with "custom"
+    federation.groups = 3  # how often the patterns are repeated, each time on its own part of the data
+    federation.split = "share"  # by the table's shares | "iid": equal parts for a task's clients | "dirichlet"
+    federation.alpha = 0.5  # Dirichlet concentration per label; small is skewed; only with "dirichlet"
+
+    config.data = data = ConfigDict()
+    data.root = "synthetic"  # | "hub" (ids of spec.md 6) | folder with one sub-folder of parquet files per task
+    data.folders = ConfigDict({task: "" for task in TASKS})  # task -> sub-folder of root; "": the task's name
+    data.train_size = 0  # samples per task, before the cut into groups; 0: all
+    data.test_size = 0  # samples per task; 0: all
+    data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
+    data.image_classes = 0  # keep only labels below this in image classification; 0: all
+    data.tokenizer = "train"  # word pieces trained on the run's own texts | hub id | folder
+    data.cache_dir = ""  # of downloads and prepared arrays; "": the libraries' own
+
+    config.metrics = metrics = ConfigDict()
+    metrics.bertscore_model = "auto"  # bert-base-uncased, or the offline package without network | hub id | folder
+    metrics.bertscore_layer = 9  # ⚙ clipped to the model's depth
+
+    # --- How it runs: no effect on results beyond rounding, but for compute_dtype and microbatch -------------------
+    config.compute_dtype = "auto"  # ⚙ bfloat16 on GPU and TPU, else float32 | "float32" | "bfloat16"
+    config.checkpoint_every = 10  # rounds; 0: only at the end
+    config.compilation_cache = ""  # folder of XLA's persistent cache; "": the user's cache folder; "off"
+    config.mesh = mesh = ConfigDict()
+    mesh.clients = 0  # devices that share out the cohort; 0: what mesh.data leaves
+    mesh.data = 1  # devices that share out one client's minibatch
+    config.engine = engine = ConfigDict()
+    engine.microbatch = 0  # s, samples per row; 0: the platform's default
+    engine.rows_per_chunk = 0  # v, rows per vmap; 0: the platform's default
+    engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: as many as fit
+    engine.attention = "auto"  # ⚙ by platform | "einsum" | "xla" | "cudnn" (flash attention on NVIDIA)
+    engine.remat = False  # ⚙ recompute activations: less memory, about a third more time
+    return config
+
+
+# Fields that change neither results nor, but for rounding, any number: a run may resume with other values of them.
+NEUTRAL_FIELDS = (
+    "checkpoint_every",
+    "compilation_cache",
+    "data.cache_dir",
+    "engine.attention",
+    "engine.clients_per_pass",
+    "engine.remat",
+    "engine.rows_per_chunk",
+    "mesh.clients",
+    "mesh.data",
+)
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(VARIANTS),
+    "optimizer.state": ("fresh", "persist"),
+    "aggregation": ("samples", "uniform"),
+    "replacement.history": ("plain", "weighted"),
+    "replacement.scope": ("task", "exclusive"),
+    "replacement.first": ("replace", "keep"),
+    "distillation.image_loss": ("kl", "mse"),
+    "baselines.local_rounds": ("sampled", "every"),
+    "baselines.per_fedavg_gradient": ("first_order", "exact"),
+    "model.name": ("flava", "vilt"),
+    "model.backbone": ("routed", "standard"),
+    "model.head_activation": ("relu", "gelu"),
+    "model.condition": ("pooled", "paths"),
+    "model.position": ("interpolate", "slice"),
+    "federation.table": (*PAPER_ROWS, "custom"),
+    "federation.split": ("share", "iid", "dirichlet"),
+    "data.test_split": ("common", "personal"),
+    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "engine.attention": ("auto", "einsum", "xla", "cudnn"),
+}
+# Every other number is > 0; tuples of numbers elementwise.
+_MAY_BE_ZERO = (
+    "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients",
+    "optimizer.learning_rate_initial", "optimizer.warmup_rounds", "optimizer.weight_decay", "optimizer.clip_norm",
+    "baselines.inner_learning_rate_initial", "baselines.disentafl_weight", "baselines.feddat_weight",
+    "data.train_size", "data.test_size", "data.image_classes",
+    "engine.microbatch", "engine.rows_per_chunk", "engine.clients_per_pass",
+)  # fmt: skip
+_FRACTIONS = ("model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
+_ANY_NUMBER = ("distillation.temperature_power",)
+_NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model", "model.weights")
+
+
+def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Reads a config, changes some fields, validates and locks it.
+
+    Args:
+      path: a Python file with `get_config()`, optionally with an argument for it after a colon
+        (`configs/flava.py:rounds=5`), or the `config.json` of a run.
+      overrides: field -> value, by dotted name (`{"model.width": 32}`) or nested.
+
+    Raises:
+      UserError: no such file, or what `validate` objects to.
+    """
+    name = os.fspath(path)
+    file, colon, argument = name.partition(".py:")
+    file = file + ".py" if colon else name
+    if not os.path.isfile(file):
+        raise UserError(f"config: no file '{file}'; name a config file such as configs/flava.py")
+    if file.endswith(".json"):
+        with open(file, encoding="utf-8") as stream:
+            config = from_json(stream.read())
+    else:
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise UserError(f"config: '{file}' has no function get_config(); copy one from configs/")
+        if argument and not inspect.signature(get_config).parameters:
+            raise UserError(f"config: get_config() of '{file}' takes no argument; drop ':{argument}'")
+        config = get_config(argument) if argument else get_config()
+    config.unlock()
+    override(config, overrides or {})
+    validate(config)
+    return config.lock()
+
+
+def override(config: ConfigDict, values: Mapping[str, Any] | str) -> ConfigDict:
+    """Sets fields in place, each to a value of its own type.
+
+    Args:
+      config: changed and returned.
+      values: field -> value, by dotted name or nested; or one line `rounds=5,margins=0.02` of such pairs.
+
+    Raises:
+      UserError: an unknown field, or a value of another type.
+
+    Example:
+      >>> override(default_config(), "method=fedavg,model.backbone_layers=(2,2)").model.backbone_layers
+      (2, 2)
+    """
+    for field, value in _flat(_parse(values) if isinstance(values, str) else values).items():
+        *sections, leaf = field.split(".")
+        section = config
+        for depth, key in enumerate(sections):
+            _known(config, section, ".".join(sections[:depth]), key)
+            section = section[key]
+            if not isinstance(section, ConfigDict):
+                raise UserError(f"{'.'.join(sections[: depth + 1])}: has no field '{leaf}'")
+        _known(config, section, ".".join(sections), leaf)
+        if field == "margins" and not isinstance(value, ConfigDict):
+            with config.ignore_type():
+                config.margins = _cast("margins", value, 0.0)
+        else:
+            section[leaf] = _cast(field, value, section[leaf])
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field's name, type and range, and how fields go together.
+
+    Raises:
+      UserError: one line that names the first wrong field and the remedy.
+    """
+    default, given = default_config(), _flat(config)
+    expected = _flat(default)
+    if isinstance(config.get("margins"), (list, tuple)):
+        raise UserError("margins: a list is not supported; use one number, or one per task kind, and a run for each")
+    if _is_number(config.get("margins")):
+        expected = {f: v for f, v in expected.items() if not f.startswith("margins.")} | {"margins": 0.0}
+    for field in given:
+        if field not in expected:
+            _unknown(default, field)
+    for field, standard in expected.items():
+        if field not in given:
+            raise UserError(f"{field}: missing; start from tap_jax.config.default_config()")
+        _check(field, _cast(field, given[field], standard))
+
+    model, federation = config.model, config.federation
+    for variant in config.variants:
+        if variant not in VARIANTS[config.method]:
+            raise UserError(
+                f"variants: '{variant}' does not come out of method '{config.method}';"
+                f" use {', '.join(VARIANTS[config.method])}"
+            )
+    if len(model.backbone_layers) != 2:
+        raise UserError(f"model.backbone_layers: {model.backbone_layers}; give two numbers, of MoTE and MoME layers")
+    for field in ("heads", "text_heads", "text_cond_heads"):
+        if model.width % model[field]:
+            raise UserError(f"model.{field}: {model[field]} does not divide model.width {model.width}")
+    if model.image_size % model.patch:
+        raise UserError(f"model.patch: {model.patch} does not divide model.image_size {model.image_size}")
+    if len(model.image_channels) != 3:
+        raise UserError(f"model.image_channels: {model.image_channels}; give three, for 8x8 to 64x64 pixels")
+    if (federation.table == "custom") != bool(federation.rows):
+        raise UserError("federation.rows: goes with federation.table='custom', and only with it; set both or neither")
+    clients = len(federation_of(config).clients)
+    if config.cohort_size > clients:
+        raise UserError(f"cohort_size: {config.cohort_size} of {clients} clients; use at most {clients}")
+
+
+def federation_of(config: ConfigDict) -> Federation:
+    """The clients and tasks that `config.federation` describes.
+
+    Raises:
+      UserError: unknown table or task, or shares that do not add up.
+    """
+    section = config.federation
+    rows = section.rows if section.table == "custom" else PAPER_ROWS[section.table]
+    for row in rows:
+        if not isinstance(row, Mapping) or not all(_is_number(share) for share in row.values()):
+            raise UserError(f"federation.rows: {row!r}; use a dict task -> share such as {{'ag_news': 0.5}}")
+    return client_table(rows, groups=section.groups)
+
+
+def variants_of(config: ConfigDict) -> tuple[str, ...]:
+    """The results a run is to make: `config.variants`, or the method itself."""
+    return tuple(config.variants) or VARIANTS[config.method][:1]
+
+
+def margins_of(config: ConfigDict) -> dict[str, float]:
+    """m per task kind, also where the config gives one number for all."""
+    if _is_number(config.margins):
+        return dict.fromkeys(KINDS, float(config.margins))
+    return {kind: float(config.margins[kind]) for kind in KINDS}
+
+
+def config_hash(config: ConfigDict) -> str:
+    """Identifies what a config computes: equal for configs that differ in `NEUTRAL_FIELDS` only.
+
+    Returns:
+      SHA-256 of canonical JSON, 64 hex digits; the same on every machine and Python.
+    """
+    fields = {field: value for field, value in _flat(config).items() if field not in NEUTRAL_FIELDS}
+    standard = _flat(default_config())
+    fields = {field: _cast(field, value, standard[field]) for field, value in fields.items() if field in standard}
+    fields |= {f"margins.{kind}": margin for kind, margin in margins_of(config).items()}
+    fields["variants"] = sorted(variants_of(config))
+    # A task registered later adds an empty folder, which changes nothing.
+    fields = {field: value for field, value in fields.items() if not (field.startswith("data.folders.") and not value)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as readable JSON; `from_json` is its inverse."""
+    return json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads what `to_json` wrote; fields that it lacks keep their defaults.
+
+    Raises:
+      UserError: not JSON, or a field that this version does not know.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"config: not valid JSON ({error}); use the config.json of a run") from None
+    if not isinstance(values, dict):
+        raise UserError("config: not a JSON object; use the config.json of a run")
+    return override(default_config(), values)
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """Pairs `key=value`, split at the commas outside brackets and quotes; a value that is no literal is a string."""
+    values, pieces, depth = {}, [""], 0
+    for character in line:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    for piece in filter(str.strip, pieces):
+        key, equals, value = piece.partition("=")
+        if not equals:
+            raise UserError(f"config: '{piece.strip()}' is no key=value; write for example rounds=5,seed=42")
+        try:
+            values[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            values[key.strip()] = value.strip()
+    return values
+
+
+def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one dict by dotted name; an empty mapping vanishes."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _known(config: ConfigDict, section: ConfigDict, path: str, key: str) -> None:
+    if key not in section:
+        _unknown(config, f"{path}.{key}" if path else key)
+
+
+def _unknown(config: ConfigDict, field: str) -> None:
+    """Raises: no such field, the closest one, and those of its section."""
+    section, path, parts = config, [], field.split(".")
+    for part in parts[:-1]:
+        if not isinstance(section.get(part), ConfigDict):
+            break
+        section, path = section[part], [*path, part]
+    everywhere = list(_flat(config))
+    close = difflib.get_close_matches(field, everywhere, n=1, cutoff=0.6) or [
+        other for other in everywhere if other.split(".")[-1] == parts[-1]
+    ]
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    raise UserError(f"{field}: unknown field{hint} {'.'.join(path) or 'config'} has: {', '.join(section)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cast(field: str, value: Any, standard: Any) -> Any:
+    """`value` in the type of `standard`; only int -> float, list -> tuple and one value -> tuple are silent."""
+    if isinstance(standard, ConfigDict):
+        raise UserError(f"{field}: is a section, not a value; set {field}.{next(iter(standard), 'KEY')}")
+    if isinstance(standard, tuple) and isinstance(value, (list, tuple, str, int)) and not isinstance(value, bool):
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if isinstance(standard, float) and _is_number(value):
+        return float(value)
+    if type(value) is type(standard):
+        return value
+    raise UserError(f"{field}: {value!r} is of type {type(value).__name__}; use a {type(standard).__name__}")
+
+
+def _check(field: str, value: Any) -> None:
+    """The rule of one field, its type being right."""
+    if field in _CHOICES and value not in _CHOICES[field]:
+        raise UserError(f"{field}: unknown '{value}'; use one of {', '.join(_CHOICES[field])}")
+    if field in _NON_EMPTY and not value:
+        raise UserError(f"{field}: empty; see its comment in tap_jax/config.py for the choices")
+    for number in value if isinstance(value, tuple) else (value,):
+        if field.startswith("model.") and isinstance(value, tuple) and type(number) is not int:
+            raise UserError(f"{field}: {value!r}; use whole numbers")
+        if not _is_number(number) or field in _ANY_NUMBER and math.isfinite(number):
+            continue
+        if not math.isfinite(number):
+            raise UserError(f"{field}: {number}; use a finite number")
+        if field in _FRACTIONS:
+            if not 0 <= number < 1:
+                raise UserError(f"{field}: {number}; use at least 0 and less than 1")
+        elif field in _MAY_BE_ZERO or field.startswith(("margins", "distillation.weights.")):
+            if number < 0:
+                raise UserError(f"{field}: {number}; use at least 0")
+        elif number <= 0:
+            raise UserError(f"{field}: {number}; use more than 0")

@@ -1,0 +1,144 @@
+"""The procedural suite: eight small tasks that need no download, shaped like the eight data sets of the paper.
+
+Same names, columns, templates and answers as the real sets, drawn by rules (`pictures`, `grammar`): sized so that a
+transformer of width 32-64 learns them from a few hundred samples, and gains from more than the few dozen that one
+client holds. Train and test never share a sample: texts are divided by a hash of the text, and every picture
+carries per-pixel noise from its split's own random stream.
+"""
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+from tap_jax.data import grammar, text
+from tap_jax.data.examples import Examples
+from tap_jax.data.pictures import PICTURES
+from tap_jax.errors import UserError
+from tap_jax.federation import Task
+
+SPLITS = ("train", "test")
+_TEST_PART = 4  # every fourth text, by its hash, belongs to the test split
+_CHUNK = 500  # pictures drawn at once; bounds the memory of a large split
+
+
+def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
+    """Draws one split of one task.
+
+    Args:
+      task: one of the eight names of the paper; `task.classes` may be any number up to 200 (pictures) or 4 (news).
+      split: "train" or "test"; the two are disjoint for every size, under one seed.
+      size: N. For common_gen's test split the number of concept sets, each with one or more references.
+      seed: the split is a pure function of (task, split, size, seed).
+
+    Raises:
+      UserError: a task without a rule here, more classes than the rule can tell apart, or more samples than it has.
+
+    Example:
+      >>> from tap_jax.federation import find_task
+      >>> load(find_task("common_gen"), "train", size=1, seed=0).inputs[0].split("Concepts: ")[1]
+      'boy, field, run'
+    """
+    if split not in SPLITS:
+        raise UserError(f"split '{split}': use one of {', '.join(SPLITS)}")
+    known = (*PICTURES, *_TEXTS)
+    if task.name not in known:
+        raise UserError(f"data.root: no synthetic data for task {task.name}; there is for {', '.join(known)}")
+    if size < 1:
+        raise UserError(f"data size of {task.name}/{split} is {size}; use at least 1")
+    rng = np.random.default_rng([seed, zlib.crc32(task.name.encode()), SPLITS.index(split)])
+    if task.name in _TEXTS:
+        return _TEXTS[task.name](task, split, rng, size)
+    parts = [PICTURES[task.name](task, rng, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)]
+    return _concatenate(parts)
+
+
+def _concatenate(parts: list[Examples]) -> Examples:
+    first = parts[0]
+    joined = {}
+    for name in ("domains", "images", "labels"):
+        if getattr(first, name) is not None:
+            joined[name] = np.concatenate([getattr(part, name) for part in parts])
+    for name in ("inputs", "targets", "references"):
+        if getattr(first, name) is not None:
+            joined[name] = tuple(entry for part in parts for entry in getattr(part, name))
+    return Examples(**joined)
+
+
+def _collect(draw: Callable[[int], tuple[str, str, object]], task: Task, split: str, size: int) -> list:
+    """The first `size` different records that fall in `split`.
+
+    Args:
+      draw: number of records so far -> (text whose hash decides the split, text that tells records apart, record).
+      task: named in the error.
+      split: "train" or "test".
+      size: how many.
+    """
+    kept, seen, tries = [], set(), 0
+    while len(kept) < size:
+        key, identity, record = draw(len(kept))
+        tries += 1
+        if (zlib.crc32(key.encode()) % _TEST_PART == 0) == (split == "test") and identity not in seen:
+            seen.add(identity)
+            kept.append(record)
+        if tries > 50 * size + 10_000:
+            raise UserError(
+                f"data size of {task.name}/{split}: the rules give about {len(kept)} samples; ask for fewer"
+            )
+    return kept
+
+
+def _news(task: Task, split: str, rng: np.random.Generator, size: int) -> Examples:
+    """ag_news: the topic of a headline."""
+    if task.classes > 4:
+        raise UserError(f"classes: {task.name} has 4 topics, not {task.classes}; lower it")
+
+    def draw(number: int):
+        record = grammar.news(rng, number % task.classes)
+        return record["text"], record["text"], record
+
+    records = _collect(draw, task, split, size)
+    records = [records[i] for i in rng.permutation(size)]
+    labels = np.array([record["label"] for record in records], np.int32)
+    domains = np.zeros(size, np.int32)
+    return Examples(domains, inputs=tuple(record["text"] for record in records), labels=labels)
+
+
+def _multiple_choice(task: Task, split: str, rng: np.random.Generator, size: int) -> Examples:
+    """mmlu: questions on the task's domains, as many on each."""
+    rules = {"law": grammar.law, "medicine": grammar.medicine, "moral": grammar.moral}
+    unknown = [domain for domain in task.domains if domain not in rules]
+    if unknown:
+        raise UserError(f"task {task.name}: no synthetic questions on {', '.join(unknown)}; use {', '.join(rules)}")
+
+    def draw(number: int):
+        domain = number % len(task.domains)
+        record = rules[task.domains[domain]](rng)
+        source, target = text.mmlu_text(record)
+        # The question alone decides the split: with other options it must not sit in both.
+        return record["question"], source, (domain, source, target)
+
+    records = _collect(draw, task, split, size)
+    domains, inputs, targets = zip(*(records[i] for i in rng.permutation(size)), strict=True)
+    references = tuple((target,) for target in targets)
+    return Examples(np.array(domains, np.int32), inputs=inputs, targets=targets, references=references)
+
+
+def _concepts(task: Task, split: str, rng: np.random.Generator, size: int) -> Examples:
+    """common_gen: a sentence from concepts; a test sample is a whole concept set with all its references."""
+
+    def draw(number: int):
+        record = grammar.scene(rng)
+        sentences = [record["target"], *record["others"]]
+        pairs = [text.common_gen_text({**record, "target": sentence}) for sentence in sentences]
+        source, targets = pairs[0][0], tuple(target for _, target in pairs)
+        if split == "test":
+            return source, source, (source, targets)
+        return source, source + targets[0], (source, targets[:1])
+
+    inputs, references = zip(*_collect(draw, task, split, size), strict=True)
+    targets = tuple(group[0] for group in references)
+    return Examples(np.zeros(size, np.int32), inputs=inputs, targets=targets, references=references)
+
+
+_TEXTS = {"ag_news": _news, "mmlu": _multiple_choice, "common_gen": _concepts}

@@ -1,0 +1,263 @@
+"""Texts: the templates of Table 23, the word-piece tokenizer, and the token arrays of one split.
+
+A template is cut where the answer starts: the model reads the first part and must write the second ("Answer: yes").
+The tokenizer is BERT's (lower case, greedy longest piece first), either loaded with a pre-trained model or trained
+on the run's own texts; both are the same class, `WordPiece`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import tokenizers
+
+from tap_jax.data.examples import Examples
+from tap_jax.errors import UserError
+from tap_jax.federation import Task
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LETTERS = "ABCDEFGHIJ"
+
+
+def mmlu_text(record: Mapping) -> tuple[str, str]:
+    """{question, subject, choices, answer} -> (input, target), Table 23; options are lines "A. ..."."""
+    subject = record["subject"].replace("_", " ")
+    options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, record["choices"], strict=False)]
+    shown = "\n".join(options)
+    return (
+        f"The following is a multiple-choice question about {subject}. Choose the correct answer from the options "
+        f"below. Question: {record['question']} Options:\n{shown}",
+        f"Correct answer on {subject}: {options[record['answer']]}",
+    )
+
+
+def vqa_text(record: Mapping) -> tuple[str, str]:
+    """{question, multiple_choice_answer} -> (input, target), Table 23."""
+    question = record["question"]
+    return (
+        f"Answer the question based on the image. Question: {question}",
+        f"Answer: {record['multiple_choice_answer']}",
+    )
+
+
+def common_gen_text(record: Mapping) -> tuple[str, str]:
+    """{concepts, target} -> (input, target), Table 23; concepts are joined by commas."""
+    concepts = ", ".join(record["concepts"])
+    return (
+        f"Generate an appropriate description from the concepts below. Concepts: {concepts}",
+        f"Description: {record['target']}",
+    )
+
+
+TEMPLATES: dict[str, Callable[[Mapping], tuple[str, str]]] = {
+    "mmlu": mmlu_text,
+    "vqa": vqa_text,
+    "common_gen": common_gen_text,
+}
+
+
+class WordPiece:
+    """BERT word pieces: texts to id arrays and back.
+
+    Attributes:
+      size: V, the number of pieces.
+      pad_id, cls_id, sep_id: ids of [PAD], [CLS], [SEP].
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        backend.no_truncation()
+        backend.no_padding()
+        ids = [backend.token_to_id(token) for token in SPECIAL]
+        missing = [token for token, id_ in zip(SPECIAL, ids, strict=True) if id_ is None]
+        if missing:
+            raise UserError(
+                f"data.tokenizer: no {', '.join(missing)} in its vocabulary; use a BERT word-piece tokenizer"
+            )
+        self._backend = backend
+        self._specials = frozenset(ids)
+        self.pad_id, _, self.cls_id, self.sep_id, _ = ids
+        self.size = backend.get_vocab_size()
+
+    def encode(self, texts: Sequence[str], max_length: int) -> np.ndarray:
+        """[CLS] text [SEP] per text, padded: int32 [N, T].
+
+        Args:
+          texts: N texts.
+          max_length: longer ones lose their end, never the [SEP].
+
+        Returns:
+          T is the longest text's length rounded up to a multiple of 8, at most `max_length`.
+        """
+        rows = [
+            [self.cls_id, *encoding.ids[: max_length - 2], self.sep_id]
+            for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
+        longest = max(map(len, rows), default=2)
+        out = np.full((len(rows), min(-(-longest // 8) * 8, max_length)), self.pad_id, np.int32)
+        for row, ids in zip(out, rows, strict=True):
+            row[: len(ids)] = ids
+        return out
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """Texts of int [N, A]: each stops at its first [SEP], special pieces are dropped.
+
+        Pieces are joined by blanks ("answer : yes"), the form in which `normalise` puts the references.
+        """
+        texts = []
+        for row in np.asarray(ids):
+            ends = np.flatnonzero(row == self.sep_id)
+            kept = row[: ends[0]] if len(ends) else row
+            pieces = [self._backend.id_to_token(int(i)) for i in kept if int(i) not in self._specials]
+            # An id beyond the vocabulary (a padded output layer) has no piece; it writes nothing.
+            texts.append(" ".join(piece for piece in pieces if piece).replace(" ##", ""))
+        return texts
+
+    def normalise(self, text: str) -> str:
+        """The text as `decode` would spell it if no piece were missing: lower case, blanks around punctuation."""
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        if self._backend.pre_tokenizer is not None:
+            return " ".join(word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text))
+        return " ".join(text.split())
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` read."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+        config = {"tokenizer_class": "BertTokenizerFast", "do_lower_case": True, "model_max_length": 512, **names}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        vocabulary = sorted(self._backend.get_vocab().items(), key=lambda item: item[1])
+        (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in vocabulary), encoding="utf-8")
+
+
+def load_tokenizer(
+    source: str, corpus: Iterable[str] | None = None, *, vocab_size: int = 30522, cache_dir: str | None = None
+) -> WordPiece:
+    """A tokenizer from a folder, from the hub, or trained on the spot.
+
+    Args:
+      source: "train", a local folder (no network is used), or a hub id such as "google-bert/bert-base-uncased".
+      corpus: the texts to train on; needed for "train" only.
+      vocab_size: upper bound on V for "train".
+      cache_dir: where hub files and trained tokenizers are kept; None for the hub's own place and no cache.
+
+    Raises:
+      UserError: "train" without texts, or a source that cannot be read.
+    """
+    if source == "train":
+        return _train(list(corpus or ()), vocab_size, cache_dir)
+    folder = pathlib.Path(source)
+    if (folder / "tokenizer.json").is_file():
+        return WordPiece(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+    from transformers import AutoTokenizer  # slow to import, and only pre-trained sources need it
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            source, cache_dir=cache_dir, local_files_only=folder.is_dir(), use_fast=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data.tokenizer: cannot load '{source}' ({reason}); give a folder with tokenizer.json, a hub id, or 'train'"
+        ) from error
+    return WordPiece(loaded.backend_tokenizer)
+
+
+def _train(corpus: list[str], vocab_size: int, cache_dir: str | None) -> WordPiece:
+    if not corpus:
+        raise UserError("data.tokenizer: 'train' needs texts, the tasks have none; name a folder or a hub id")
+    digest = hashlib.sha256(json.dumps([vocab_size, tokenizers.__version__, corpus]).encode()).hexdigest()[:16]
+    cached = cache_dir and pathlib.Path(cache_dir) / f"tokenizer-{digest}.json"
+    if cached and cached.is_file():
+        try:
+            return WordPiece(tokenizers.Tokenizer.from_file(str(cached)))
+        except Exception:  # the library raises bare Exception for a damaged file: train again
+            pass
+    backend = _bert(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    # The trainer numbers the single characters in the order of a randomly seeded hash table and breaks ties by
+    # these numbers, so two runs would differ. Naming the characters first, sorted, makes it deterministic; the
+    # vocabulary then moves to a fresh tokenizer, in which only the real special tokens are special.
+    words = {
+        w for text in corpus for w, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+    }
+    alphabet = sorted({w[0] for w in words} | {f"##{c}" for w in words for c in w[1:]})
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL, *alphabet], show_progress=False, min_frequency=1
+    )
+    backend.train_from_iterator(corpus, trainer)
+    backend = _bert(tokenizers.models.WordPiece(backend.get_vocab(), unk_token="[UNK]"))
+    backend.add_special_tokens(list(SPECIAL))
+    backend.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", backend.token_to_id("[SEP]")), ("[CLS]", backend.token_to_id("[CLS]"))
+    )
+    if cached:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        fresh = cached.with_suffix(f".{os.getpid()}.tmp")
+        backend.save(str(fresh))
+        os.replace(fresh, cached)
+    return WordPiece(backend)
+
+
+def _bert(model: tokenizers.models.WordPiece) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    return backend
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskArrays:
+    """The host arrays of one split of one task; N samples.
+
+    Attributes:
+      domains: int32 [N], index into `task.domains`.
+      images: uint8 [N, 64, 64, 3], or None without the image modality.
+      tokens: int32 [N, T], `[CLS] input [SEP]` padded, or None without the text modality.
+      labels: int32 [N], classification only.
+      answers: int32 [N, A], `[CLS] target [SEP]` padded, text_generation only.
+      answer_lengths: int32 [N], how many tokens the decoder predicts: the answer's without its leading [CLS].
+      references: per sample the acceptable outputs, spelt as `WordPiece.decode` spells, text_generation only.
+    """
+
+    domains: np.ndarray
+    images: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    answers: np.ndarray | None = None
+    answer_lengths: np.ndarray | None = None
+    references: tuple[tuple[str, ...], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.domains)
+
+
+def encode_examples(
+    task: Task, examples: Examples, tokenizer: WordPiece | None, *, max_text: int, max_answer: int
+) -> TaskArrays:
+    """Tokenises one split.
+
+    Args:
+      task: decides which fields are kept (its modalities and kind).
+      examples: N samples.
+      tokenizer: may be None for a task without text.
+      max_text: longest input in word pieces, [CLS] and [SEP] included.
+      max_answer: longest answer in word pieces, [CLS] and [SEP] included.
+    """
+    fields = {"domains": examples.domains, "labels": examples.labels}
+    if "image" in task.modalities:
+        fields["images"] = examples.images
+    if "text" in task.modalities:
+        fields["tokens"] = tokenizer.encode(examples.inputs, max_text)
+    if task.kind == "text_generation":
+        answers = tokenizer.encode(examples.targets, max_answer)
+        fields["answers"] = answers
+        fields["answer_lengths"] = ((answers != tokenizer.pad_id).sum(axis=1) - 1).astype(np.int32)
+        fields["references"] = tuple(tuple(map(tokenizer.normalise, group)) for group in examples.references)
+    return TaskArrays(**fields)

@@ -1,0 +1,234 @@
+"""Tasks, clients and the federation: who learns what (Sec. 3.1 and 5.1 of the paper).
+
+A *task* is a data set; losses, histories, margins and results are kept per task. Its *kind* selects the
+routed experts, its *domain* (per sample) the query/value experts, its *head* the decoder. All of it is
+data: register a ninth task with `register_task` and neither model nor engine changes.
+
+A *stream* is a (task, domain) pair, the unit for which the compiled program has one static path.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from tap_jax.errors import UserError
+
+KINDS = ("image_classification", "image_generation", "text_classification", "text_generation")
+MODALITIES = ("image", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One data set and what is learned on it.
+
+    Attributes:
+      name: unique; also the name of its folder under `data.root`.
+      kind: one of `KINDS`.
+      modalities: subset of `MODALITIES`, in that order.
+      domains: names of the domains its samples fall into, at least one.
+      head: name of the decoder; tasks that name the same head share it.
+      classes: number of classes of a classification task, else 0.
+    """
+
+    name: str
+    kind: str
+    modalities: tuple[str, ...]
+    domains: tuple[str, ...]
+    head: str
+    classes: int = 0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(f"task {self.name}: unknown kind '{self.kind}'; use one of {', '.join(KINDS)}")
+        if not self.modalities or any(m not in MODALITIES for m in self.modalities):
+            raise UserError(f"task {self.name}: modalities {self.modalities}; use a non-empty subset of {MODALITIES}")
+        if not self.domains:
+            raise UserError(f"task {self.name}: needs at least one domain")
+        if self.kind.endswith("classification") != (self.classes > 0):
+            raise UserError(f"task {self.name}: classes must be > 0 exactly for classification, not {self.classes}")
+
+    @property
+    def streams(self) -> tuple["Stream", ...]:
+        """One stream per domain."""
+        return tuple(Stream(self, domain) for domain in self.domains)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A (task, domain) pair: the samples that take one static path through the model."""
+
+    task: Task
+    domain: str
+
+    @property
+    def name(self) -> str:
+        """`task` where the task has one domain, else `task/domain`."""
+        return self.task.name if len(self.task.domains) == 1 else f"{self.task.name}/{self.domain}"
+
+
+TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> Task:
+    """Adds a task to the registry `TASKS`; a name can be registered once.
+
+    Raises:
+      UserError: the name is taken by a different task.
+    """
+    if TASKS.setdefault(task.name, task) != task:
+        raise UserError(f"task {task.name}: already registered; choose another name")
+    return task
+
+
+def find_task(name: str) -> Task:
+    """The registered task of that name.
+
+    Raises:
+      UserError: there is none; the message lists the known ones.
+    """
+    if name not in TASKS:
+        raise UserError(f"federation: unknown task '{name}'; known tasks: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+# Section 5.1 of the paper; kinds and heads as in Appendix D.1 (generation heads are shared).
+for _task in (
+    Task("tiny_imagenet", "image_classification", ("image",), ("fine_grained",), "tiny_imagenet", classes=200),
+    Task("cifar100", "image_classification", ("image",), ("fine_grained",), "cifar100", classes=100),
+    Task("fashion_mnist", "image_generation", ("image",), ("general_object",), "image_generation"),
+    Task("caltech256", "image_generation", ("image",), ("general_object",), "image_generation"),
+    Task("ag_news", "text_classification", ("text",), ("news",), "ag_news", classes=4),
+    Task("mmlu", "text_generation", ("text",), ("law", "medicine", "moral"), "text_generation"),
+    Task("vqa", "text_generation", ("image", "text"), ("visual_answering",), "text_generation"),
+    Task("common_gen", "text_generation", ("text",), ("common_sense",), "text_generation"),
+):
+    register_task(_task)
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """One participant.
+
+    Attributes:
+      name: shown in tables and logs.
+      shares: task name -> fraction in (0, 1] of its group's part of that task's training set.
+      group: the training sets are cut into as many equal parts as there are groups; a client draws from
+        its own group's part, disjointly from the group's other clients.
+      pattern: label of the row of the client table this client comes from (for per-pattern counts).
+    """
+
+    name: str
+    shares: Mapping[str, float]
+    group: int = 0
+    pattern: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Federation:
+    """Tasks and clients, and who owns what.
+
+    Raises:
+      UserError: no clients, a client without tasks, an unknown task, a share outside (0, 1], or shares of
+        one task in one group that add up to more than 1.
+    """
+
+    clients: tuple[Client, ...]
+
+    def __post_init__(self):
+        if not self.clients:
+            raise UserError("federation.clients: empty; name at least one client")
+        handed_out: dict[tuple[int, str], float] = {}
+        for client in self.clients:
+            if not client.shares:
+                raise UserError(f"federation.clients: {client.name} has no task; give it at least one")
+            for task, share in client.shares.items():
+                find_task(task)
+                if not 0 < share <= 1:
+                    raise UserError(f"federation.clients: {client.name} takes {share} of {task}; use (0, 1]")
+                total = handed_out.get((client.group, task), 0.0) + share
+                if total > 1 + 1e-6:
+                    raise UserError(
+                        f"federation.clients: group {client.group} hands out {total:.2f} of {task}; keep it at most 1"
+                    )
+                handed_out[client.group, task] = total
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Tasks that some client has, in the registry's order; O = len(tasks)."""
+        names = {name for client in self.clients for name in client.shares}
+        return tuple(task for task in TASKS.values() if task.name in names)
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """All streams of all tasks, in order."""
+        return tuple(stream for task in self.tasks for stream in task.streams)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups; every group gets an equal part of each training set."""
+        return 1 + max(client.group for client in self.clients)
+
+    @property
+    def task_mask(self) -> np.ndarray:
+        """bool [K, O]: client k has task o."""
+        return np.array([[task.name in client.shares for task in self.tasks] for client in self.clients])
+
+    def tasks_of(self, client: int) -> tuple[Task, ...]:
+        """The tasks of client number `client`, in the federation's order."""
+        return tuple(task for task in self.tasks if task.name in self.clients[client].shares)
+
+
+def client_table(rows: Iterable[Mapping[str, float]], *, groups: int = 1) -> Federation:
+    """A federation of len(rows)·groups clients: each row of the table once per group.
+
+    Args:
+      rows: one mapping task name -> share per client pattern.
+      groups: how often the table is repeated, each time on its own part of every training set.
+
+    Example:
+      >>> federation = client_table([{"ag_news": 0.5}, {"ag_news": 0.5, "vqa": 1.0}], groups=2)
+      >>> [task.name for task in federation.tasks], len(federation.clients)
+      (['ag_news', 'vqa'], 4)
+    """
+    rows = [dict(row) for row in rows]
+    return Federation(
+        tuple(
+            Client(f"client{group * len(rows) + pattern}", shares, group, pattern)
+            for group in range(groups)
+            for pattern, shares in enumerate(rows)
+        )
+    )
+
+
+_COMMON_ROWS = (
+    {"ag_news": 0.33},
+    {"ag_news": 0.33},
+    {"caltech256": 0.5},
+    {"vqa": 0.5},
+    {"vqa": 0.5},
+    {"mmlu": 1.0},
+)
+PAPER_ROWS: dict[str, tuple[Mapping[str, float], ...]] = {
+    "flava": (
+        {"tiny_imagenet": 1.0},
+        *_COMMON_ROWS,
+        {"cifar100": 1.0, "ag_news": 0.34},
+        {"common_gen": 0.5, "fashion_mnist": 1.0},
+        {"common_gen": 0.5, "caltech256": 0.5},
+    ),
+    "vilt": (
+        {"fashion_mnist": 0.33},
+        *_COMMON_ROWS,
+        {"fashion_mnist": 0.33, "ag_news": 0.34},
+        {"common_gen": 0.5, "fashion_mnist": 0.34},
+        {"common_gen": 0.5, "caltech256": 0.5},
+    ),
+}
+
+
+def paper_federation(model: str) -> Federation:
+    """The paper's 30 clients: ten patterns, three groups (Sec. 5.1; `model` is 'flava' or 'vilt')."""
+    if model not in PAPER_ROWS:
+        raise UserError(f"federation: the paper has no client table for '{model}'; use one of {', '.join(PAPER_ROWS)}")
+    return client_table(PAPER_ROWS[model], groups=3)

@@ -1,0 +1,63 @@
+"""FLAVA's modality encoders (Singh et al., 2022) as HF's FlavaImageModel and FlavaTextModel compute them.
+
+Frozen towers with LoRA on query and value; in front of the image tower the trainable adaptor, behind both a
+trainable Linear + LayerNorm. Poolers, mask token and heads of the checkpoint are on no path and not stored.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from tap_jax.models.layers import (
+    FrozenLayerNorm,
+    InputAdaptor,
+    ModelConfig,
+    OutputProjection,
+    encoder_layers,
+    patches,
+)
+from tap_jax.models.lora import FrozenDense, frozen
+
+_normal = nn.initializers.normal(0.02)
+
+
+class ImageEncoder(nn.Module):
+    """images [B, 64, 64, 3], standardised -> tokens [B, 1 + (image_size/patch)², D]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, images: Array, mask: None, *, deterministic: bool) -> Array:
+        c = self.config
+        x = InputAdaptor(c, name="adaptor")(images)
+        x = FrozenDense(c.width, name="patch")(patches(x, c.patch))
+        cls = frozen(self, "cls", _normal, (c.width,)).astype(x.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, c.width)), x], axis=1)
+        x = x + frozen(self, "positions", _normal, (x.shape[1], c.width)).astype(x.dtype)
+        x, _ = encoder_layers(c, c.image_layers, deterministic=deterministic)(x, None)
+        x = FrozenLayerNorm(c.layer_norm_eps, name="norm")(x)
+        return OutputProjection(name="output")(x)
+
+
+class TextEncoder(nn.Module):
+    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D]; T <= max(512, max_text) positions are stored."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array, *, deterministic: bool) -> Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        words = frozen(self, "words", _normal, (c.vocab, c.width))
+        positions = frozen(self, "positions", _normal, (text_positions(c), c.width))
+        types = frozen(self, "types", _normal, (2, c.width))
+        x = (words[tokens] + positions[: tokens.shape[1]] + types[0]).astype(dtype)
+        x = FrozenLayerNorm(c.layer_norm_eps, name="embedding_norm")(x)
+        x, _ = encoder_layers(c, c.text_layers, deterministic=deterministic)(x, mask)
+        x = FrozenLayerNorm(c.layer_norm_eps, name="norm")(x)
+        return OutputProjection(name="output")(x)
+
+
+def text_positions(config: ModelConfig) -> int:
+    """Rows of the position table: 512 in every published FLAVA, as many as needed in a smaller model."""
+    return 512 if config.max_text > 128 else config.max_text

@@ -1,0 +1,232 @@
+"""Pieces that every tower shares: attention, layer normalisation, image resizing, the encoder layer, the adaptor.
+
+Letters: B samples, T tokens, D width, R rank.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tap_jax.models.lora import FrozenDense, frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the server model; field by field the `model` section of a configuration (spec: Sec. 5.1, App. D).
+
+    `rank` fields are LoRA ranks; alpha = lora_alpha_ratio · rank. `backbone_layers` are the depths of the MoTE
+    and the MoME stage. Lengths are in word pieces, sizes in pixels.
+    """
+
+    name: str = "flava"
+    width: int = 768
+    heads: int = 12
+    mlp: int = 3072
+    image_layers: int = 12
+    text_layers: int = 12
+    image_size: int = 224
+    patch: int = 16
+    upsample: float = 2.0
+    vocab: int = 30522
+    max_text: int = 256
+    max_answer: int = 256
+    backbone_layers: tuple[int, int] = (1, 1)
+    qv_delta: bool = True
+    encoder_rank: int = 8
+    attention_rank: int = 16
+    expert_rank: int = 4
+    lora_dropout: float = 0.3
+    lora_alpha_ratio: float = 2.0
+    head_hidden: tuple[int, ...] = (384,)
+    head_activation: str = "relu"
+    head_dropout: float = 0.3
+    head_layer_norm: bool = False
+    image_channels: tuple[int, ...] = (64, 32, 16)
+    text_heads: int = 4
+    text_cond_heads: int = 8
+    text_inner: int = 1536
+    text_dropout: float = 0.1
+    condition: str = "pooled"
+    position: str = "interpolate"
+    layer_norm_eps: float = 1e-12
+    attention: str = "auto"
+    remat: bool = False
+    dtype: str = "float32"
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """Layer normalisation over the last axis, computed in float32 and returned in x's type."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+
+
+class FrozenLayerNorm(nn.Module):
+    """Pre-trained layer normalisation (HF FLAVA and ViLT: eps 1e-12)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = frozen(self, "scale", nn.initializers.ones, x.shape[-1:])
+        bias = frozen(self, "bias", nn.initializers.zeros, x.shape[-1:])
+        return layer_norm(x, scale, bias, self.eps)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, implementation: str = "auto") -> Array:
+    """Multi-head attention with padding masked.
+
+    Args:
+      q, k, v: [..., T, D] (any leading axes).
+      mask: bool, broadcastable to [..., T], true where a key is real; None where all are.
+      heads: number of heads; D must be divisible by it.
+      implementation: "einsum" (float32 softmax), or one that `jax.nn.dot_product_attention` knows ("xla", "cudnn");
+        "auto" is einsum on CPU, where it is about twice as fast, and "xla" elsewhere.
+
+    Returns:
+      [..., T, D].
+    """
+    if implementation == "auto":
+        implementation = "einsum" if jax.default_backend() == "cpu" else "xla"
+    *batch, length, width = q.shape
+    split = (*batch, length, heads, width // heads)
+    q, k, v = q.reshape(split), k.reshape(split), v.reshape(split)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*batch, length))
+    if implementation == "einsum":
+        scores = jnp.einsum("...qhd,...khd->...hqk", q * (width // heads) ** -0.5, k)
+        scores = scores.astype(jnp.float32)
+        if mask is not None:
+            scores = jnp.where(mask[..., None, None, :], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores).astype(q.dtype)
+        return jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(*batch, length, width)
+    flat = (-1, length, heads, width // heads)
+    out = jax.nn.dot_product_attention(
+        q.reshape(flat),
+        k.reshape(flat),
+        v.reshape(flat),
+        mask=None if mask is None else mask.reshape(-1, 1, 1, length),
+        implementation=implementation,
+    )
+    return out.reshape(*batch, length, width)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-LN transformer layer of HF's FLAVA towers; LoRA on query and value. x [B, T, D] -> [B, T, D]."""
+
+    config: ModelConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+        c = self.config
+        plain = functools.partial(FrozenDense, c.width)
+        adapted = functools.partial(
+            plain, c.encoder_rank, c.lora_alpha_ratio * c.encoder_rank, lora_dropout=c.lora_dropout
+        )
+        n = FrozenLayerNorm(c.layer_norm_eps, name="norm1")(x)
+        q = adapted(name="query")(n, deterministic=self.deterministic)
+        k = plain(name="key")(n)
+        v = adapted(name="value")(n, deterministic=self.deterministic)
+        mixed = attention(q, k, v, mask, heads=c.heads, implementation=c.attention)
+        x = x + plain(name="out")(mixed)
+        n = FrozenLayerNorm(c.layer_norm_eps, name="norm2")(x)
+        n = jax.nn.gelu(FrozenDense(c.mlp, name="fc1")(n), approximate=False)
+        return x + plain(name="fc2")(n), None
+
+
+def encoder_layers(config: ModelConfig, depth: int, *, deterministic: bool) -> nn.Module:
+    """`depth` encoder layers as one scanned module; its weights carry a leading layer axis."""
+    layer = nn.remat(EncoderLayer) if config.remat else EncoderLayer
+    scanned = nn.scan(
+        layer,
+        variable_axes={"frozen": 0, "params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=depth,
+    )
+    return scanned(config, deterministic, name="layers")
+
+
+@functools.lru_cache
+def bilinear_matrix(size: int, target: int) -> np.ndarray:
+    """float32 [target, size]: 1-D bilinear resampling as torch's `interpolate(align_corners=False)` does it."""
+    source = np.maximum((np.arange(target) + 0.5) * size / target - 0.5, 0)
+    low = np.minimum(source.astype(np.int64), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    matrix = np.zeros((target, size), np.float32)
+    np.add.at(matrix, (np.arange(target), low), (1 - (source - low)).astype(np.float32))
+    np.add.at(matrix, (np.arange(target), high), (source - low).astype(np.float32))
+    return matrix
+
+
+def resize(images: Array, target: int) -> Array:
+    """Bilinear resize [B, H, H, C] -> [B, target, target, C], as two products with static matrices."""
+    size = images.shape[1]
+    if size == target:
+        return images
+    matrix = jnp.asarray(bilinear_matrix(size, target), images.dtype)
+    return jnp.einsum("ph,qw,bhwc->bpqc", matrix, matrix, images)
+
+
+class InputAdaptor(nn.Module):
+    """Trainable image adaptor: bilinear ×upsample, conv 3×3 (3→3, no bias), GELU, bilinear to image_size, conv 1×1.
+
+    images [B, 64, 64, 3] in standardised units -> [B, image_size, image_size, 3]. The 3×3 convolution is written
+    as a product with shifted copies: under vmap over clients a convolution would become a slow grouped one.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        c = self.config
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's Conv2d default
+        kernel3 = self.param("conv3", init, (3, 3, 3, 3), jnp.float32).astype(images.dtype)
+        x = resize(images, round(images.shape[1] * c.upsample))
+        size = x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [padded[:, i : i + size, j : j + size] for i in range(3) for j in range(3)]
+        x = jnp.concatenate(shifted, -1) @ kernel3.reshape(27, 3)
+        x = resize(jax.nn.gelu(x, approximate=False), c.image_size)
+        kernel1 = self.param("conv1", init, (3, 3), jnp.float32).astype(images.dtype)
+        bias1 = self.param("bias1", nn.initializers.zeros, (3,), jnp.float32).astype(images.dtype)
+        return x @ kernel1 + bias1
+
+
+class OutputProjection(nn.Module):
+    """The trainable Linear(D, D) + LayerNorm (eps 1e-5) after each encoder: [B, T, D] -> [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = TrainableDense(x.shape[-1], name="linear")(x)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        return layer_norm(x, scale, bias, 1e-5)
+
+
+class TrainableDense(nn.Module):
+    """x W + b, trained in full; initialised as torch's Linear (uniform ±1/√inputs; bias 0)."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def patches(images: Array, patch: int) -> Array:
+    """[B, H, H, C] -> [B, (H/patch)², C·patch²] with channel-major patches, the order of torch's Conv2d weights."""
+    b, h, _, c = images.shape
+    n = h // patch
+    x = images.reshape(b, n, patch, n, patch, c).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(b, n * n, c * patch * patch)

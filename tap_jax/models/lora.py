@@ -1,0 +1,67 @@
+"""Low-rank adapters on frozen linear maps (Hu et al., 2022), and how frozen weights are declared.
+
+Frozen weights live in Flax's `frozen` collection and are never differentiated; adapters live in `params`.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Tree = dict
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; `key=None` (evaluation) or rate 0 returns `x` itself.
+
+    Sixteen random bits per element: half the generator's work, and the rate is met to 2**-17.
+    """
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bits(key, x.shape, jnp.uint16) < jnp.uint16(round((1 - rate) * 2**16))
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def init_lora(key: Array, inputs: int, outputs: int, rank: int) -> Tree:
+    """Adapter with B = 0, so that training starts at the frozen map.
+
+    A is uniform on ±1/√inputs, PEFT's default. Returns {"a": [inputs, rank], "b": [rank, outputs]}.
+    """
+    bound = 1 / math.sqrt(inputs)
+    return {
+        "a": jax.random.uniform(key, (inputs, rank), jnp.float32, -bound, bound),
+        "b": jnp.zeros((rank, outputs), jnp.float32),
+    }
+
+
+def lora(x: Array, adapter: Tree, *, scale: float, rate: float = 0.0, key: Array | None = None) -> Array:
+    """scale · dropout(x) A B: x [..., inputs] -> [..., outputs], with scale = alpha / rank."""
+    a, b = (adapter[name].astype(x.dtype) for name in ("a", "b"))
+    return (dropout(x, rate, key) @ a) @ b * scale
+
+
+def frozen(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
+    """A frozen weight of `module`: declared like a parameter, stored in the `frozen` collection."""
+    return module.variable("frozen", name, lambda: init(module.make_rng("params"), shape, jnp.float32)).value
+
+
+class FrozenDense(nn.Module):
+    """x W + b with frozen W [inputs, features] and b [features], plus a LoRA adapter where rank > 0."""
+
+    features: int
+    rank: int = 0
+    alpha: float = 0.0
+    lora_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, *, deterministic: bool = True) -> Array:
+        kernel = frozen(self, "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        bias = frozen(self, "bias", nn.initializers.zeros, (self.features,))
+        y = x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+        if self.rank:
+            adapter = self.param("lora", init_lora, x.shape[-1], self.features, self.rank)
+            key = None if deterministic or self.lora_dropout == 0 else self.make_rng("dropout")
+            y = y + lora(x, adapter, scale=self.alpha / self.rank, rate=self.lora_dropout, key=key)
+        return y

@@ -1,0 +1,228 @@
+"""The server model W: encoders, routed backbone, decoders, as pure functions of (frozen, blocks) (Fig. 1).
+
+`frozen` is Ŵ: one copy of every pre-trained weight. `blocks` is W̃ (or X): block name -> tree of trainables. A
+stream's forward pass touches the blocks of B_o and no others.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tap_jax.blocks import Blocks, Partition
+from tap_jax.errors import UserError
+from tap_jax.federation import Stream, Task
+from tap_jax.models import backbone, flava, vilt
+from tap_jax.models.heads import ClassificationHead, ImageHead, TextHead
+from tap_jax.models.layers import ModelConfig, TrainableDense
+from tap_jax.models.lora import Tree
+
+ENCODERS = {
+    "flava": {"image": flava.ImageEncoder, "text": flava.TextEncoder},
+    "vilt": {"image": vilt.ImageEncoder, "text": vilt.TextEncoder},
+}
+PAD = 0  # BERT's [PAD]
+
+
+class ServerModel:
+    """Pure `init`, `apply` and `generate` for a set of tasks.
+
+    Args:
+      config: sizes.
+      tasks: the federation's tasks; they decide which encoders, stacks, experts and heads exist.
+
+    Raises:
+      UserError: sizes that do not fit together; the message names the field.
+    """
+
+    def __init__(self, config: ModelConfig, tasks: Sequence[Task]):
+        _check(config)
+        self.config = config
+        self.tasks = tuple(tasks)
+        self.streams = tuple(stream for task in self.tasks for stream in task.streams)
+        names = [name for stream in self.streams for name in self.blocks_of(stream)]
+        self.block_names = tuple(sorted(dict.fromkeys(names), key=_order))
+        self._encoders = {
+            modality: ENCODERS[config.name][modality](config)
+            for modality in ("image", "text")
+            if any(modality in task.modalities for task in self.tasks)
+        }
+        self._heads = {task.head: self._head(task) for task in self.tasks}
+        self._shared = TrainableDense(config.width)
+
+    def _head(self, task: Task):
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        if task.kind.endswith("classification"):
+            return ClassificationHead(
+                task.classes, c.head_hidden, c.head_activation, c.head_dropout, c.head_layer_norm, dtype=dtype
+            )
+        if task.kind == "image_generation":
+            return ImageHead(c.image_channels, dtype=dtype)
+        return TextHead(
+            c.vocab,
+            c.max_answer,
+            c.width,
+            heads=c.text_heads,
+            inner=c.text_inner,
+            cond_heads=c.text_cond_heads,
+            dropout=c.text_dropout,
+            condition=c.condition,
+            dtype=dtype,
+        )
+
+    def blocks_of(self, stream: Stream) -> tuple[str, ...]:
+        """Names of the blocks on the stream's paths: encoders, shared projection, backbone, head."""
+        task = stream.task
+        names = [f"encoder/{modality}" for modality in task.modalities] + ["shared_proj"]
+        for modality in task.modalities:
+            names += backbone.path_blocks(modality, task.kind, stream.domain)
+        return (*dict.fromkeys(names), f"head/{task.head}")
+
+    def partition(self, task_mask: np.ndarray) -> Partition:
+        """The blocks, which task touches which, and who has which task (bool [K, O])."""
+        touches = np.zeros((len(self.tasks), len(self.block_names)), bool)
+        for stream in self.streams:
+            for name in self.blocks_of(stream):
+                touches[self.tasks.index(stream.task), self.block_names.index(name)] = True
+        return Partition(self.block_names, touches, task_mask)
+
+    def init(self, key: Array) -> tuple[Tree, dict[str, Tree]]:
+        """Fresh (frozen, blocks), all float32; each block's values depend on the key and its own name only.
+
+        The frozen part is a random stand-in with the shapes of the pre-trained weights.
+        """
+        c = self.config
+        frozen: Tree = {"backbone": backbone.init_frozen(_fold(key, "backbone"), c, sum(c.backbone_layers))}
+        blocks = {}
+        for name in self.block_names:
+            block_key = _fold(key, name)
+            kind, *rest = name.split("/")
+            if kind == "encoder":
+                variables = self._encoders[rest[0]].init(block_key, *self._example(rest[0]), deterministic=True)
+                blocks[name], frozen[name] = variables["params"], variables["frozen"]
+            elif kind == "shared_proj":
+                blocks[name] = self._shared.init(block_key, jnp.zeros((1, c.width)))["params"]
+            elif kind == "head":
+                blocks[name] = self._init_head(block_key, rest[0])
+            else:
+                depth = c.backbone_layers[0 if kind == "mote" else 1]
+                blocks[name] = backbone.init_block(block_key, c, depth, rest[1])
+        return frozen, blocks
+
+    def _example(self, modality: str):
+        if modality == "image":
+            return jnp.zeros((1, 64, 64, 3)), None
+        return jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)
+
+    def _init_head(self, key: Array, name: str) -> Tree:
+        head, vectors = self._heads[name], jnp.zeros((1, self.config.width))
+        if isinstance(head, TextHead):
+            args = (vectors[:, None], jnp.zeros((1, 2), jnp.int32))
+        else:
+            args = (vectors,)
+        return head.init(key, *args, deterministic=True)["params"]
+
+    def represent(self, frozen: Tree, blocks: Blocks, stream: Stream, batch: Mapping, *, key: Array | None = None):
+        """Path vectors of a batch, [B, 4·|modalities|, D]: modalities in the task's order, paths as in `backbone`.
+
+        Args:
+          frozen: Ŵ as `init` returns it.
+          blocks: at least `blocks_of(stream)`.
+          batch: "images" float [B, 64, 64, 3] in standardised units and/or "tokens" int32 [B, T], 0-padded.
+          key: dropout key; None in evaluation.
+        """
+        vectors = []
+        for number, modality in enumerate(stream.task.modalities):
+            encoder_key, path_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, number))
+            if modality == "image":
+                inputs, mask = batch["images"].astype(self.config.dtype), None
+            else:
+                inputs, mask = batch["tokens"], batch["tokens"] != PAD
+            name = f"encoder/{modality}"
+            x = self._encoders[modality].apply(
+                {"params": blocks[name], "frozen": frozen[name]},
+                inputs,
+                mask,
+                deterministic=key is None,
+                rngs=None if key is None else {"dropout": encoder_key},
+            )
+            mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+            vectors.append(
+                backbone.run_paths(
+                    self.config,
+                    frozen["backbone"],
+                    blocks,
+                    x,
+                    self._shared.apply({"params": blocks["shared_proj"]}, x),
+                    mask,
+                    modality=modality,
+                    kind=stream.task.kind,
+                    domain=stream.domain,
+                    key=path_key,
+                )
+            )
+        return jnp.concatenate(vectors).swapaxes(0, 1)
+
+    def decode(self, blocks: Blocks, stream: Stream, vectors: Array, batch: Mapping, *, key: Array | None = None):
+        """The head on path vectors [B, P, D]; float32 logits [B, C], image [B, 64, 64, 3], or logits [B, A-1, V].
+
+        Text is decoded with teacher forcing: position t of the output predicts answers[:, t+1].
+        """
+        head = self._heads[stream.task.head]
+        kwargs = {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
+        variables = {"params": blocks[f"head/{stream.task.head}"]}
+        if isinstance(head, TextHead):
+            return head.apply(variables, self._condition(vectors), batch["answers"][:, :-1], **kwargs)
+        return head.apply(variables, vectors.mean(1), **kwargs)
+
+    def apply(self, frozen: Tree, blocks: Blocks, stream: Stream, batch: Mapping, *, key: Array | None = None) -> Array:
+        """`decode` of `represent`: the stream's whole forward pass, with dropout where a key is given."""
+        first, second = (None, None) if key is None else jax.random.split(key)
+        vectors = self.represent(frozen, blocks, stream, batch, key=first)
+        return self.decode(blocks, stream, vectors, batch, key=second)
+
+    def generate(self, blocks: Blocks, stream: Stream, vectors: Array, *, length: int, start: int, stop: int) -> Array:
+        """Greedy answers int32 [B, length] from path vectors [B, P, D]; ends with `stop`, then 0."""
+        head = self._heads[stream.task.head]
+        return head.apply(
+            {"params": blocks[f"head/{stream.task.head}"]},
+            self._condition(vectors),
+            length=length,
+            start_id=start,
+            stop_id=stop,
+            pad_id=PAD,
+            method="generate",
+        )
+
+    def _condition(self, vectors: Array) -> Array:
+        return vectors if self.config.condition == "paths" else vectors.mean(1, keepdims=True)
+
+
+def to_compute_dtype(frozen: Tree, dtype: str) -> Tree:
+    """Frozen weights in the compute type, so that one copy serves; normalisation weights stay float32."""
+
+    def cast(path, leaf):
+        keep = any("norm" in str(getattr(entry, "key", "")) for entry in path)
+        return leaf if keep else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, frozen)
+
+
+def _fold(key: Array, name: str) -> Array:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (("encoder", "shared_proj", "mote", "mome", "head").index(name.split("/")[0]), name)
+
+
+def _check(c: ModelConfig) -> None:
+    if c.name not in ENCODERS:
+        raise UserError(f"model.name: unknown '{c.name}'; use one of {', '.join(ENCODERS)}")
+    if c.width % c.heads or c.width % c.text_heads or c.width % c.text_cond_heads:
+        raise UserError(f"model.heads, text_heads, text_cond_heads: each must divide model.width = {c.width}")
+    if c.image_size % c.patch:
+        raise UserError(f"model.patch: {c.patch} does not divide model.image_size = {c.image_size}")
