@@ -1,10 +1,11 @@
 """The partition of the trainables into blocks B_0..B_R (Sec. 3.1), and everything that is done to blocks.
 
-`Blocks` maps a block name to a tree of arrays. In a *stack* every leaf has a leading slot axis, and each block has
-only as many slots as there are holders: `Slots` says in which slot of a block a client sits. A dense stack with
-one slot per client is the special case `slot[k, r] = k`.
+By name, blocks are a plain mapping `Blocks`: block name -> tree of arrays. For computing, blocks of equal shapes
+form a *group*, and many clients' blocks of a group are one tree with a leading slot axis, a `Stack`. `Seats` says
+which client and which block sit in which slot: only owned blocks have one, so nothing is stored, moved or updated
+for blocks a client does not have.
 
-Letters: K clients, R blocks, S_r slots of block r, O tasks.
+Letters: K clients, R blocks, O tasks, G slots of a group.
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 Tree = Any
 Blocks = Mapping[str, Tree]
+Stack = Mapping[str, Tree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Partition:
 
     Attributes:
       names: block names, R of them.
+      groups: the group of each block; blocks of one group have equal shapes.
       touches: bool [O, R], B_o: block r lies on a path of task o.
       task_mask: bool [K, O], client k has task o.
     """
 
     names: tuple[str, ...]
+    groups: tuple[str, ...]
     touches: np.ndarray
     task_mask: np.ndarray
 
@@ -53,133 +58,148 @@ class Partition:
             mine &= mine.sum(1, keepdims=True) == 1
         return mine
 
+    def members(self) -> dict[str, np.ndarray]:
+        """Group -> int [.], the blocks of the group in order."""
+        groups = np.array(self.groups)
+        return {group: np.flatnonzero(groups == group) for group in dict.fromkeys(self.groups)}
 
-def take(blocks: Blocks, names: Sequence[str]) -> dict[str, Tree]:
-    """The named blocks, W̃[i] = P_{B_i} W̃."""
-    return {name: blocks[name] for name in names}
+    def capacities(self, owned: np.ndarray, clients: int) -> dict[str, int]:
+        """Group -> slots that any `clients` of the federation's clients can fill, at least 1.
 
-
-def put(blocks: Blocks, update: Blocks) -> dict[str, Tree]:
-    """`blocks` with those in `update` exchanged; nothing is copied.
-
-    Raises:
-      KeyError: `update` names a block that is not there.
-    """
-    unknown = set(update) - set(blocks)
-    if unknown:
-        raise KeyError(f"no such block: {', '.join(sorted(unknown))}")
-    return {**blocks, **update}
+        Args:
+          owned: bool [K, R] of the federation.
+        """
+        counts = {group: np.sort(owned[:, blocks].sum(1))[::-1] for group, blocks in self.members().items()}
+        return {group: max(1, int(count[:clients].sum())) for group, count in counts.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """Where the clients of a cohort sit in a stack.
+class Seats(struct.PyTreeNode):
+    """Who sits where in a stack.
 
     Attributes:
-      index: int32 [K, R], slot of client k in block r (0 where it does not own r).
-      owned: bool [K, R].
-      sizes: S_r per block; slots past the holders of a cohort are idle.
+      slot: int32 [K, R], the slot of client k's block r in its group; 0 where k does not own r.
+      client: group -> int32 [G], the client (position) in each slot, K where the slot is idle.
+      block: group -> int32 [G], the block (0..R-1) in each slot, some block of the group where idle.
     """
 
-    index: np.ndarray
-    owned: np.ndarray
-    sizes: tuple[int, ...]
-
-    def holders(self, block: int) -> np.ndarray:
-        """int32 [S_r]: the cohort position that sits in each slot of the block, -1 where idle."""
-        out = np.full(self.sizes[block], -1, np.int32)
-        clients = np.flatnonzero(self.owned[:, block])
-        out[self.index[clients, block]] = clients
-        return out
+    slot: Array
+    client: Mapping[str, Array]
+    block: Mapping[str, Array]
 
 
-def compact_slots(owned: np.ndarray, sizes: Sequence[int] | None = None) -> Slots:
-    """Slots without gaps: the k-th holder of a block takes its k-th slot.
+def seat(partition: Partition, owned: np.ndarray, capacities: Mapping[str, int] | None = None) -> Seats:
+    """Seats without gaps, client by client and block by block; numpy leaves.
 
     Args:
-      owned: bool [K, R].
-      sizes: S_r to provide for; at least the number of holders. None: exactly that, and at least 1.
+      owned: bool [K, R], what each of K positions holds (a row of False is an empty position).
+      capacities: group -> slots to provide; None: just enough, and at least 1.
 
     Raises:
-      ValueError: more holders than slots in some block.
+      ValueError: a group has more holders than slots.
     """
-    counts = owned.sum(0)
-    sizes = tuple(int(s) for s in (np.maximum(counts, 1) if sizes is None else sizes))
-    if (counts > np.array(sizes)).any():
-        raise ValueError("more holders than slots")
-    index = np.where(owned, np.cumsum(owned, axis=0) - 1, 0).astype(np.int32)
-    return Slots(index, owned, sizes)
+    slot = np.zeros(owned.shape, np.int32)
+    client, block = {}, {}
+    for group, blocks in partition.members().items():
+        holders, position = np.nonzero(owned[:, blocks])
+        size = max(1, len(holders)) if capacities is None else capacities[group]
+        if len(holders) > size:
+            raise ValueError(f"{group}: {len(holders)} holders for {size} slots")
+        slot[holders, blocks[position]] = np.arange(len(holders))
+        client[group] = np.full(size, len(owned), np.int32)
+        client[group][: len(holders)] = holders
+        block[group] = np.full(size, blocks[0], np.int32)
+        block[group][: len(holders)] = blocks[position]
+    return Seats(slot, client, block)
 
 
-def gather(clients: Sequence[Blocks], slots: Slots, names: Sequence[str], like: Blocks) -> dict[str, Tree]:
-    """Host-side stack of the clients' blocks: leaves [S_r, ...]; idle slots are zero.
+def server_seats(partition: Partition) -> Seats:
+    """Seats of one holder of everything: the server, or a teacher of all tasks."""
+    return seat(partition, np.ones((1, len(partition.names)), bool))
+
+
+def pack(partition: Partition, seats: Seats, holders: Sequence[Blocks], like: Blocks) -> dict[str, Tree]:
+    """The stack of what the holders have, on the host; idle slots are zero.
 
     Args:
-      clients: one mapping per cohort position, holding at least the blocks it owns.
+      holders: one mapping per position, with at least the blocks it owns.
       like: any mapping with every block's shapes and dtypes.
+
+    Returns:
+      Group -> tree, numpy leaves [G, ...].
     """
     stack = {}
-    for r, name in enumerate(names):
-        holders = slots.holders(r)
+    for group, blocks in partition.members().items():
+        clients, numbers = np.asarray(seats.client[group]), np.asarray(seats.block[group])
+        taken = np.flatnonzero(clients < len(seats.slot))
+        held = [holders[clients[g]][partition.names[numbers[g]]] for g in taken]
 
-        def leaf(like_leaf, *held, holders=holders):
-            out = np.zeros((len(holders), *like_leaf.shape), like_leaf.dtype)
-            for slot, value in zip(np.flatnonzero(holders >= 0), held, strict=True):
-                out[slot] = value
+        def leaf(shape, *values, size=len(clients), taken=taken):
+            out = np.zeros((size, *shape.shape), shape.dtype)
+            for g, value in zip(taken, values, strict=True):
+                out[g] = value
             return out
 
-        held = [clients[k][name] for k in holders if k >= 0]
-        stack[name] = jax.tree.map(leaf, like[name], *held)
+        stack[group] = jax.tree.map(leaf, like[partition.names[blocks[0]]], *held)
     return stack
 
 
-def scatter(stack: Blocks, slots: Slots, names: Sequence[str]) -> list[dict[str, Tree]]:
-    """The inverse of `gather`: per cohort position the blocks it owns, as host arrays."""
+def unpack(partition: Partition, seats: Seats, stack: Stack) -> list[dict[str, Tree]]:
+    """The inverse of `pack`: per position the blocks it holds, by name, copied to the host."""
     host = jax.device_get(dict(stack))
-    return [
-        {
-            name: jax.tree.map(lambda leaf, s=slots.index[k, r]: leaf[s].copy(), host[name])
-            for r, name in enumerate(names)
-            if slots.owned[k, r]
-        }
-        for k in range(len(slots.index))
-    ]
+    out: list[dict[str, Tree]] = [{} for _ in range(len(seats.slot))]
+    for group, tree in host.items():
+        numbers = np.asarray(seats.block[group])
+        for g, position in enumerate(np.asarray(seats.client[group])):
+            if position < len(out):
+                name = partition.names[numbers[g]]
+                out[position][name] = jax.tree.map(lambda leaf, g=g: np.array(leaf[g]), tree)
+    return out
 
 
-def broadcast(server: Blocks, sizes: Mapping[str, int]) -> dict[str, Tree]:
-    """The server's blocks in every slot of a stack: leaves [...] -> [S_r, ...]."""
+def broadcast(server: Stack, server_seats: Seats, seats: Seats) -> dict[str, Tree]:
+    """W̃[i] = P_{B_i} W̃ for every seated client: the server's blocks in the slots of their holders.
+
+    Args:
+      server: stack of `server_seats`.
+      seats: where the clients sit.
+    """
+    place = server_seats.slot[0]
     return {
-        name: jax.tree.map(lambda leaf, s=sizes[name]: jnp.broadcast_to(leaf, (s, *leaf.shape)), tree)
-        for name, tree in server.items()
+        group: jax.tree.map(lambda leaf, at=place[seats.block[group]]: leaf[at], tree) for group, tree in server.items()
     }
 
 
-def aggregate(server: Blocks, cohort: Blocks, weights: Mapping[str, Array]) -> dict[str, Tree]:
+def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, weights: Array) -> dict[str, Tree]:
     """Component-wise FedAvg (Sec. 3.1): each block is averaged over the clients that sent it.
 
     What is averaged for a LoRA pair is A and B each; mean(B)·mean(A) is not mean(BA).
 
     Args:
-      server: block name -> tree of arrays, shapes [...].
-      cohort: the same names and trees with a leading slot axis, shapes [S_r, ...].
-      weights: block name -> [S_r], each slot's say in the block (sample count); 0 where nobody sits.
+      server: W̃, stack of `server_seats`.
+      cohort: stack of `seats`.
+      weights: w[k, r] >= 0 [K, R], client k's say in block r (sample count); 0 where it has none.
 
     Returns:
-      Trees shaped like `server`. A block whose weights are all 0 is returned unchanged, and a slot of weight 0
-      has no influence, whatever it holds.
+      A stack like `server`. A block whose weights are all 0 is returned bit by bit, and what a client of weight 0
+      holds has no influence, whatever it is.
     """
+    padded = jnp.pad(weights, ((0, 1), (0, 0)))
+    place = server_seats.slot[0]
 
-    def mean(old, sent, weight):
-        weight = weight.reshape(-1, *(1,) * old.ndim).astype(old.dtype)
-        total = weight.sum()
-        share = weight / jnp.where(total > 0, total, 1)
-        average = jnp.where(weight > 0, share * sent, 0).sum(0)
-        return jnp.where(total > 0, average, old)
+    def one(group):
+        weight = padded[seats.client[group], seats.block[group]]
+        at = place[seats.block[group]]
+        total = jnp.zeros(len(server_seats.client[group]), weight.dtype).at[at].add(weight)
+        share = weight / jnp.where(total > 0, total, 1)[at]
 
-    return {
-        name: jax.tree.map(lambda old, sent, w=weights[name]: mean(old, sent, w), tree, cohort[name])
-        for name, tree in server.items()
-    }
+        def mean(old, sent):
+            flat = (-1, *(1,) * (old.ndim - 1))
+            sent = jnp.where(weight.reshape(flat) > 0, share.reshape(flat).astype(old.dtype) * sent, 0)
+            return jnp.where(total.reshape(flat) > 0, jnp.zeros_like(old).at[at].add(sent), old)
+
+        return jax.tree.map(mean, server[group], cohort[group])
+
+    return {group: one(group) for group in server}
 
 
 def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array, seen: Array) -> Array:
@@ -193,25 +213,36 @@ def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array
 
     Returns:
       bool [K, O]. A loss that is not a number never leads to a replacement.
+
+    Example:
+      >>> import numpy as np
+      >>> h_l, h_p = np.array([[0.50, 0.50]]), np.array([[0.52, 0.505]])
+      >>> replacement_indicator(h_l, h_p, 0.01, np.array([[True, True]])).tolist()
+      [[True, False]]
     """
     return seen & (local_loss + margin < personal_loss)
 
 
-def replace(personal: Blocks, federated: Blocks, chosen: Mapping[str, Array]) -> dict[str, Tree]:
+def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> dict[str, Tree]:
     """X_[i,o] = (1 - R) X_[i,o] + R W̃_[i,o] (eq. 4), as a choice: what is not replaced keeps its bits.
 
     Args:
-      personal, federated: stacks with equal shapes [S_r, ...].
-      chosen: block name -> bool [S_r], true where the slot's client takes the federated block.
+      personal, federated: stacks of `seats`.
+      chosen: bool [K, R], client k takes the federated block r.
     """
+    padded = jnp.pad(chosen, ((0, 1), (0, 0)))
 
-    def pick(mine, theirs, flag):
-        return jnp.where(flag.reshape(-1, *(1,) * (mine.ndim - 1)), theirs, mine)
+    def one(group):
+        flag = padded[seats.client[group], seats.block[group]]
+        pick = lambda mine, theirs: jnp.where(flag.reshape(-1, *(1,) * (mine.ndim - 1)), theirs, mine)  # noqa: E731
+        return jax.tree.map(pick, personal[group], federated[group])
 
-    return {
-        name: jax.tree.map(lambda mine, theirs, c=chosen[name]: pick(mine, theirs, c), tree, federated[name])
-        for name, tree in personal.items()
-    }
+    return {group: one(group) for group in personal}
+
+
+def chosen_blocks(replaced: Array, replaceable: Array) -> Array:
+    """bool [K, R]: some task o with R_i[o] = 1 (`replaced` [K, O]) takes block r (`replaceable` [K, O, R])."""
+    return (replaced[:, :, None] & replaceable).any(1)
 
 
 def count(tree: Tree) -> int:

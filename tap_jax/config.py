@@ -4,7 +4,8 @@ A config is a `ConfigDict` with the fields of `default_config`, no more and no l
 function `get_config(argument="")` that starts from it; the command line (`--config.KEY=VALUE`), the file's argument
 (`configs/flava.py:rounds=5,seed=42`) and `load_config`'s `overrides` change single fields.
 
-"⚙" marks a choice that the paper leaves open, or where it and its release differ; the default is this project's reading.
+"⚙" marks a choice that the paper leaves open, or where it and its release differ; the default is this project's
+reading.
 """
 
 import ast
@@ -134,7 +135,7 @@ def default_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.root = "synthetic"  # | "hub" (ids of spec.md 6) | folder with one sub-folder of parquet files per task
-    data.folders = ConfigDict({task: "" for task in TASKS})  # task -> sub-folder of root; "": the task's name
+    data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all
     data.test_size = 0  # samples per task; 0: all
     data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
@@ -420,10 +421,12 @@ def _unknown(config: ConfigDict, field: str) -> None:
         if not isinstance(section.get(part), ConfigDict):
             break
         section, path = section[part], [*path, part]
-    everywhere = list(_flat(config))
-    close = difflib.get_close_matches(field, everywhere, n=1, cutoff=0.6) or [
-        other for other in everywhere if other.split(".")[-1] == parts[-1]
-    ]
+    prefix = "".join(f"{part}." for part in path)
+    # Closest name: in the same section first, then among the last parts of all names.
+    near = difflib.get_close_matches(parts[-1], list(section), n=1, cutoff=0.7)
+    leaves = {name.split(".")[-1]: name for name in _flat(config)}
+    far = [leaves[leaf] for leaf in difflib.get_close_matches(parts[-1], list(leaves), n=1, cutoff=0.7)]
+    close = [prefix + name for name in near] or far
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     raise UserError(f"{field}: unknown field{hint} {'.'.join(path) or 'config'} has: {', '.join(section)}")
 

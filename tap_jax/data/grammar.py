@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 
 TOPIC_WORDS = (
-    "minister troops treaty embassy border rebels parliament election refugees ceasefire president protest army summit",
-    "coach goal season league striker medal stadium playoff pitcher tournament referee champion inning golf",
-    "shares profit bank investors merger dollar earnings retailer stocks inflation bonds sales airline broker",
-    "software internet satellite virus browser chip robot rocket planet laser genome laptop galaxy telescope",
+    "minister troops treaty embassy border rebels election refugees president protest army",
+    "coach goal season league striker medal stadium playoff tournament referee champion",
+    "shares profit bank investors merger dollar earnings stocks inflation bonds sales",
+    "software internet satellite virus browser chip robot rocket planet laser laptop",
 )
 # Words of two topics each; on their own they do not decide.
 SHARED_TOPIC_WORDS = (
@@ -31,8 +31,8 @@ _NEWS_FRAMES = (
     "{t} {s} wants {a} but {b} needs more {c}",
     "report : {a} , {b} and {c} surprise {s} {t}",
 )
-_NEWS_SOURCES = ("expert", "city", "paper", "group", "chief", "family")
-_NEWS_TIMES = ("today", "monday", "friday", "tonight", "again", "this week")
+_NEWS_SOURCES = ("expert", "city", "paper", "group", "teacher", "player")
+_NEWS_TIMES = ("today", "monday", "friday", "tonight")
 
 
 def news(rng: np.random.Generator, label: int) -> dict:
@@ -54,27 +54,27 @@ def news(rng: np.random.Generator, label: int) -> dict:
 
 # Offence families: two names each, of which a question offers exactly one, and the acts that count as it.
 _CRIMES = (
-    (("theft", "robbery"), ("takes a car", "keeps a lost coin", "takes a coat")),
+    (("theft", "robbery"), ("takes a car", "keeps a coin", "takes a coat")),
     (("assault", "battery"), ("hits a guard", "kicks a clerk", "pushes a guest")),
     (("fraud", "deceit"), ("sells a fake coin", "signs a false paper", "lies to a clerk")),
-    (("arson", "damage"), ("burns a barn", "breaks a window", "burns a car")),
-    (("trespass", "intrusion"), ("enters a barn", "climbs a fence", "enters a yard")),
+    (("arson", "damage"), ("burns a boat", "breaks a window", "burns a car")),
+    (("trespass", "intrusion"), ("enters a boat", "climbs a fence", "enters a garden")),
     (("bribery", "corruption"), ("pays a guard", "pays a judge", "gives a judge a coat")),
 )
-_PERSONS = ("man", "woman", "boy", "girl", "doctor", "farmer", "teacher", "driver")
-_TIMES = ("at night", "at noon", "in spring", "in winter")
+_PERSONS = ("man", "woman", "boy", "girl", "player", "farmer", "teacher", "driver")
+_TIMES = ("today", "tonight", "at school", "in the park")
 # Illness families: two treatments each, of which a question offers exactly one, and the signs.
 _ILLNESSES = (
     (("insulin", "diet"), ("thirst", "sugar", "hunger")),
     (("aspirin", "surgery"), ("chest pain", "sweat", "weak pulse")),
-    (("inhaler", "steroid"), ("cough", "wheeze", "short breath")),
-    (("antibiotic", "fluids"), ("fever", "chills", "green mucus")),
-    (("cast", "splint"), ("bent arm", "swollen leg", "sharp pain")),
+    (("inhaler", "steam"), ("cough", "wheeze", "weak breath")),
+    (("antibiotic", "fluids"), ("fever", "chills", "headache")),
+    (("cast", "splint"), ("bent arm", "red leg", "sharp pain")),
     (("lotion", "cream"), ("rash", "itch", "red skin")),
 )
-_GOOD_ACTS = ("help", "thank", "feed", "teach", "hug", "cheer", "save", "greet")
-_BAD_ACTS = ("rob", "hurt", "insult", "trick", "scare", "cheat", "mock", "betray")
-_OTHERS = ("a friend", "a guest", "a child", "a neighbor", "an old man", "a teacher", "a dog", "a girl")
+_GOOD_ACTS = ("help", "thank", "feed", "teach", "save")
+_BAD_ACTS = ("rob", "hurt", "insult", "trick", "scare")
+_OTHERS = ("a friend", "a guest", "a child", "a farmer", "a man", "a teacher", "a dog", "a girl")
 _VERDICTS = ("wrong, wrong", "wrong, fine", "fine, wrong", "fine, fine")
 
 
@@ -114,16 +114,15 @@ def moral(rng: np.random.Generator) -> dict:
 
 # Who does what to what, where: transitive verbs with their own objects.
 _DOERS = ("dog", "cat", "boy", "girl", "man", "woman", "child", "farmer", "teacher", "player", "driver", "horse")
-_INTRANSITIVE = ("run", "walk", "sleep", "jump", "dance", "sing", "play", "wait")
+_INTRANSITIVE = ("run", "walk", "sleep", "jump", "dance", "play")
 _TRANSITIVE = {
-    "throw": ("ball", "stick", "stone"),
+    "throw": ("ball", "coin", "stone"),
     "eat": ("apple", "cake", "bread"),
     "carry": ("bag", "box", "stone"),
-    "read": ("book", "letter", "paper"),
-    "watch": ("bird", "game", "boat"),
-    "wash": ("car", "shirt", "window"),
+    "read": ("book", "report", "paper"),
+    "watch": ("bird", "robot", "boat"),
+    "wash": ("car", "coat", "window"),
     "paint": ("fence", "boat", "box"),
-    "buy": ("book", "cake", "shirt"),
 }
 _PLACES = {
     "park": "in the park",
@@ -135,7 +134,6 @@ _PLACES = {
     "river": "by the river",
     "field": "in the field",
     "market": "at the market",
-    "bridge": "under the bridge",
 }
 
 

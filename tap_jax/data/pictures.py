@@ -5,7 +5,7 @@ What a class means is fixed; position, size, tilt, light, colour shade and noise
 
 import numpy as np
 
-from tap_jax.data import drawing, text
+from tap_jax.data import drawing, templates
 from tap_jax.data.examples import Examples
 from tap_jax.errors import UserError
 from tap_jax.federation import Task
@@ -49,7 +49,7 @@ def _backdrop(rng: np.random.Generator, kinds: np.ndarray, *, low: float, high: 
     """Grey pictures [n, 64, 64, 3] with a faint pattern of the given kinds (-1 plain)."""
     n = len(kinds)
     u, v = drawing.grid(rng.uniform(0, drawing.SIDE, (n, 2)), rng.uniform(5, 7, n))
-    pattern = drawing.texture(kinds, u, v) * 0.22
+    pattern = drawing.texture(kinds, u, v) * 0.12
     return np.repeat((rng.uniform(low, high, (n, 1, 1)) + pattern).astype(np.float32)[..., None], 3, axis=-1)
 
 
@@ -58,26 +58,26 @@ def _shapes(task: Task, rng: np.random.Generator, n: int) -> Examples:
     labels = _balanced(rng, n, task.classes)
     shape, color, pattern = class_factors(task.classes, (10, 5, 4))[labels].T
     pattern = np.where(pattern < 0, rng.integers(0, 4, n), pattern) - 1
-    centers, sizes = _placement(rng, n, shift=9, sizes=(12, 22))
-    u, v = drawing.grid(centers, sizes, rng.uniform(-0.3, 0.3, n))
+    centers, sizes = _placement(rng, n, shift=6, sizes=(17, 22))
+    u, v = drawing.grid(centers, sizes, rng.uniform(-0.2, 0.2, n))
     mask = drawing.coverage(tuple(drawing.SHAPES.values()), shape, u, v, sizes)
     picture = drawing.blend(
-        _backdrop(rng, pattern, low=0.1, high=0.6), mask, _jitter(rng, drawing.PALETTE[color], 0.18)
+        _backdrop(rng, pattern, low=0.1, high=0.45), mask, _jitter(rng, drawing.PALETTE[color], 0.12)
     )
-    return Examples(_zeros(n), images=drawing.finish(rng, picture, noise=0.06, light=0.3), labels=labels)
+    return Examples(_zeros(n), images=drawing.finish(rng, picture, noise=0.04, light=0.2), labels=labels)
 
 
 def _textures(task: Task, rng: np.random.Generator, n: int) -> Examples:
     """cifar100: two-tone textures; pattern x hue (x tilt) is the class, period and phase are chance."""
     labels = _balanced(rng, n, task.classes)
     pattern, color, tilt = class_factors(task.classes, (5, 8, 5))[labels].T
-    angles = np.where(tilt < 0, rng.uniform(0, np.pi, n), tilt * np.pi / 5 + rng.uniform(-0.12, 0.12, n))
-    periods = rng.uniform(5, 9, n)
+    angles = np.where(tilt < 0, rng.uniform(-0.3, 0.3, n), tilt * np.pi / 5 + rng.uniform(-0.12, 0.12, n))
+    periods = rng.uniform(6, 8.5, n)
     u, v = drawing.grid(rng.uniform(0, drawing.SIDE, (n, 2)), periods, angles)
-    dark = _jitter(rng, np.full((n, 3), 0.35), 0.3).astype(np.float32)
+    dark = _jitter(rng, np.full((n, 3), 0.2), 0.15).astype(np.float32)
     base = np.broadcast_to(dark[:, None, None, :], (n, drawing.SIDE, drawing.SIDE, 3))
-    picture = drawing.blend(base, drawing.texture(pattern, u, v), _jitter(rng, drawing.PALETTE[color], 0.25))
-    return Examples(_zeros(n), images=drawing.finish(rng, picture, noise=0.06, light=0.35), labels=labels)
+    picture = drawing.blend(base, drawing.texture(pattern, u, v), _jitter(rng, drawing.PALETTE[color], 0.15))
+    return Examples(_zeros(n), images=drawing.finish(rng, picture, noise=0.04, light=0.25), labels=labels)
 
 
 # --- pictures to reconstruct ----------------------------------------------------------------------------------
@@ -115,29 +115,29 @@ def _objects(task: Task, rng: np.random.Generator, n: int) -> Examples:
 
 # --- pictures with a question ---------------------------------------------------------------------------------
 
-_VQA_SHAPES = tuple(drawing.SHAPES)[:6]
-_VQA_COLORS = tuple(drawing.COLORS)[:6]
+_VQA_SHAPES = tuple(drawing.SHAPES)[:5]
+_VQA_COLORS = tuple(drawing.COLORS)[:5]
 
 
 def _questions(task: Task, rng: np.random.Generator, n: int) -> Examples:
     """vqa: one or two shapes, left and right, and a question about one of them."""
     shapes = rng.permuted(np.tile(np.arange(len(_VQA_SHAPES)), (n, 1)), axis=1)[:, :3]
     colors = rng.permuted(np.tile(np.arange(len(_VQA_COLORS)), (n, 1)), axis=1)[:, :3]
-    two = rng.random(n) < 0.35
+    two = rng.random(n) < 0.25
     first_side = rng.integers(0, 2, n)
-    picture = _backdrop(rng, np.full(n, -1), low=0.05, high=0.3)
+    picture = _backdrop(rng, np.full(n, -1), low=0.05, high=0.2)
     for which in range(2):
         side = first_side if which == 0 else 1 - first_side
         centers = np.stack([np.where(side == 0, 17, 46), np.full(n, 31.5)], axis=1) + rng.uniform(-3, 3, (n, 2))
-        sizes = rng.uniform(10, 14, n)
+        sizes = rng.uniform(12, 15, n)
         u, v = drawing.grid(centers, sizes)
         mask = drawing.coverage(tuple(drawing.SHAPES[s] for s in _VQA_SHAPES), shapes[:, which], u, v, sizes)
         if which == 1:
             mask = mask * two[:, None, None]
         picture = drawing.blend(picture, mask, _jitter(rng, drawing.PALETTE[colors[:, which]], 0.08))
-    kinds = rng.choice(6, n, p=(0.3, 0.22, 0.14, 0.12, 0.08, 0.14))
+    kinds = rng.choice(6, n, p=(0.38, 0.2, 0.12, 0.12, 0.06, 0.12))
     records = [_ask(rng, kinds[i], shapes[i], colors[i], bool(two[i]), first_side[i]) for i in range(n)]
-    inputs, targets = zip(*map(text.vqa_text, records), strict=True)
+    inputs, targets = zip(*map(templates.vqa_text, records), strict=True)
     images = drawing.finish(rng, picture, noise=0.03, light=0.15)
     return Examples(_zeros(n), images=images, inputs=inputs, targets=targets, references=tuple((t,) for t in targets))
 

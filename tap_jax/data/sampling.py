@@ -1,17 +1,18 @@
 """Plans: which samples every client trains on in a phase, drawn on the host from (seed, round, client, purpose).
 
-A client's minibatch is cut by stream into *rows* of s samples (the microbatch). The plan is plain numpy; the
+A client's minibatch is cut by task and domain into *rows* of s samples (the microbatch). The plan is plain numpy; the
 compiled program is the same for every plan of the same capacity.
 
-Letters: K clients of a cohort shard, τ steps, N rows of a stream that fit in one step, s samples of a row.
+Letters: K clients of a cohort shard, τ steps, N rows of a task that fit in one step, s samples of a row.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from flax import struct
 
-from tap_jax.federation import Stream
+from tap_jax.federation import Task
 
 PURPOSES = ("cohort", "federated", "personal", "local", "post", "distil", "post_personal")
 
@@ -34,33 +35,38 @@ class ClientData:
         return sum(len(ids) for ids in self.streams.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """One stream's rows, a table per step; entries past `count` are padding of weight 0.
+class Table(struct.PyTreeNode):
+    """Rows of one task, per step; entries past the real ones are padding of weight 0.
 
     Attributes:
       client: int32 [τ, N], position in the cohort shard.
+      domain: int32 [τ, N], the domain all samples of the row have.
       ids: int32 [τ, N, s], samples of the task.
       weights: float32 [τ, N, s]; over one client's minibatch and task they add up to 1.
       share: float32 [τ, N], λ_o: the task's share of the client's minibatch.
-      part: int32 [τ, N], number of the row among those of its client, stream and step (for dropout keys).
-      count: int32 [τ], real rows.
+      part: int32 [τ, N], number of the row among those of its client, task and step (for dropout keys).
     """
 
     client: np.ndarray
+    domain: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
     share: np.ndarray
     part: np.ndarray
+
+
+class Rows(struct.PyTreeNode):
+    """A table and how many of its rows are real: count int32 [τ]."""
+
+    table: Table
     count: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(struct.PyTreeNode):
     """A phase of local training for one cohort shard.
 
     Attributes:
-      rows: stream name -> `Rows`.
+      rows: task name -> `Rows`.
       clients: int32 [K], client numbers (-1: no client at this position).
       active: bool [τ, K], client k takes a step.
       steps: int32, the last step in which anybody is active, plus one.
@@ -99,16 +105,27 @@ def minibatches(rng: np.random.Generator, samples: int, *, batch: int, steps: in
     return drawn[:steps]
 
 
-def capacity(data: Sequence[ClientData], stream: str, *, positions: int, batch: int, microbatch: int) -> int:
-    """N: rows of a stream that one step of `positions` clients can need, whoever they are."""
-    rows = sorted((-(-min(batch, len(d.streams[stream])) // microbatch) for d in data if stream in d.streams))
-    return max(1, sum(rows[-positions:]))
+def rows_needed(data: ClientData, task: Task, *, batch: int, microbatch: int) -> int:
+    """Rows that one minibatch of the client can need for the task; a row holds one domain."""
+    sizes = [len(data.streams[stream.name]) for stream in task.streams if stream.name in data.streams]
+    full = sum(-(-min(batch, size) // microbatch) for size in sizes)
+    # However the minibatch falls, each domain leaves at most one row unfilled.
+    return min(full, batch // microbatch + len(sizes))
+
+
+def capacities(data: Sequence[ClientData], tasks: Sequence[Task], *, positions: int, batch: int, microbatch: int):
+    """Task name -> N, the rows that one step of any `positions` clients can need, at least 1."""
+    out = {}
+    for task in tasks:
+        rows = sorted(rows_needed(client, task, batch=batch, microbatch=microbatch) for client in data)
+        out[task.name] = max(1, sum(rows[-positions:]))
+    return out
 
 
 def draw_plan(
     data: Sequence[ClientData],
     clients: np.ndarray,
-    streams: Sequence[Stream],
+    tasks: Sequence[Task],
     *,
     seed: int,
     round_: int,
@@ -125,58 +142,60 @@ def draw_plan(
     Args:
       data: of all clients of the federation.
       clients: int [K], client numbers, -1 for an empty position.
-      streams: all streams of the federation, in order.
-      capacities: N per stream.
+      tasks: all tasks of the federation, in order.
+      capacities: N per task, a multiple of the rows a chunk takes.
       length: τ of the arrays (>= steps), so that phases of different length share one program.
       passes: see `minibatches`.
     """
     length = steps if length is None else length
-    rows = {
-        stream.name: Rows(
-            client=np.zeros((length, n), np.int32),
-            ids=np.zeros((length, n, microbatch), np.int32),
-            weights=np.zeros((length, n, microbatch), np.float32),
-            share=np.zeros((length, n), np.float32),
-            part=np.zeros((length, n), np.int32),
-            count=np.zeros(length, np.int32),
-        )
-        for stream, n in ((stream, capacities[stream.name]) for stream in streams)
-    }
+    rows = {task.name: _empty(length, capacities[task.name], microbatch) for task in tasks}
     active = np.zeros((length, len(clients)), bool)
     for position, client in enumerate(clients):
         if client < 0:
             continue
-        mine = [stream for stream in streams if stream.name in data[client].streams]
-        ends = np.cumsum([len(data[client].streams[stream.name]) for stream in mine])
+        mine = data[client]
+        owner = np.repeat(np.arange(len(mine.streams)), [len(ids) for ids in mine.streams.values()])
+        ids, tokens = np.concatenate(list(mine.streams.values())), np.concatenate(list(mine.tokens.values()))
         rng = generator(seed, round_, int(client), purpose)
-        drawn = minibatches(rng, data[client].samples, batch=batch, steps=steps, passes=passes)
+        drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, passes=passes)
         for step, chosen in enumerate(drawn):
             active[step, position] = True
-            _add_minibatch(rows, data[client], mine, ends, position, step, chosen, microbatch)
+            for task in tasks:
+                _add_rows(rows[task.name], task, mine, position, step, chosen, owner, ids, tokens, microbatch)
     used = np.flatnonzero(active.any(1))
     return Plan(rows, np.asarray(clients, np.int32), active, np.int32(used[-1] + 1 if len(used) else 0))
 
 
-def _add_minibatch(rows, data: ClientData, streams, ends, position, step, chosen, microbatch) -> None:
-    owner = np.searchsorted(ends, chosen, side="right")
-    parts = {}
-    for number, stream in enumerate(streams):
-        local = chosen[owner == number] - (ends[number - 1] if number else 0)
-        if len(local):
-            parts[stream] = (data.streams[stream.name][local], data.tokens[stream.name][local].astype(np.float64))
-    sizes: dict[str, int] = {}
-    tokens: dict[str, float] = {}
-    for stream, (ids, lengths) in parts.items():
-        sizes[stream.task.name] = sizes.get(stream.task.name, 0) + len(ids)
-        tokens[stream.task.name] = tokens.get(stream.task.name, 0.0) + lengths.sum()
-    for stream, (ids, lengths) in parts.items():
-        table = rows[stream.name]
-        for part, start in enumerate(range(0, len(ids), microbatch)):
-            n, cut = table.count[step], slice(start, start + microbatch)
-            size = len(ids[cut])
+def _empty(length: int, rows: int, microbatch: int) -> Rows:
+    whole = lambda dtype, *shape: np.zeros((length, rows, *shape), dtype)  # noqa: E731
+    table = Table(
+        client=whole(np.int32),
+        domain=whole(np.int32),
+        ids=whole(np.int32, microbatch),
+        weights=whole(np.float32, microbatch),
+        share=whole(np.float32),
+        part=whole(np.int32),
+    )
+    return Rows(table, np.zeros(length, np.int32))
+
+
+def _add_rows(rows: Rows, task: Task, mine: ClientData, position, step, chosen, owner, ids, tokens, microbatch) -> None:
+    names = list(mine.streams)
+    numbers = [names.index(stream.name) if stream.name in names else -1 for stream in task.streams]
+    by_domain = [chosen[owner[chosen] == number] for number in numbers]
+    size = sum(map(len, by_domain))
+    if size == 0:
+        return
+    total = sum(tokens[samples].sum(dtype=np.float64) for samples in by_domain)
+    table, part = rows.table, 0
+    for domain, samples in enumerate(by_domain):
+        for start in range(0, len(samples), microbatch):
+            row, n = samples[start : start + microbatch], rows.count[step]
             table.client[step, n] = position
-            table.ids[step, n, :size] = ids[cut]
-            table.weights[step, n, :size] = lengths[cut] / tokens[stream.task.name]
-            table.share[step, n] = sizes[stream.task.name] / len(chosen)
+            table.domain[step, n] = domain
+            table.ids[step, n, : len(row)] = ids[row]
+            table.weights[step, n, : len(row)] = tokens[row] / total
+            table.share[step, n] = size / len(chosen)
             table.part[step, n] = part
-            table.count[step] += 1
+            rows.count[step] += 1
+            part += 1

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tap_jax.data import grammar, text
+from tap_jax.data import grammar, templates
 from tap_jax.data.examples import Examples
 from tap_jax.data.pictures import PICTURES
 from tap_jax.errors import UserError
@@ -28,7 +28,7 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
     Args:
       task: one of the eight names of the paper; `task.classes` may be any number up to 200 (pictures) or 4 (news).
       split: "train" or "test"; the two are disjoint for every size, under one seed.
-      size: N. For common_gen's test split the number of concept sets, each with one or more references.
+      size: N. For common_gen's test split the number of concept sets (about 800 exist), each with several references.
       seed: the split is a pure function of (task, split, size, seed).
 
     Raises:
@@ -37,7 +37,7 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
     Example:
       >>> from tap_jax.federation import find_task
       >>> load(find_task("common_gen"), "train", size=1, seed=0).inputs[0].split("Concepts: ")[1]
-      'boy, field, run'
+      'school, boy, jump'
     """
     if split not in SPLITS:
         raise UserError(f"split '{split}': use one of {', '.join(SPLITS)}")
@@ -114,7 +114,7 @@ def _multiple_choice(task: Task, split: str, rng: np.random.Generator, size: int
     def draw(number: int):
         domain = number % len(task.domains)
         record = rules[task.domains[domain]](rng)
-        source, target = text.mmlu_text(record)
+        source, target = templates.mmlu_text(record)
         # The question alone decides the split: with other options it must not sit in both.
         return record["question"], source, (domain, source, target)
 
@@ -130,11 +130,12 @@ def _concepts(task: Task, split: str, rng: np.random.Generator, size: int) -> Ex
     def draw(number: int):
         record = grammar.scene(rng)
         sentences = [record["target"], *record["others"]]
-        pairs = [text.common_gen_text({**record, "target": sentence}) for sentence in sentences]
+        pairs = [templates.common_gen_text({**record, "target": sentence}) for sentence in sentences]
         source, targets = pairs[0][0], tuple(target for _, target in pairs)
+        concepts = " ".join(sorted(record["concepts"]))
         if split == "test":
-            return source, source, (source, targets)
-        return source, source + targets[0], (source, targets[:1])
+            return concepts, concepts, (source, targets)
+        return concepts, concepts + targets[0], (source, targets[:1])
 
     inputs, references = zip(*_collect(draw, task, split, size), strict=True)
     targets = tuple(group[0] for group in references)

@@ -1,6 +1,5 @@
-"""Texts: the templates of Table 23, the word-piece tokenizer, and the token arrays of one split.
+"""Texts to numbers: the word-piece tokenizer and the token arrays of one split.
 
-A template is cut where the answer starts: the model reads the first part and must write the second ("Answer: yes").
 The tokenizer is BERT's (lower case, greedy longest piece first), either loaded with a pre-trained model or trained
 on the run's own texts; both are the same class, `WordPiece`.
 """
@@ -10,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
@@ -20,44 +19,6 @@ from tap_jax.errors import UserError
 from tap_jax.federation import Task
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LETTERS = "ABCDEFGHIJ"
-
-
-def mmlu_text(record: Mapping) -> tuple[str, str]:
-    """{question, subject, choices, answer} -> (input, target), Table 23; options are lines "A. ..."."""
-    subject = record["subject"].replace("_", " ")
-    options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, record["choices"], strict=False)]
-    shown = "\n".join(options)
-    return (
-        f"The following is a multiple-choice question about {subject}. Choose the correct answer from the options "
-        f"below. Question: {record['question']} Options:\n{shown}",
-        f"Correct answer on {subject}: {options[record['answer']]}",
-    )
-
-
-def vqa_text(record: Mapping) -> tuple[str, str]:
-    """{question, multiple_choice_answer} -> (input, target), Table 23."""
-    question = record["question"]
-    return (
-        f"Answer the question based on the image. Question: {question}",
-        f"Answer: {record['multiple_choice_answer']}",
-    )
-
-
-def common_gen_text(record: Mapping) -> tuple[str, str]:
-    """{concepts, target} -> (input, target), Table 23; concepts are joined by commas."""
-    concepts = ", ".join(record["concepts"])
-    return (
-        f"Generate an appropriate description from the concepts below. Concepts: {concepts}",
-        f"Description: {record['target']}",
-    )
-
-
-TEMPLATES: dict[str, Callable[[Mapping], tuple[str, str]]] = {
-    "mmlu": mmlu_text,
-    "vqa": vqa_text,
-    "common_gen": common_gen_text,
-}
 
 
 class WordPiece:
@@ -164,7 +125,7 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"data.tokenizer: cannot load '{source}' ({reason}); give a folder with tokenizer.json, a hub id, or 'train'"
+            f"data.tokenizer: cannot load '{source}' ({reason}); give a folder with tokenizer.json, a hub id or 'train'"
         ) from error
     return WordPiece(loaded.backend_tokenizer)
 
@@ -187,6 +148,8 @@ def _train(corpus: list[str], vocab_size: int, cache_dir: str | None) -> WordPie
         w for text in corpus for w, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
     }
     alphabet = sorted({w[0] for w in words} | {f"##{c}" for w in words for c in w[1:]})
+    if vocab_size < len(SPECIAL) + len(alphabet):
+        raise UserError(f"data.vocab_size: {vocab_size} is too small for {len(alphabet)} characters; raise it")
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[*SPECIAL, *alphabet], show_progress=False, min_frequency=1
     )

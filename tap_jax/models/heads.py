@@ -8,7 +8,7 @@ statistics, softmax and outputs are float32. Dropout draws from the rng collecti
 Every head runs under `jax.vmap` with different parameters per client, where a convolution would become a
 grouped one, slow on every backend. Hence there are only matrix products here.
 
-The paper does not say how decoders start; each layer starts as its PyTorch namesake does.
+The paper does not say how decoders start: each layer starts as its PyTorch namesake, embeddings and block as GPT-2's.
 """
 
 from collections.abc import Callable
@@ -28,17 +28,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 CONDITIONS = ("pooled", "paths")
 
 # Uniform in +-1/sqrt(fan in): torch.nn.Linear's weight.
-_linear_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# GPT-2's own: .02, and .02 / sqrt(2 layers' worth of residual branches) for what is added to the stream.
-_gpt2_kernel = nn.initializers.normal(0.02)
-_gpt2_residual_kernel = nn.initializers.normal(0.02 / 2**0.5)
+_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# GPT-2: standard deviation .02, divided by sqrt(residual branches) = sqrt(2) for what is added to the stream.
+_gpt2_init = nn.initializers.normal(0.02)
+_gpt2_residual_init = nn.initializers.normal(0.02 / 2**0.5)
 
 
 class ClassificationHead(nn.Module):
     """Multi-layer perceptron from the pooled embedding to class scores (Table 18).
 
     FLAVA: hidden (D/2,), relu, dropout .3. ViLT: hidden (4D, D), gelu, dropout .1, LayerNorm. Dropout and
-    LayerNorm sit on the first hidden layer alone: with them on both, ViLT's count in Table 7 is exceeded.
+    LayerNorm act on the first hidden layer alone: a second LayerNorm would exceed ViLT's parameter count in Table 7.
 
     Attributes:
       classes: C.
@@ -172,7 +172,7 @@ class ConditioningAttention(nn.Module):
         width = vectors.shape[-1]
         kernel = self.param("in_proj_kernel", nn.initializers.xavier_uniform(), (width, 3 * width), jnp.float32)
         bias = self.param("in_proj_bias", nn.initializers.zeros, (3 * width,), jnp.float32)
-        out = nn.Dense(width, dtype=self.dtype, kernel_init=_linear_kernel, name="out_proj")
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=_linear_init, name="out_proj")
 
         def project(x: jax.Array, first: int, last: int) -> jax.Array:
             columns = slice(first * width, last * width)
@@ -233,18 +233,18 @@ class GPT2Block(nn.Module):
             return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)(x)
 
         n = _layer_norm(x, eps=1e-5, dtype=self.dtype, name="ln_1")
-        qkv = _split_heads(dense(n, 3 * width, "attn_c_attn", _gpt2_kernel), 3 * self.heads)
+        qkv = _split_heads(dense(n, 3 * width, "attn_c_attn", _gpt2_init), 3 * self.heads)
         query, keys, values = jnp.split(qkv, 3, axis=2)
         if cache is not None:
             keys = lax.dynamic_update_slice_in_dim(cache[0], keys, position, axis=1)
             values = lax.dynamic_update_slice_in_dim(cache[1], values, position, axis=1)
         scores = jnp.where(mask[None, None], _scores(query, keys), jnp.finfo(jnp.float32).min)
         attended = _read(dropout(nn.softmax(scores)), values)
-        x = x + dropout(dense(attended, width, "attn_c_proj", _gpt2_residual_kernel))
+        x = x + dropout(dense(attended, width, "attn_c_proj", _gpt2_residual_init))
 
         n = _layer_norm(x, eps=1e-5, dtype=self.dtype, name="ln_2")
-        n = nn.gelu(dense(n, self.inner, "mlp_c_fc", _gpt2_kernel), approximate=True)
-        x = x + dropout(dense(n, width, "mlp_c_proj", _gpt2_residual_kernel))
+        n = nn.gelu(dense(n, self.inner, "mlp_c_fc", _gpt2_init), approximate=True)
+        x = x + dropout(dense(n, width, "mlp_c_proj", _gpt2_residual_init))
         return x, (keys, values)
 
 
@@ -286,15 +286,14 @@ class TextHead(nn.Module):
         for field in ("heads", "cond_heads"):
             if self.width % getattr(self, field):
                 raise UserError(f"{field}: {getattr(self, field)} does not divide the width {self.width}")
-        normal = nn.initializers.normal
-        self.wte = self.param("wte", normal(1.0), (self.vocab, self.width), jnp.float32)
-        self.position = self.param("position", normal(1.0), (self.max_length, self.width), jnp.float32)
-        self.wpe = self.param("wpe", normal(0.02), (self.max_length, self.width), jnp.float32)
+        self.wte = self.param("wte", _gpt2_init, (self.vocab, self.width), jnp.float32)
+        self.position = self.param("position", _gpt2_init, (self.max_length, self.width), jnp.float32)
+        self.wpe = self.param("wpe", _gpt2_init, (self.max_length, self.width), jnp.float32)
         self.conditioning = ConditioningAttention(self.cond_heads, dtype=self.dtype)
         self.embedding_dropout = nn.Dropout(self.dropout)
         self.block = GPT2Block(self.heads, self.inner or 2 * self.width, self.dropout, dtype=self.dtype)
-        self.ln_f = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False)
-        self.output = self.param("output", _linear_kernel, (self.width, self.vocab), jnp.float32)
+        self.ln_f = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
+        self.output = self.param("output", _linear_init, (self.width, self.vocab), jnp.float32)
 
     def __call__(self, condition_vectors: jax.Array, ids: jax.Array, *, deterministic: bool) -> jax.Array:
         """Scores the next token at every position (teacher forcing; the caller shifts).
@@ -370,8 +369,8 @@ class TextHead(nn.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """Maps hidden states [B, T, D] to logits [B, T, V], float32."""
-        kernel = self.output.astype(self.dtype)
-        return jnp.einsum("btd,dv->btv", self.ln_f(x), kernel, preferred_element_type=jnp.float32)
+        x = self.ln_f(x.astype(jnp.float32)).astype(self.dtype)
+        return jnp.einsum("btd,dv->btv", x, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
 @jax.custom_batching.custom_vmap
@@ -382,9 +381,9 @@ def _all_done(done: jax.Array) -> jax.Array:
 
 @_all_done.def_vmap
 def _all_done_in_every_row(axis_size: int, in_batched: list[bool], done: jax.Array) -> tuple[jax.Array, bool]:
-    # A loop condition that differs between vmapped clients would make JAX select between the old and the new
-    # cache at every step and turn slice updates into scatters. Rows that have stopped only write padding, so
-    # running them on until all have stopped changes nothing.
+    # A condition that differs between vmapped clients would make JAX copy the whole cache at every step, to
+    # select between its old and its new state. Rows that have stopped only write padding, so running them
+    # until all have stopped changes nothing.
     del axis_size, in_batched
     return _all_done(done), False
 
@@ -392,12 +391,14 @@ def _all_done_in_every_row(axis_size: int, in_batched: list[bool], done: jax.Arr
 def _linear(x: jax.Array, features: int, *, dtype: DTypeLike, name: str) -> jax.Array:
     """torch.nn.Linear with its initial distribution: x [..., D] -> [..., features]."""
     bias = _uniform(1 / x.shape[-1] ** 0.5)
-    return nn.Dense(features, dtype=dtype, kernel_init=_linear_kernel, bias_init=bias, name=name)(x)
+    return nn.Dense(features, dtype=dtype, kernel_init=_linear_init, bias_init=bias, name=name)(x)
 
 
 def _layer_norm(x: jax.Array, *, eps: float, dtype: DTypeLike, name: str) -> jax.Array:
+    """LayerNorm in float32, result in `dtype`."""
     # Flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
-    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)(x)
+    norm = nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(dtype)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -73,13 +73,32 @@ class ServerModel:
             dtype=dtype,
         )
 
+    def roles(self, stream: Stream) -> dict[str, str | tuple[str, ...]]:
+        """What the stream's forward pass is made of: part -> the block, or one block per path.
+
+        The parts' names do not depend on the domain, so that one program serves all domains of a task.
+        """
+        task = stream.task
+        out: dict[str, str | tuple[str, ...]] = {"shared_proj": "shared_proj", "head": f"head/{task.head}"}
+        for modality in task.modalities:
+            out[f"{modality}/encoder"] = f"encoder/{modality}"
+            for part, names in backbone.roles(modality, task.kind, stream.domain).items():
+                out[f"{modality}/{part}"] = names
+        return out
+
     def blocks_of(self, stream: Stream) -> tuple[str, ...]:
         """Names of the blocks on the stream's paths: encoders, shared projection, backbone, head."""
-        task = stream.task
-        names = [f"encoder/{modality}" for modality in task.modalities] + ["shared_proj"]
-        for modality in task.modalities:
-            names += backbone.path_blocks(modality, task.kind, stream.domain)
-        return (*dict.fromkeys(names), f"head/{task.head}")
+        names = [(part,) if isinstance(part, str) else part for part in self.roles(stream).values()]
+        return tuple(dict.fromkeys(name for part in names for name in part))
+
+    def collect(self, blocks: Blocks, stream: Stream) -> dict[str, Tree]:
+        """The parts of a forward pass from single blocks: the blocks of the paths stacked, [P, ...]."""
+        return {
+            part: blocks[names]
+            if isinstance(names, str)
+            else jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[name] for name in names))
+            for part, names in self.roles(stream).items()
+        }
 
     def partition(self, task_mask: np.ndarray) -> Partition:
         """The blocks, which task touches which, and who has which task (bool [K, O])."""
@@ -87,7 +106,7 @@ class ServerModel:
         for stream in self.streams:
             for name in self.blocks_of(stream):
                 touches[self.tasks.index(stream.task), self.block_names.index(name)] = True
-        return Partition(self.block_names, touches, task_mask)
+        return Partition(self.block_names, tuple(map(_group, self.block_names)), touches, task_mask)
 
     def init(self, key: Array) -> tuple[Tree, dict[str, Tree]]:
         """Fresh (frozen, blocks), all float32; each block's values depend on the key and its own name only.
@@ -125,70 +144,67 @@ class ServerModel:
             args = (vectors,)
         return head.init(key, *args, deterministic=True)["params"]
 
-    def represent(self, frozen: Tree, blocks: Blocks, stream: Stream, batch: Mapping, *, key: Array | None = None):
+    def represent(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
         """Path vectors of a batch, [B, 4·|modalities|, D]: modalities in the task's order, paths as in `backbone`.
 
         Args:
           frozen: Ŵ as `init` returns it.
-          blocks: at least `blocks_of(stream)`.
+          parts: as `collect` returns them.
           batch: "images" float [B, 64, 64, 3] in standardised units and/or "tokens" int32 [B, T], 0-padded.
           key: dropout key; None in evaluation.
         """
         vectors = []
-        for number, modality in enumerate(stream.task.modalities):
+        for number, modality in enumerate(task.modalities):
             encoder_key, path_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, number))
             if modality == "image":
                 inputs, mask = batch["images"].astype(self.config.dtype), None
             else:
                 inputs, mask = batch["tokens"], batch["tokens"] != PAD
-            name = f"encoder/{modality}"
             x = self._encoders[modality].apply(
-                {"params": blocks[name], "frozen": frozen[name]},
+                {"params": parts[f"{modality}/encoder"], "frozen": frozen[f"encoder/{modality}"]},
                 inputs,
                 mask,
                 deterministic=key is None,
                 rngs=None if key is None else {"dropout": encoder_key},
             )
-            mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
             vectors.append(
                 backbone.run_paths(
                     self.config,
                     frozen["backbone"],
-                    blocks,
+                    {name.removeprefix(f"{modality}/"): part for name, part in parts.items()},
                     x,
-                    self._shared.apply({"params": blocks["shared_proj"]}, x),
-                    mask,
-                    modality=modality,
-                    kind=stream.task.kind,
-                    domain=stream.domain,
+                    self._shared.apply({"params": parts["shared_proj"]}, x),
+                    jnp.ones(x.shape[:2], bool) if mask is None else mask,
                     key=path_key,
                 )
             )
         return jnp.concatenate(vectors).swapaxes(0, 1)
 
-    def decode(self, blocks: Blocks, stream: Stream, vectors: Array, batch: Mapping, *, key: Array | None = None):
+    def decode(self, head: Tree, task: Task, vectors: Array, batch: Mapping, *, key: Array | None = None) -> Array:
         """The head on path vectors [B, P, D]; float32 logits [B, C], image [B, 64, 64, 3], or logits [B, A-1, V].
 
         Text is decoded with teacher forcing: position t of the output predicts answers[:, t+1].
         """
-        head = self._heads[stream.task.head]
+        module = self._heads[task.head]
         kwargs = {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
-        variables = {"params": blocks[f"head/{stream.task.head}"]}
-        if isinstance(head, TextHead):
-            return head.apply(variables, self._condition(vectors), batch["answers"][:, :-1], **kwargs)
-        return head.apply(variables, vectors.mean(1), **kwargs)
+        if isinstance(module, TextHead):
+            return module.apply({"params": head}, self._condition(vectors), batch["answers"][:, :-1], **kwargs)
+        return module.apply({"params": head}, vectors.mean(1), **kwargs)
 
-    def apply(self, frozen: Tree, blocks: Blocks, stream: Stream, batch: Mapping, *, key: Array | None = None) -> Array:
-        """`decode` of `represent`: the stream's whole forward pass, with dropout where a key is given."""
+    def apply(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
+        """`decode` of `represent`: the whole forward pass of a task, with dropout where a key is given.
+
+        Args:
+          parts: `collect(blocks, stream)`; the batch must be of that stream's domain.
+        """
         first, second = (None, None) if key is None else jax.random.split(key)
-        vectors = self.represent(frozen, blocks, stream, batch, key=first)
-        return self.decode(blocks, stream, vectors, batch, key=second)
+        vectors = self.represent(frozen, parts, task, batch, key=first)
+        return self.decode(parts["head"], task, vectors, batch, key=second)
 
-    def generate(self, blocks: Blocks, stream: Stream, vectors: Array, *, length: int, start: int, stop: int) -> Array:
-        """Greedy answers int32 [B, length] from path vectors [B, P, D]; ends with `stop`, then 0."""
-        head = self._heads[stream.task.head]
-        return head.apply(
-            {"params": blocks[f"head/{stream.task.head}"]},
+    def generate(self, head: Tree, task: Task, vectors: Array, *, length: int, start: int, stop: int) -> Array:
+        """Greedy answers int32 [B, length] from path vectors [B, P, D]; each ends with `stop`, then 0."""
+        return self._heads[task.head].apply(
+            {"params": head},
             self._condition(vectors),
             length=length,
             start_id=start,
@@ -217,6 +233,12 @@ def _fold(key: Array, name: str) -> Array:
 
 def _order(name: str) -> tuple[int, str]:
     return (("encoder", "shared_proj", "mote", "mome", "head").index(name.split("/")[0]), name)
+
+
+def _group(name: str) -> str:
+    """Blocks of one group have equal shapes and share an array: all stacks' attentions of a stage, and so on."""
+    stage, *rest = name.split("/")
+    return f"{stage}/{rest[1]}" if stage in ("mote", "mome") else name
 
 
 def _check(c: ModelConfig) -> None:

@@ -1,0 +1,60 @@
+"""Converted splits on disk: one .npz per split, arrays as they are and texts as JSON (nothing is ever unpickled)."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from tap_jax.data.examples import Examples
+from tap_jax.federation import Task
+
+FORMAT = 1  # raise it when the conversion changes
+_LOG = logging.getLogger(__name__)
+
+
+def cache_path(cache_dir: str, task: Task, split: str, settings: Sequence) -> pathlib.Path:
+    """A file name that changes with the source (`settings`: JSON values) and with the conversion."""
+    described = json.dumps([FORMAT, dataclasses.astuple(task), split, settings])
+    digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+    return pathlib.Path(cache_dir) / f"{task.name}-{split}-{digest}.npz"
+
+
+def write_cache(path: pathlib.Path, examples: Examples) -> None:
+    """Stores a split; whoever reads meanwhile sees the old file or the new one, never half of it."""
+    arrays = {name: value for name, value in vars(examples).items() if isinstance(value, np.ndarray)}
+    texts = {name: getattr(examples, name) for name in ("inputs", "targets", "references")}
+    arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(fresh, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(fresh, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            fresh.unlink()
+
+
+def read_cache(path: pathlib.Path) -> Examples | None:
+    """The stored split, or None where there is no usable file."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        texts = json.loads(arrays.pop("texts").tobytes())
+        for name, value in texts.items():
+            if value is not None:
+                arrays[name] = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        return Examples(**arrays)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        _LOG.warning("data: %s is damaged; building it anew", path)
+        return None

@@ -1,0 +1,232 @@
+"""The eight public data sets, from the hub or from a local folder of parquet files with the hub's columns.
+
+Each split is converted once to arrays (pictures to 64x64, texts cut by their template) and kept as one .npz file,
+named by a hash of where it came from and how it was converted; a damaged one is built anew. A split is only ever
+seen complete: it is written beside its place and moved there.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tap_jax.data import cache
+from tap_jax.data.examples import Examples
+from tap_jax.data.images import to_rgb64
+from tap_jax.data.sources import MMLU_DOMAINS, SOURCES, Source
+from tap_jax.data.templates import TEMPLATES
+from tap_jax.errors import UserError
+from tap_jax.federation import Task
+
+_LOG = logging.getLogger(__name__)
+
+
+VQA_TRAIN_ROWS = 17_000
+_SPLIT_SEED = 0
+
+Columns = Mapping[str, Sequence]
+
+
+def load(
+    task: Task,
+    split: str,
+    *,
+    root: str,
+    cache_dir: str | None = None,
+    limit: int | None = None,
+    folders: Mapping[str, str] | None = None,
+) -> Examples:
+    """Reads one split of one task.
+
+    Args:
+      task: its name is looked up in `SOURCES`.
+      split: "train" or "test".
+      root: "hub", or a folder that holds `<task>/train.parquet` and `<task>/test.parquet`.
+      cache_dir: where converted splits are kept (and the hub's files); None converts every time.
+      limit: at most so many samples, a fixed random subset in the file's order; None for all.
+      folders: task name -> folder under `root`, where it is not the task's name.
+
+    Raises:
+      UserError: the data are missing, empty, lack a column, hold an unreadable picture or an impossible label.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"split '{split}': use train or test")
+    if task.name not in SOURCES:
+        raise UserError(f"data.root: no source for task {task.name}; add it to tap_jax.data.sources.SOURCES")
+    if limit is not None and limit < 1:
+        raise UserError(f"data.limit: {limit}; use at least 1, or none for all")
+    source = SOURCES[task.name]
+    if root == "hub":
+        identity = ["hub", dataclasses.astuple(source), _SPLIT_SEED, VQA_TRAIN_ROWS]
+    else:
+        folder, stand_in = locate(task, root, folders)
+        if stand_in:
+            _LOG.warning("%s", stand_in)
+        path = folder / f"{split}.parquet"
+        if not path.is_file():
+            raise UserError(f"data.root: {path} is missing; put the {split} split of {task.name} there")
+        identity = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+    cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, limit])
+    if cached and (examples := cache.read_cache(cached)) is not None:
+        return examples
+    columns = _from_hub(task, split, cache_dir) if root == "hub" else _from_parquet(task, path)
+    examples = convert(task, split, columns, limit=limit)
+    if cached:
+        cache.write_cache(cached, examples)
+    return examples
+
+
+def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> tuple[pathlib.Path, str | None]:
+    """The local folder of a task, and a line to show where it is another data set standing in (else None).
+
+    Raises:
+      UserError: neither the task's folder nor a stand-in is there.
+    """
+    base = pathlib.Path(root)
+    chosen = (folders or {}).get(task.name)
+    names = (chosen,) if chosen else (task.name, *SOURCES[task.name].stand_ins)
+    for name in names:
+        if (base / name).is_dir():
+            differs = name != task.name
+            return base / name, f"data: {name} stands in for {task.name}" if differs else None
+    raise UserError(
+        f"data.root: no folder {' or '.join(names)} in {base}; put the parquet files of {task.name} there, "
+        "or use data.root=hub"
+    )
+
+
+def convert(task: Task, split: str, columns: Columns, *, limit: int | None = None) -> Examples:
+    """Rows with the hub's columns -> `Examples`.
+
+    Args:
+      task: its kind, domains and number of classes.
+      split: "train" or "test"; test rows of common_gen with one concept_set_idx become one sample.
+      columns: column name -> one entry per row; pictures as bytes or {"bytes": ..., "path": ...}.
+      limit: see `load`.
+
+    Raises:
+      UserError: no rows, an unreadable picture, an impossible label, subject or answer.
+    """
+    source, place = SOURCES[task.name], f"{task.name}/{split}"
+    count = len(columns[source.needed[0]])
+    if not count:
+        raise UserError(f"data.root: {place} has no rows; put data there")
+    groups = [[row] for row in range(count)]
+    if task.name == "common_gen" and split == "test":
+        by_set: dict[int, list[int]] = {}
+        for row, index in enumerate(columns["concept_set_idx"]):
+            by_set.setdefault(index, []).append(row)
+        groups = list(by_set.values())
+    if limit is not None and limit < len(groups):
+        kept = np.random.default_rng(_SPLIT_SEED).permutation(len(groups))[:limit]
+        groups = [groups[i] for i in np.sort(kept)]
+    rows = [group[0] for group in groups]
+    fields: dict = {"domains": np.zeros(len(rows), np.int32)}
+    if source.image:
+        pictures = (to_rgb64(columns[source.image][row], where=f"{place} row {row}") for row in rows)
+        fields["images"] = np.stack(list(pictures))
+    if source.label:
+        fields["labels"] = _labels(task, place, columns[source.label], rows)
+    if task.name in TEMPLATES:
+        cut = [[_cut(task, place, columns, row) for row in group] for group in groups]
+        fields["inputs"] = tuple(group[0][0] for group in cut)
+        fields["references"] = tuple(tuple(target for _, target in group) for group in cut)
+        fields["targets"] = tuple(group[0] for group in fields["references"])
+    elif "text" in source.columns:
+        fields["inputs"] = tuple(columns["text"][row] for row in rows)
+    if task.name == "mmlu":
+        fields["domains"] = _domains(task, place, columns["subject"], rows)
+    return Examples(**fields)
+
+
+def _cut(task: Task, place: str, columns: Columns, row: int) -> tuple[str, str]:
+    record = {name: columns[name][row] for name in SOURCES[task.name].columns}
+    if "choices" in record and not 0 <= record["answer"] < len(record["choices"]):
+        raise UserError(f"{place} row {row}: answer {record['answer']} of {len(record['choices'])} choices; mend it")
+    return TEMPLATES[task.name](record)
+
+
+def _labels(task: Task, place: str, column: Sequence, rows: Sequence[int]) -> np.ndarray:
+    labels = np.array([column[row] for row in rows], np.int32)
+    wrong = np.flatnonzero((labels < 0) | (labels >= task.classes))
+    if len(wrong):
+        raise UserError(
+            f"{place} row {rows[wrong[0]]}: label {labels[wrong[0]]} is not in 0..{task.classes - 1}; "
+            f"set classes of {task.name} to {labels.max() + 1} or mend the data"
+        )
+    return labels
+
+
+def _domains(task: Task, place: str, subjects: Sequence, rows: Sequence[int]) -> np.ndarray:
+    unknown = {subjects[row] for row in rows if MMLU_DOMAINS.get(subjects[row]) not in task.domains}
+    if unknown:
+        raise UserError(f"{place}: subject {sorted(unknown)[0]} has no domain among {task.domains}; remove its rows")
+    return np.array([task.domains.index(MMLU_DOMAINS[subjects[row]]) for row in rows], np.int32)
+
+
+def divide_by_image(images: Sequence[Mapping], *, train_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divides rows in two so that no picture is in both (VQA v2 asks several questions per picture).
+
+    Pictures are told apart by their bytes, shuffled by `seed`, and taken with all their rows as long as `train_rows`
+    is not exceeded.
+
+    Returns:
+      int64 row numbers of train (at most `train_rows`) and of test (the rest), each ascending.
+    """
+    rows_of: dict[bytes, list[int]] = {}
+    for row, image in enumerate(images):
+        rows_of.setdefault(hashlib.sha256(image["bytes"]).digest(), []).append(row)
+    pictures = list(rows_of.values())
+    train, test = [], []
+    for i in np.random.default_rng(seed).permutation(len(pictures)):
+        (train if len(train) + len(pictures[i]) <= train_rows else test).extend(pictures[i])
+    return np.sort(np.array(train, np.int64)), np.sort(np.array(test, np.int64))
+
+
+def _check_columns(source: Source, place: str, present: Sequence[str]) -> None:
+    for name in source.needed:
+        if name not in present:
+            raise UserError(
+                f"data.root: {place} has no column '{name}' (it has {', '.join(present)}); rename or add it"
+            )
+
+
+def _from_parquet(task: Task, path: pathlib.Path) -> Columns:
+    import pyarrow
+    import pyarrow.parquet
+
+    source = SOURCES[task.name]
+    try:
+        _check_columns(source, str(path), pyarrow.parquet.read_schema(path).names)
+        table = pyarrow.parquet.read_table(path, columns=list(source.needed))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"data.root: {path} is not readable as parquet ({error}); replace it") from error
+    return {name: table.column(name).to_pylist() for name in source.needed}
+
+
+def _from_hub(task: Task, split: str, cache_dir: str | None) -> Columns:
+    import datasets  # slow to import, and a local folder does not need it
+
+    source, hub_split = SOURCES[task.name], getattr(SOURCES[task.name], split)
+    columns: dict[str, list] = {name: [] for name in source.needed}
+    for config in source.configs or (None,):
+        try:
+            table = datasets.load_dataset(source.hub_id, config, split=hub_split, cache_dir=cache_dir)
+        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"data.root: cannot load {source.hub_id} ({reason}); check the network or use a local folder"
+            ) from error
+        _check_columns(source, source.hub_id, table.column_names)
+        if source.image:
+            table = table.cast_column(source.image, datasets.Image(decode=False))
+        for name in columns:
+            columns[name].extend(table[name][:])
+    if source.train == source.test:
+        halves = divide_by_image(columns[source.image], train_rows=VQA_TRAIN_ROWS, seed=_SPLIT_SEED)
+        rows = halves[0 if split == "train" else 1]
+        columns = {name: [column[row] for row in rows] for name, column in columns.items()}
+    return columns

@@ -1,0 +1,107 @@
+"""Which client trains on which samples: the paper's shares, an even deal, or Dirichlet skew.
+
+All three are pure functions of the seed, use every sample at most once and know samples by number only.
+"""
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from tap_jax.errors import UserError
+from tap_jax.federation import Federation
+
+SPLITS = ("share", "iid", "dirichlet")
+
+
+def assign(
+    federation: Federation,
+    sizes: Mapping[str, int],
+    *,
+    seed: int,
+    labels: Mapping[str, np.ndarray] | None = None,
+    split: str = "share",
+    alpha: float = 0.5,
+) -> list[dict[str, np.ndarray]]:
+    """Deals every task's training set out to the clients who have the task.
+
+    - "share" (Sec. 5.1 of the paper): the set is shuffled once and cut into `federation.groups` equal parts; the
+      clients of a group take consecutive slices of its part, as long as their shares say.
+    - "iid": all owners get equally many samples, whatever their shares and groups.
+    - "dirichlet": each class is dealt to the owners in proportions drawn from Dirichlet(alpha), so that small alphas
+      give few classes per client (Hsu et al. 2019, arXiv:1909.06335); nobody is left without a sample.
+
+    Args:
+      federation: the clients and their shares.
+      sizes: task name -> number of training samples, for every task of the federation.
+      seed: each task is shuffled by its own stream of this seed, so adding a task leaves the others as they were.
+      labels: "dirichlet" only; task name -> int [N], what to skew by: class labels, or domains. A task without an
+        entry, or with one value throughout, gets skewed amounts instead.
+      split: one of `SPLITS`.
+      alpha: "dirichlet" only; > 0.
+
+    Returns:
+      Per client a dict task name -> int64 ids in [0, sizes[task]), disjoint between clients.
+
+    Raises:
+      UserError: an unknown split, alpha <= 0, a task without a size, or a client left without samples.
+    """
+    if split not in SPLITS:
+        raise UserError(f"data.split: unknown '{split}'; use one of {', '.join(SPLITS)}")
+    if split == "dirichlet" and not alpha > 0:
+        raise UserError(f"data.alpha: {alpha} is not positive; use for instance 0.5")
+    dealt: list[dict[str, np.ndarray]] = [{} for _ in federation.clients]
+    for task in federation.tasks:
+        if task.name not in sizes:
+            raise UserError(f"data: no training set for task {task.name}; add it or drop the task from all clients")
+        rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
+        order = rng.permutation(sizes[task.name])
+        owners = [k for k, client in enumerate(federation.clients) if task.name in client.shares]
+        if split == "share":
+            slices = _by_share(federation, task.name, owners, order)
+        elif split == "iid":
+            slices = np.array_split(order, len(owners))
+        else:
+            slices = _by_dirichlet(rng, order, len(owners), (labels or {}).get(task.name), alpha)
+        for client, ids in zip(owners, slices, strict=True):
+            if not len(ids):
+                raise UserError(
+                    f"federation.clients: {federation.clients[client].name} is left with no sample of {task.name} "
+                    f"({sizes[task.name]} for {len(owners)} clients); give it more data or a larger share"
+                )
+            dealt[client][task.name] = ids.astype(np.int64)
+    return dealt
+
+
+def _by_share(federation: Federation, task: str, owners: list[int], order: np.ndarray) -> list[np.ndarray]:
+    parts = np.array_split(order, federation.groups)
+    taken = [0.0] * federation.groups
+    slices = []
+    for k in owners:
+        client = federation.clients[k]
+        part, start = parts[client.group], taken[client.group]
+        taken[client.group] = start + client.shares[task]
+        # Rounding the running totals, not each share, loses nothing: shares that add up to 1 use the whole part.
+        cut = [min(len(part), round(total * len(part))) for total in (start, taken[client.group])]
+        slices.append(part[cut[0] : cut[1]])
+    return slices
+
+
+def _by_dirichlet(
+    rng: np.random.Generator, order: np.ndarray, owners: int, labels: np.ndarray | None, alpha: float
+) -> list[np.ndarray]:
+    kind = np.zeros(len(order), np.int64) if labels is None else np.asarray(labels)[order]
+    piles: list[list[int]] = [[] for _ in range(owners)]
+    for value in np.unique(kind):
+        ids = order[kind == value]
+        weights = rng.gamma(alpha, size=owners)
+        # Tiny alphas can underflow to all zeros; then one owner takes the class, as in the limit.
+        shares = weights / weights.sum() if weights.sum() > 0 else np.eye(owners)[rng.integers(owners)]
+        cuts = np.minimum(np.round(np.cumsum(shares)[:-1] * len(ids)).astype(np.int64), len(ids))
+        for pile, ids_of_owner in zip(piles, np.split(ids, cuts), strict=True):
+            pile.extend(ids_of_owner)
+    for pile in piles:
+        richest = max(piles, key=len)
+        if not pile and len(richest) > 1:
+            pile.append(richest.pop())
+    return [np.array(pile, np.int64) for pile in piles]

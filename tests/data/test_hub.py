@@ -1,0 +1,196 @@
+"""Parquet folders and hub data sets become the same arrays; what is wrong with them is one clear line."""
+
+import io
+import os
+import pathlib
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from tap_jax.data import hub
+from tap_jax.data.sources import SOURCES
+from tap_jax.errors import UserError
+from tap_jax.federation import TASKS, find_task
+
+SLICES = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
+needs_slices = pytest.mark.skipif(not SLICES.is_dir(), reason="the small slices of the real sets are not here")
+
+
+def png(value: int) -> dict:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), value).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": f"{value}.png"}
+
+
+def write(folder: pathlib.Path, **columns) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{split}.parquet")
+
+
+@needs_slices
+@pytest.mark.parametrize("name", list(SOURCES))
+def test_real_slices(name, tmp_path):
+    task = find_task(name)
+    examples = hub.load(task, "test", root=str(SLICES), limit=20, cache_dir=str(tmp_path))
+    assert len(examples) == 20
+    assert (examples.images is not None) == ("image" in task.modalities)
+    assert (examples.inputs is not None) == ("text" in task.modalities)
+    assert (examples.labels is not None) == (task.classes > 0)
+    assert (examples.targets is not None) == (task.kind == "text_generation")
+    again = hub.load(task, "test", root=str(SLICES), limit=20, cache_dir=str(tmp_path))
+    for a, b in zip(vars(examples).values(), vars(again).values(), strict=True):
+        assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+@needs_slices
+def test_mmlu_domains_follow_the_subject():
+    examples = hub.load(find_task("mmlu"), "test", root=str(SLICES))
+    for domain, text in zip(examples.domains, examples.inputs, strict=True):
+        subject = ("professional law", "professional medicine", "moral scenarios")[domain]
+        assert f"question about {subject}." in text
+
+
+def test_common_gen_groups_references_in_test_only(tmp_path):
+    rows = {"concept_set_idx": [4, 4, 9], "concepts": [["a", "b"], ["a", "b"], ["c"]], "target": ["x", "y", "z"]}
+    write(tmp_path / "common_gen", **rows)
+    train, test = (hub.load(find_task("common_gen"), split, root=str(tmp_path)) for split in ("train", "test"))
+    assert train.references == (("Description: x",), ("Description: y",), ("Description: z",))
+    assert test.references == (("Description: x", "Description: y"), ("Description: z",))
+    assert test.targets == ("Description: x", "Description: z")
+    assert test.inputs[0].endswith("Concepts: a, b")
+
+
+def test_stand_ins_are_reported_and_can_be_chosen(tmp_path, caplog):
+    rows = {"image": [png(9)], "question": ["q?"], "multiple_choice_answer": ["yes"]}
+    for folder in ("vqav2", "easy_vqa"):
+        write(tmp_path / folder, **rows)
+    task = find_task("vqa")
+    assert hub.locate(task, str(tmp_path)) == (tmp_path / "easy_vqa", "data: easy_vqa stands in for vqa")
+    assert hub.locate(task, str(tmp_path), {"vqa": "vqav2"})[0] == tmp_path / "vqav2"
+    hub.load(task, "test", root=str(tmp_path))
+    assert "easy_vqa stands in for vqa" in caplog.text
+    write(tmp_path / "vqa", **rows)
+    assert hub.locate(task, str(tmp_path)) == (tmp_path / "vqa", None)
+
+
+def test_cache_follows_the_file_and_survives_damage(tmp_path):
+    task, folder, cache = find_task("fashion_mnist"), tmp_path / "fashion_mnist", tmp_path / "cache"
+
+    def value():
+        return hub.load(task, "train", root=str(tmp_path), cache_dir=str(cache)).images[0, 0, 0, 0]
+
+    write(folder, image=[png(10)])
+    assert value() == 10
+    (stored,) = cache.iterdir()
+    stored.write_bytes(stored.read_bytes()[:200])
+    assert value() == 10 and stored.stat().st_size > 200
+    write(folder, image=[png(20)])
+    os.utime(folder / "train.parquet", ns=(1, 1))
+    assert value() == 20
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_limit_takes_a_fixed_subset(tmp_path):
+    write(tmp_path / "ag_news", text=[str(i) for i in range(50)], label=[0] * 50)
+    task = find_task("ag_news")
+    few, again = (hub.load(task, "train", root=str(tmp_path), limit=10).inputs for _ in range(2))
+    assert few == again and len(set(few)) == 10
+    assert list(map(int, few)) == sorted(map(int, few)) != list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "message"),
+    [
+        ("ag_news", {"text": ["a"]}, "has no column 'label' \\(it has text\\)"),
+        ("ag_news", {"text": ["a"], "label": [4]}, "ag_news/train row 0: label 4 is not in 0..3"),
+        ("ag_news", {"text": [], "label": []}, "ag_news/train has no rows"),
+        ("fashion_mnist", {"image": [png(0), {"bytes": b"x", "path": ""}]}, "fashion_mnist/train row 1: unreadable"),
+        (
+            "mmlu",
+            {"question": ["q"], "subject": ["anatomy"], "choices": [["a", "b"]], "answer": [0]},
+            "subject anatomy has no domain",
+        ),
+        (
+            "mmlu",
+            {"question": ["q"], "subject": ["professional_law"], "choices": [["a", "b"]], "answer": [2]},
+            "row 0: answer 2 of 2 choices",
+        ),
+    ],
+)
+def test_bad_columns_and_rows(tmp_path, name, columns, message):
+    write(tmp_path / name, **columns)
+    with pytest.raises(UserError, match=message):
+        hub.load(find_task(name), "train", root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(UserError, match="data.root: no folder caltech256 or caltech101 in"):
+        hub.load(find_task("caltech256"), "train", root=str(tmp_path))
+    (tmp_path / "ag_news").mkdir()
+    with pytest.raises(UserError, match="train.parquet is missing"):
+        hub.load(find_task("ag_news"), "train", root=str(tmp_path))
+    (tmp_path / "ag_news" / "train.parquet").write_bytes(b"junk")
+    with pytest.raises(UserError, match="not readable as parquet"):
+        hub.load(find_task("ag_news"), "train", root=str(tmp_path))
+
+
+def test_divided_split_shares_no_picture():
+    images = [png(i % 40) for i in range(150)]
+    train, test = hub.divide_by_image(images, train_rows=100, seed=0)
+    assert len(train) <= 100 and 100 - len(train) < 4
+    assert sorted([*train, *test]) == list(range(150))
+    assert not {images[i]["bytes"] for i in train} & {images[i]["bytes"] for i in test}
+
+
+def test_the_hub_and_a_folder_give_the_same(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [png(i // 2) for i in range(12)], "question": [f"{i}?" for i in range(12)]}
+    rows["multiple_choice_answer"] = ["yes"] * 12
+    asked = []
+
+    def load_dataset(name, config, *, split, cache_dir):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "VQA_TRAIN_ROWS", 8)
+    train, test = (hub.load(find_task("vqa"), split, root="hub") for split in ("train", "test"))
+    assert asked == [("merve/vqav2-small", None, "validation")] * 2
+    assert (len(train), len(test)) == (8, 4)
+    assert not set(train.images[:, 0, 0, 0]) & set(test.images[:, 0, 0, 0])
+    write(tmp_path / "vqa", **rows)
+    whole = hub.load(find_task("vqa"), "train", root=str(tmp_path))
+    assert sorted(train.inputs + test.inputs) == sorted(whole.inputs)
+
+
+def test_the_hub_configurations_are_put_one_after_the_other(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(name, config, *, split, cache_dir):
+        row = {"question": ["q"], "subject": [config], "choices": [["a", "b", "c", "d"]], "answer": [3]}
+        return datasets.Dataset.from_dict(row)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    examples = hub.load(find_task("mmlu"), "test", root="hub")
+    assert examples.domains.tolist() == [0, 1, 2]
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="data.root: cannot load fancyzhx/ag_news .*local folder") as caught:
+        hub.load(find_task("ag_news"), "train", root="hub")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_source_belongs_to_a_task():
+    assert set(SOURCES) <= set(TASKS)

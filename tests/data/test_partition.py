@@ -1,0 +1,101 @@
+"""Dealing samples to clients: disjoint, complete, deterministic, and never a client without a sample."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tap_jax.data.partition import assign
+from tap_jax.errors import UserError
+from tap_jax.federation import client_table, paper_federation
+
+
+def pooled(dealt, task):
+    return np.concatenate([mine[task] for mine in dealt if task in mine])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(60, 400),
+    groups=st.integers(1, 4),
+    split=st.sampled_from(["share", "iid", "dirichlet"]),
+)
+def test_no_sample_twice_and_none_lost(seed, size, groups, split):
+    federation = client_table([{"ag_news": 0.25, "vqa": 1.0}, {"ag_news": 0.5}, {"ag_news": 0.25}], groups=groups)
+    labels = {"ag_news": np.arange(size) % 4}
+    dealt = assign(federation, {"ag_news": size, "vqa": size + 1}, seed=seed, labels=labels, split=split)
+    for task, n in (("ag_news", size), ("vqa", size + 1)):
+        assert np.array_equal(np.sort(pooled(dealt, task)), np.arange(n))
+    for client, mine in zip(federation.clients, dealt, strict=True):
+        assert set(mine) == set(client.shares)
+        assert all(len(ids) and ids.dtype == np.int64 for ids in mine.values())
+
+
+def test_paper_shares():
+    federation = paper_federation("flava")
+    dealt = assign(federation, {task.name: 3000 for task in federation.tasks}, seed=41)
+    for client, mine in zip(federation.clients, dealt, strict=True):
+        for task, ids in mine.items():
+            assert len(ids) == round(1000 * client.shares[task])
+    ids = pooled(dealt, "ag_news")
+    assert len(np.unique(ids)) == len(ids) == 3000
+
+
+def test_unshared_remainder_stays_unused():
+    dealt = assign(client_table([{"vqa": 0.5}], groups=2), {"vqa": 101}, seed=0)
+    assert [len(mine["vqa"]) for mine in dealt] == [26, 25]
+
+
+@pytest.mark.parametrize("split", ["share", "iid", "dirichlet"])
+def test_the_seed_decides(split):
+    federation = client_table([{"vqa": 0.5}, {"vqa": 0.5}])
+    first, again, other = (assign(federation, {"vqa": 50}, seed=seed, split=split) for seed in (1, 1, 2))
+    assert np.array_equal(first[0]["vqa"], again[0]["vqa"])
+    assert not np.array_equal(first[0]["vqa"], other[0]["vqa"])
+
+
+def test_another_task_changes_nothing():
+    alone = assign(client_table([{"vqa": 1.0}]), {"vqa": 50}, seed=1)
+    beside = assign(client_table([{"vqa": 1.0, "mmlu": 1.0}]), {"vqa": 50, "mmlu": 9}, seed=1)
+    assert np.array_equal(alone[0]["vqa"], beside[0]["vqa"])
+
+
+def test_iid_is_even_whatever_the_shares():
+    federation = client_table([{"vqa": 0.1}, {"vqa": 0.9}])
+    assert [len(mine["vqa"]) for mine in assign(federation, {"vqa": 100}, seed=0, split="iid")] == [50, 50]
+
+
+def test_small_alpha_skews_labels_more():
+    federation = client_table([{"ag_news": 0.2}] * 5)
+    labels = np.arange(2000) % 4
+
+    def largest_class(alpha):
+        dealt = assign(
+            federation, {"ag_news": 2000}, seed=0, labels={"ag_news": labels}, split="dirichlet", alpha=alpha
+        )
+        return np.mean([np.bincount(labels[mine["ag_news"]]).max() / len(mine["ag_news"]) for mine in dealt])
+
+    assert largest_class(1000.0) < 0.3 < 0.5 < largest_class(0.05)
+
+
+def test_tiny_alpha_leaves_nobody_empty():
+    dealt = assign(client_table([{"vqa": 0.1}] * 10), {"vqa": 12}, seed=0, split="dirichlet", alpha=1e-8)
+    assert sorted(len(mine["vqa"]) for mine in dealt) == [1] * 9 + [3]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sizes": {"vqa": 1}}, "client1 is left with no sample of vqa.*larger share"),
+        ({"sizes": {"vqa": 1}, "split": "iid"}, "client1 is left with no sample"),
+        ({"sizes": {"vqa": 1}, "split": "dirichlet"}, "left with no sample"),
+        ({"sizes": {}}, "no training set for task vqa"),
+        ({"sizes": {"vqa": 9}, "split": "fair"}, "data.split: unknown 'fair'"),
+        ({"sizes": {"vqa": 9}, "split": "dirichlet", "alpha": 0.0}, "data.alpha"),
+    ],
+)
+def test_user_errors(kwargs, message):
+    federation = client_table([{"vqa": 0.9}, {"vqa": 0.1}])
+    with pytest.raises(UserError, match=message):
+        assign(federation, kwargs.pop("sizes"), seed=0, **kwargs)

@@ -1,0 +1,249 @@
+"""`tap_jax.config`: the defaults are the paper's, and every mistake is one clear line."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tap_jax.config import (
+    NEUTRAL_FIELDS,
+    VARIANTS,
+    config_hash,
+    default_config,
+    federation_of,
+    from_json,
+    load_config,
+    margins_of,
+    override,
+    to_json,
+    validate,
+    variants_of,
+)
+from tap_jax.errors import UserError
+from tap_jax.federation import KINDS
+
+FLAVA, VILT = "configs/flava.py", "configs/vilt.py"
+
+# Tables 21 and 22, typed from the paper: field -> (FLAVA, ViLT).
+PAPER = {
+    "cohort_size": (2, 2),
+    "batch_size": (128, 128),
+    "model.encoder_rank": (8, 4),
+    "model.attention_rank": (16, 8),
+    "model.expert_rank": (4, 8),
+    "model.lora_dropout": (0.3, 0.3),
+    "baselines.feddat_width": (32, 16),
+    "distillation.temperature": (1, 1),
+    "baselines.disentafl_weight": (0.5, 0.5),
+    "distillation.weights.image_generation": (2e-3, 2e-3),
+    "distillation.weights.text_generation": (1, 1),
+    "distillation.weights.image_classification": (2e-3, 2e-3),
+    "distillation.weights.text_classification": (2e-3, 2e-3),
+    "baselines.feddat_weight": (2e-3, 2e-3),
+    "optimizer.learning_rate_initial": (1e-4, 1e-4),
+    "optimizer.learning_rate": (3e-4, 4e-4),
+    "baselines.inner_learning_rate_initial": (1e-4, 1e-4),
+    "baselines.inner_learning_rate": (3e-4, 4e-4),
+    "optimizer.weight_decay": (0.01, 0.01),
+    "optimizer.warmup_rounds": (20, 20),
+    "local_steps": (20, 30),
+    "post_steps": (50, 50),
+    "rounds": (200, 200),
+    "margins.image_generation": (0.005, 0.01),
+    "margins.text_classification": (0.005, 0.01),
+    "margins.text_generation": (0.01, 0.02),
+}
+
+
+def get(config, field):
+    for key in field.split("."):
+        config = config[key]
+    return config
+
+
+def error_of(**fields):
+    """The message `validate` raises with these fields (`__` for the dot) set in a default config."""
+    config = default_config()
+    with config.ignore_type():
+        for field, value in fields.items():
+            *sections, leaf = field.split("__")
+            section = config
+            for key in sections:
+                section = section[key]
+            section[leaf] = value
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("field", PAPER)
+def test_paper_configs_hold_tables_21_and_22(field):
+    flava, vilt = PAPER[field]
+    assert get(load_config(FLAVA), field) == flava
+    assert get(load_config(VILT), field) == vilt
+
+
+def test_paper_configs_describe_30_clients():
+    for path, tasks in ((FLAVA, 8), (VILT, 6)):
+        federation = federation_of(load_config(path))
+        assert (len(federation.clients), len(federation.tasks)) == (30, tasks)
+
+
+def test_default_config_is_valid_and_fresh_each_time():
+    validate(default_config())
+    default_config().margins.text_generation = 5.0
+    assert default_config().margins.text_generation == 0.01
+
+
+def test_argument_and_overrides_change_fields(tmp_path):
+    config = load_config(f"{FLAVA}:rounds=5,model.backbone_layers=(2, 3),method=fedavg,variants=()", {"seed": 7})
+    assert (config.rounds, config.model.backbone_layers, config.method, config.seed) == (5, (2, 3), "fedavg", 7)
+    assert load_config(FLAVA, {"model": {"width": 24}, "model.heads": 3, "model.text_cond_heads": 2}).model.width == 24
+    assert config.is_locked
+    path = tmp_path / "mine.py"
+    path.write_text("from tap_jax.config import default_config as get_config\n")
+    assert load_config(path).to_dict() == default_config().to_dict()
+    with pytest.raises(UserError, match="takes no argument"):
+        load_config(f"{path}:rounds=5")
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "message"),
+    [
+        ("configs/none.py", {}, "no file 'configs/none.py'"),
+        ("tests/test_config.py", {}, "has no function get_config"),
+        (FLAVA, {"optimizer.learning_rat": 1.0}, "did you mean 'optimizer.learning_rate'.*optimizer has: .*clip_norm"),
+        (FLAVA, {"learning_rate": 1.0}, "learning_rate: unknown field; did you mean 'optimizer.learning_rate'"),
+        (FLAVA, {"rounds.x": 1}, "rounds: has no field 'x'"),
+        (FLAVA, {"nowhere.x": 1}, "nowhere: unknown field; config has: aggregation"),
+        (FLAVA, {"rounds": "5"}, "rounds: '5' is of type str; use a int"),
+        (FLAVA, {"rounds": True}, "rounds: True is of type bool"),
+        (FLAVA, {"rounds": 5.5}, "rounds: 5.5 is of type float"),
+        (FLAVA, {"model": 3}, "model: is a section"),
+        (FLAVA + ":rounds", {}, "'rounds' is no key=value"),
+    ],
+)
+def test_loading_names_the_mistake(path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "fedprox"}, "method: unknown 'fedprox'; use one of tap, fedavg, local"),
+        ({"model__name": "clip"}, "model.name: unknown 'clip'; use one of flava, vilt"),
+        ({"variants": ("feddat",)}, "variants: 'feddat' does not come out of method 'tap'; use tap, tap-no-kd"),
+        ({"cohort_size": 31}, "cohort_size: 31 of 30 clients; use at most 30"),
+        ({"cohort_size": 0}, "cohort_size: 0; use more than 0"),
+        ({"local_steps": -1}, "local_steps: -1; use more than 0"),
+        ({"model__lora_dropout": 1.0}, "model.lora_dropout: 1.0; use at least 0 and less than 1"),
+        ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm: -1.0; use at least 0"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate: nan; use a finite number"),
+        ({"margins__text_generation": -0.1}, "margins.text_generation: -0.1"),
+        ({"margins": (0.1, 0.2)}, "margins: a list is not supported"),
+        ({"model__heads": 7}, "model.heads: 7 does not divide model.width 768"),
+        ({"model__patch": 15}, "model.patch: 15 does not divide"),
+        ({"model__backbone_layers": (1,)}, "model.backbone_layers"),
+        ({"model__head_hidden": (1.5,)}, "model.head_hidden: .*whole numbers"),
+        ({"federation__table": "custom"}, "federation.rows: goes with federation.table='custom'"),
+        ({"federation__rows": ({"ag_news": 1.0},)}, "federation.rows: goes with federation.table='custom'"),
+        ({"federation__table": "custom", "federation__rows": ({"agnews": 1.0},)}, "unknown task 'agnews'; known"),
+        ({"federation__table": "custom", "federation__rows": ("ag_news",)}, "federation.rows: 'ag_news'; use a dict"),
+        ({"federation__table": "custom", "federation__rows": ({"vqa": 0.7}, {"vqa": 0.7})}, "hands out 1.40 of vqa"),
+        ({"data__root": ""}, "data.root: empty"),
+        ({"mesh__data": 0}, "mesh.data: 0; use more than 0"),
+        ({"optimizer__momentum": 0.9}, "optimizer.momentum: unknown field; optimizer has: "),
+        ({"batchsize": 1}, "batchsize: unknown field; did you mean 'batch_size'"),
+    ],
+)
+def test_validate_names_field_and_remedy(fields, message):
+    assert re.search(message, error_of(**fields))
+
+
+def test_a_missing_field_is_named():
+    config = default_config()
+    del config.optimizer.clip_norm
+    with pytest.raises(UserError, match="optimizer.clip_norm: missing"):
+        validate(config)
+
+
+def test_margins_are_a_number_or_one_per_kind():
+    assert margins_of(load_config(VILT))["text_generation"] == 0.02
+    config = load_config(FLAVA, {"margins": 0})
+    validate(config)
+    assert margins_of(config) == dict.fromkeys(KINDS, 0.0)
+    with pytest.raises(UserError, match="margins"):
+        load_config(FLAVA, {"margins": [0.01, 0.04]})
+    with pytest.raises(UserError, match="margins: -1.0; use at least 0"):
+        load_config(FLAVA, {"margins": -1})
+
+
+def test_custom_federation():
+    rows = ({"ag_news": 0.5}, {"ag_news": 0.5, "vqa": 1})
+    config = load_config(FLAVA, {"federation": {"table": "custom", "rows": rows, "groups": 2}})
+    federation = federation_of(config)
+    assert [client.group for client in federation.clients] == [0, 0, 1, 1]
+    assert [task.name for task in federation.tasks] == ["ag_news", "vqa"]
+
+
+def test_variants_default_to_the_method():
+    for method in VARIANTS:
+        assert variants_of(override(default_config(), {"method": method})) == (method,)
+    assert "fedavg+2p" in variants_of(load_config(FLAVA))
+
+
+@pytest.mark.parametrize("path", [FLAVA, VILT])
+def test_json_round_trip(path):
+    rows = ({"ag_news": 0.5},)
+    config = load_config(
+        path, {"margins": 0.1, "federation.table": "custom", "federation.rows": rows, "cohort_size": 1}
+    )
+    again = from_json(to_json(config))
+    validate(again)
+    assert again.to_dict() == config.to_dict()
+    assert config_hash(again) == config_hash(config)
+
+
+def test_json_file_can_be_loaded_and_may_lack_newer_fields(tmp_path):
+    values = json.loads(to_json(load_config(VILT)))
+    del values["engine"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert load_config(tmp_path / "config.json").to_dict() == load_config(VILT).to_dict()
+    for text, message in (("{", "not valid JSON"), ("[]", "not a JSON object"), ('{"x": 1}', "x: unknown field")):
+        with pytest.raises(UserError, match=message):
+            from_json(text)
+
+
+def test_hash_ignores_exactly_the_neutral_fields():
+    standard, reference = default_config(), config_hash(default_config())
+    other = {"str": "other", "int": 3, "float": 0.123, "bool": True, "tuple": (1, 2, 3)}
+
+    def fields(section, prefix=""):
+        for key in section:
+            if hasattr(section[key], "items"):
+                yield from fields(section[key], f"{prefix}{key}.")
+            else:
+                yield prefix + key
+
+    for field in fields(standard):
+        if field in ("method", "variants"):
+            continue
+        value = get(standard, field)
+        new = (not value) if isinstance(value, bool) else other[type(value).__name__]
+        new = value + 1 if new == value else new
+        changed = config_hash(override(default_config(), {field: new})) != reference
+        assert changed == (field not in NEUTRAL_FIELDS), field
+    assert config_hash(override(default_config(), "method=fedavg")) != reference
+    assert config_hash(override(default_config(), "variants=tap")) == reference
+    assert config_hash(override(default_config(), "seed=42")) != reference
+
+
+def test_hash_does_not_depend_on_the_process():
+    code = "from tap_jax.config import *; print(config_hash(default_config()))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == config_hash(default_config())
