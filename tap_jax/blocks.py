@@ -23,6 +23,11 @@ Blocks = Mapping[str, Tree]
 Stack = Mapping[str, Tree]
 
 
+def take(blocks: Blocks, names: Sequence[str]) -> dict[str, Tree]:
+    """The named blocks, P_{B_i} W̃; nothing is copied."""
+    return {name: blocks[name] for name in names}
+
+
 @dataclasses.dataclass(frozen=True)
 class Partition:
     """Which blocks there are and which of them each task touches.
@@ -163,7 +168,7 @@ def broadcast(server: Stack, server_seats: Seats, seats: Seats) -> dict[str, Tre
       server: stack of `server_seats`.
       seats: where the clients sit.
     """
-    place = server_seats.slot[0]
+    place = jnp.asarray(server_seats.slot)[0]
     return {
         group: jax.tree.map(lambda leaf, at=place[seats.block[group]]: leaf[at], tree) for group, tree in server.items()
     }
@@ -184,7 +189,7 @@ def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, w
       holds has no influence, whatever it is.
     """
     padded = jnp.pad(weights, ((0, 1), (0, 0)))
-    place = server_seats.slot[0]
+    place = jnp.asarray(server_seats.slot)[0]
 
     def one(group):
         weight = padded[seats.client[group], seats.block[group]]

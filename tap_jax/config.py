@@ -26,12 +26,9 @@ from tap_jax.federation import KINDS, PAPER_ROWS, TASKS, Federation, client_tabl
 
 # method -> what one run of it can yield; the first is the default. Those of one line share a trunk (spec.md 5).
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "tap": ("tap", "tap-no-kd", "fedavg", "fedavg+post", "fedavg+2p"),
+    "tap": ("tap", "tap-no-kd", "local", "fedavg", "fedavg+post", "fedavg+2p"),
     "fedavg": ("fedavg", "fedavg+post", "fedavg+2p"),
     "local": ("local",),
-    "per_fedavg": ("per_fedavg", "per_fedavg+post"),
-    "disentafl": ("disentafl", "disentafl+post", "disentafl+2p"),
-    "feddat": ("feddat", "feddat+post"),
 }
 
 
@@ -64,7 +61,6 @@ def default_config() -> ConfigDict:
     optimizer.post_learning_rate = 1e-4  # constant, in Stage 2 and post-training
     optimizer.weight_decay = 0.01  # decoupled
     optimizer.clip_norm = 1.0  # ⚙ largest global gradient norm of a client; 0: no clipping
-    optimizer.state = "fresh"  # ⚙ at every local training | "persist" with the client
 
     config.aggregation = "samples"  # ⚙ weigh clients by sample count | "uniform"
 
@@ -81,20 +77,9 @@ def default_config() -> ConfigDict:
         dict(image_classification=2e-3, image_generation=2e-3, text_classification=2e-3, text_generation=1.0)
     )
 
-    config.baselines = baselines = ConfigDict()
-    baselines.local_rounds = "sampled"  # ⚙ Local trains when it is sampled | "every" round
-    baselines.per_fedavg_gradient = "first_order"  # ⚙ | "exact": with the Hessian-vector product
-    baselines.inner_learning_rate_initial = 1e-4  # Per-FedAvg's inner step, in round 0
-    baselines.inner_learning_rate = 3e-4  # the same after optimizer.warmup_rounds
-    baselines.disentafl_weight = 0.5  # of the auxiliary loss
-    baselines.feddat_width = 32  # bottleneck of the adapters
-    baselines.feddat_weight = 2e-3  # of both KL terms, for every task
-
     # --- The server model: spec.md 2, Tables 18-21 -----------------------------------------------------------------
     config.model = model = ConfigDict()
     model.name = "flava"  # | "vilt"
-    model.weights = "random"  # frozen weights: "random" | "hub" (the model's own id) | another hub id | folder
-    model.backbone = "routed"  # experts and four paths | "standard": one stack for all (Appendix C.4)
     model.width = 768  # D
     model.heads = 12  # attention heads of encoders and backbone
     model.mlp = 3072  # inner width of every feed-forward
@@ -102,7 +87,7 @@ def default_config() -> ConfigDict:
     model.text_layers = 12  # text encoder; no use in ViLT
     model.image_size = 224  # pixels a side that the encoder sees; the data stay at 64
     model.patch = 16  # pixels a side
-    model.upsample = 2  # factor of the input adaptor's first resize
+    model.upsample = 2.0  # factor of the input adaptor's first resize
     model.vocab = 30522  # V, word pieces
     model.max_text = 256  # input tokens
     model.max_answer = 256  # ⚙ target tokens; shorter where a task's data allow
@@ -152,8 +137,8 @@ def default_config() -> ConfigDict:
     config.checkpoint_every = 10  # rounds; 0: only at the end
     config.compilation_cache = ""  # folder of XLA's persistent cache; "": the user's cache folder; "off"
     config.mesh = mesh = ConfigDict()
-    mesh.clients = 0  # devices that share out the cohort; 0: what mesh.data leaves
-    mesh.data = 1  # devices that share out one client's minibatch
+    mesh.clients = 0  # devices that share out the cohort; 0: all there are
+    mesh.data = 1  # devices that share out one client's minibatch; more than 1 is not supported yet
     config.engine = engine = ConfigDict()
     engine.microbatch = 0  # s, samples per row; 0: the platform's default
     engine.rows_per_chunk = 0  # v, rows per vmap; 0: the platform's default
@@ -178,16 +163,12 @@ NEUTRAL_FIELDS = (
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(VARIANTS),
-    "optimizer.state": ("fresh", "persist"),
     "aggregation": ("samples", "uniform"),
     "replacement.history": ("plain", "weighted"),
     "replacement.scope": ("task", "exclusive"),
     "replacement.first": ("replace", "keep"),
     "distillation.image_loss": ("kl", "mse"),
-    "baselines.local_rounds": ("sampled", "every"),
-    "baselines.per_fedavg_gradient": ("first_order", "exact"),
     "model.name": ("flava", "vilt"),
-    "model.backbone": ("routed", "standard"),
     "model.head_activation": ("relu", "gelu"),
     "model.condition": ("pooled", "paths"),
     "model.position": ("interpolate", "slice"),
@@ -201,13 +182,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _MAY_BE_ZERO = (
     "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients",
     "optimizer.learning_rate_initial", "optimizer.warmup_rounds", "optimizer.weight_decay", "optimizer.clip_norm",
-    "baselines.inner_learning_rate_initial", "baselines.disentafl_weight", "baselines.feddat_weight",
     "data.train_size", "data.test_size", "data.image_classes",
     "engine.microbatch", "engine.rows_per_chunk", "engine.clients_per_pass",
 )  # fmt: skip
 _FRACTIONS = ("model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
 _ANY_NUMBER = ("distillation.temperature_power",)
-_NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model", "model.weights")
+_NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model")
 
 
 def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -294,6 +274,8 @@ def validate(config: ConfigDict) -> None:
         _check(field, _cast(field, given[field], standard))
 
     model, federation = config.model, config.federation
+    if config.mesh.data != 1:
+        raise UserError(f"mesh.data: {config.mesh.data}; only 1 is supported so far, use mesh.clients")
     for variant in config.variants:
         if variant not in VARIANTS[config.method]:
             raise UserError(

@@ -14,7 +14,7 @@ from flax import struct
 
 from tap_jax.federation import Task
 
-PURPOSES = ("cohort", "federated", "personal", "local", "post", "distil", "post_personal")
+PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil")
 
 
 @dataclasses.dataclass(frozen=True)

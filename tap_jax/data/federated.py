@@ -1,0 +1,143 @@
+"""From a configuration's data section to what the engine trains on: arrays per task, samples per client."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tap_jax.data import hub, synthetic
+from tap_jax.data.examples import Examples
+from tap_jax.data.partition import assign
+from tap_jax.data.sampling import ClientData
+from tap_jax.data.text import TaskArrays, WordPiece, encode_examples, load_tokenizer
+from tap_jax.errors import UserError
+from tap_jax.federation import Federation, Task
+
+SYNTHETIC_SIZES = {"train": 900, "test": 150}  # samples per task where the configuration names none
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class FederatedData:
+    """All data of a run, on the host.
+
+    Attributes:
+      train, test: task name -> arrays of the split.
+      clients: one `ClientData` per client, ids into `train`.
+      personal_tests: per client, task name -> ids into `test`; None where everybody has the common test set.
+      tokenizer: None where no task has text.
+    """
+
+    train: Mapping[str, TaskArrays]
+    test: Mapping[str, TaskArrays]
+    clients: tuple[ClientData, ...]
+    personal_tests: tuple[Mapping[str, np.ndarray], ...] | None
+    tokenizer: WordPiece | None
+
+
+def build(
+    federation: Federation,
+    tasks: Sequence[Task],
+    *,
+    root: str,
+    seed: int,
+    vocab: int,
+    max_text: int,
+    max_answer: int,
+    tokenizer: str = "train",
+    sizes: Mapping[str, int] | None = None,
+    image_classes: int = 0,
+    folders: Mapping[str, str] | None = None,
+    cache_dir: str | None = None,
+    split: str = "share",
+    alpha: float = 0.5,
+    personal_test: bool = False,
+) -> FederatedData:
+    """Reads, tokenises and deals out the data sets of a federation.
+
+    Args:
+      federation: who takes how much of what.
+      tasks: the federation's tasks, with the number of classes in use.
+      root: "synthetic", "hub" or a folder; see `hub.load`.
+      seed: of the synthetic suite and of the split between clients.
+      vocab: V; the bound where the tokenizer is trained, else what the tokenizer must have.
+      max_text, max_answer: longest input and answer in word pieces.
+      sizes: "train" and "test" -> samples per task; 0 or absent for all there are.
+      image_classes: keep only labels below this in image classification; 0 for all.
+      personal_test: cut each test set between the clients like its training set.
+
+    Raises:
+      UserError: data that are missing or unusable, a tokenizer that does not fit, a client without samples.
+    """
+    sizes = sizes or {}
+    splits: dict[str, dict[str, Examples]] = {"train": {}, "test": {}}
+    for task in tasks:
+        for part, found in splits.items():
+            limit = sizes.get(part, 0)
+            if root == "synthetic":
+                found[task.name] = synthetic.load(task, part, size=limit or SYNTHETIC_SIZES[part], seed=seed)
+            else:
+                found[task.name] = _read(task, part, root, limit, image_classes, folders, cache_dir)
+    pieces = _tokenizer(tokenizer, splits["train"], vocab, cache_dir)
+    encoded = {
+        part: {
+            task.name: encode_examples(task, found[task.name], pieces, max_text=max_text, max_answer=max_answer)
+            for task in tasks
+        }
+        for part, found in splits.items()
+    }
+    train, test = encoded["train"], encoded["test"]
+
+    def deal(arrays):
+        labels = {name: part.domains if part.labels is None else part.labels for name, part in arrays.items()}
+        counts = {name: len(part) for name, part in arrays.items()}
+        return assign(federation, counts, seed=seed, labels=labels, split=split, alpha=alpha)
+
+    clients = tuple(client_data(tasks, mine, train) for mine in deal(train))
+    return FederatedData(train, test, clients, tuple(deal(test)) if personal_test else None, pieces)
+
+
+def client_data(tasks: Sequence[Task], mine: Mapping[str, np.ndarray], train: Mapping[str, TaskArrays]) -> ClientData:
+    """A client's samples by stream, from its ids by task."""
+    streams, tokens = {}, {}
+    for task in tasks:
+        ids = mine.get(task.name, np.zeros(0, np.int64))
+        arrays = train[task.name]
+        for number, stream in enumerate(task.streams):
+            chosen = ids[arrays.domains[ids] == number]
+            if len(chosen):
+                streams[stream.name] = chosen
+                lengths = arrays.answer_lengths
+                tokens[stream.name] = np.ones(len(chosen), np.int32) if lengths is None else lengths[chosen]
+    return ClientData(streams, tokens)
+
+
+def _read(task: Task, part: str, root, limit: int, image_classes: int, folders, cache_dir) -> Examples:
+    reduced = bool(image_classes) and task.kind == "image_classification"
+    known = dataclasses.replace(task, classes=10**6) if reduced else task
+    folders = {name: folder for name, folder in (folders or {}).items() if folder}
+    found = hub.load(
+        known, part, root=root, cache_dir=cache_dir, limit=None if reduced else limit or None, folders=folders
+    )
+    if reduced:
+        kept = np.flatnonzero(found.labels < task.classes)
+        if len(kept) == 0:
+            raise UserError(f"data.image_classes: {image_classes} leaves no {part} sample of {task.name}; use more")
+        if limit and len(kept) > limit:
+            kept = np.sort(np.random.default_rng(0).choice(kept, limit, replace=False))
+        found = found.take(kept)
+    return found
+
+
+def _tokenizer(source: str, train: Mapping[str, Examples], vocab: int, cache_dir: str | None) -> WordPiece | None:
+    corpus = [text for part in train.values() for texts in (part.inputs, part.targets) if texts for text in texts]
+    if not corpus:
+        return None
+    pieces = load_tokenizer(source, corpus, vocab_size=vocab, cache_dir=cache_dir)
+    if source != "train" and pieces.size != vocab:
+        raise UserError(f"model.vocab: {vocab}, but the tokenizer '{source}' has {pieces.size} pieces; set it to that")
+    if pieces.pad_id != 0:
+        raise UserError(f"data.tokenizer: [PAD] of '{source}' is {pieces.pad_id}, not 0; use a BERT tokenizer")
+    return pieces

@@ -1,0 +1,286 @@
+"""Clients that train together: host plans and compiled operations on their stacks.
+
+`Engine` holds what does not change during a run (model, data on the device, compiled programs); `Engine.cohort`
+makes the object that methods compose (`methods.base.Cohort`). Everything a cohort returns stays on the device
+until somebody reads it.
+
+Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from tap_jax import blocks
+from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree
+from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan
+from tap_jax.data.store import device_arrays
+from tap_jax.engine import parallel
+from tap_jax.engine.local_training import Losses, TrainingSettings, local_training, part_tables
+from tap_jax.federation import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """How local training runs.
+
+    Attributes:
+      cohort_size, clients_per_pass: clients in a round, and at once in phases over all clients.
+      batch: samples per iteration. local_steps: τ. post_steps: P.
+      microbatch: s, samples of a row. training: static choices of the program.
+      rate: round -> learning rate. post_rate: learning rate after the last round.
+      aggregation: "samples" or "uniform".
+      scope: of a replacement, see `Partition.replaceable`.
+      seed: of every draw.
+    """
+
+    cohort_size: int
+    clients_per_pass: int
+    batch: int
+    local_steps: int
+    post_steps: int
+    microbatch: int
+    training: TrainingSettings
+    rate: Callable[[int], float]
+    post_rate: float
+    aggregation: str
+    scope: str
+    seed: int
+
+
+class Engine:
+    """The compiled side of a run.
+
+    Args:
+      model: `models.ServerModel` (or anything with its `roles`, `streams`, `tasks`).
+      partition: the federation's blocks.
+      frozen: Ŵ, host or device arrays; one copy is put on every device.
+      arrays: task -> training set (`data.text.TaskArrays`).
+      data: one `ClientData` per client.
+      sample_loss: (frozen, parts, teacher's parts or None, task, batch, key) -> (ℓ [B], extra [B] or None).
+      mesh: with the axis "clients".
+    """
+
+    def __init__(
+        self,
+        model,
+        partition: Partition,
+        *,
+        frozen: Tree,
+        arrays: Mapping,
+        data: Sequence[ClientData],
+        sample_loss,
+        settings: EngineSettings,
+        mesh: Mesh,
+    ):
+        self.model, self.partition, self.settings, self.mesh = model, partition, settings, mesh
+        self.data = tuple(data)
+        self.tasks: tuple[Task, ...] = model.tasks
+        self.shared = parallel.shared_sharding(mesh)
+        self.by_client = parallel.client_sharding(mesh)
+        self.frozen = jax.device_put(frozen, self.shared)
+        self.arrays = device_arrays(arrays, self.shared)
+        self.server_seats = blocks.server_seats(partition)
+        self.like = blocks_like(model)
+        self.tables = part_tables(model.streams, model.roles, partition)
+        self._replaceable = partition.replaceable(settings.scope)
+        rows = settings.training.rows_per_chunk
+        self._work = [
+            sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
+            for client in self.data
+        ]
+        self._shape: Callable[[int], _Shape] = functools.cache(
+            lambda clients: _shape(self.data, self.tasks, partition, settings, mesh.size, clients, rows)
+        )
+        # (frozen, data, stack, teacher, seats, plan, rate, key); the stack is donated.
+        program = local_training(sample_loss, self.tasks, self.tables, settings.training)
+        by_client = (False, False, True, True, True, True, False, False)
+        sharded = parallel.over_clients(program, mesh, by_client)
+        self._train = jax.jit(functools.partial(_train, sharded), donate_argnums=(2,))
+        self._broadcast = jax.jit(functools.partial(_broadcast, self.server_seats), out_shardings=self.by_client)
+        self._aggregate = jax.jit(functools.partial(_aggregate, self.server_seats), out_shardings=self.shared)
+        self._replace = jax.jit(_replace, donate_argnums=(0,), out_shardings=self.by_client)
+
+    def cohort(self, clients: Sequence[int], round_: int) -> "Cohort":
+        """The clients of round `round_` (0-based)."""
+        return Cohort(self, clients, round_, size=self.settings.cohort_size)
+
+    def passes(self, round_: int) -> list["Cohort"]:
+        """All clients, `clients_per_pass` at a time."""
+        size, everyone = self.settings.clients_per_pass, range(len(self.data))
+        return [Cohort(self, everyone[first : first + size], round_, size=size) for first in everyone[::size]]
+
+    def server_stack(self, server: Blocks) -> Stack:
+        """The server's blocks by name -> on the device."""
+        packed = blocks.pack(self.partition, self.server_seats, [server], self.like)
+        return jax.device_put(packed, self.shared)
+
+    def server_blocks(self, server: Stack) -> Blocks:
+        """The inverse of `server_stack`, on the host."""
+        return blocks.unpack(self.partition, self.server_seats, server)[0]
+
+
+class Cohort:
+    """See `methods.base.Cohort`; made by `Engine.cohort` and `Engine.passes`."""
+
+    def __init__(self, engine: Engine, clients: Sequence[int], round_: int, *, size: int):
+        self.engine, self.round = engine, round_
+        self._shape = engine._shape(size)
+        table = parallel.deal(
+            clients,
+            [engine._work[k] for k in clients],
+            shards=engine.mesh.size,
+            positions=self._shape.positions,
+        )
+        self.clients = table.reshape(-1)
+        owned = engine.partition.owned[table] & (table >= 0)[..., None]
+        shards = [blocks.seat(engine.partition, mine, self._shape.slots) for mine in owned]
+        self.positions = self._shape.positions
+        self._table, self._owned = table, owned.reshape(len(self.clients), -1)
+        self.seats: Seats = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *shards), engine.by_client)
+        self.flat_seats: Seats = _flatten_seats(shards)
+
+    def broadcast(self, server: Stack) -> Stack:
+        """W̃[i] for every client, [D, G, ...]."""
+        return self.engine._broadcast(server, self.seats)
+
+    def load(self, chain: Sequence[Blocks]) -> Stack:
+        """The clients' blocks from host memory, [D, G, ...]."""
+        holders = [chain[k] if k >= 0 else {} for k in self.clients]
+        flat = blocks.pack(self.engine.partition, self.flat_seats, holders, self.engine.like)
+        shards = len(self._table)
+        split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), flat)
+        return jax.device_put(split, self.engine.by_client)
+
+    def unload(self, stack: Stack) -> dict[int, Blocks]:
+        """Client number -> its blocks, in host memory."""
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.device_get(dict(stack)))
+        held = blocks.unpack(self.engine.partition, self.flat_seats, flat)
+        return {int(k): mine for k, mine in zip(self.clients, held, strict=True) if k >= 0}
+
+    def plan(self, purpose: str, *, post: bool) -> Plan:
+        """The draw of this (seed, round, purpose), with the shard axis; numpy."""
+        settings, engine = self.engine.settings, self.engine
+        drawn = [
+            draw_plan(
+                engine.data,
+                clients,
+                engine.tasks,
+                seed=settings.seed,
+                round_=self.round,
+                purpose=purpose,
+                batch=settings.batch,
+                microbatch=settings.microbatch,
+                steps=settings.post_steps if post else settings.local_steps,
+                capacities=self._shape.rows,
+                length=max(settings.post_steps, settings.local_steps),
+                passes=None if post else 1,
+            )
+            for clients in self._table
+        ]
+        return jax.tree.map(lambda *x: np.stack(x), *drawn)
+
+    def train(self, stack: Stack, purpose: str, *, post: bool = False, teacher: Stack | None = None):
+        """Local training -> (stack, `Losses` [P, O]); the stack given is consumed."""
+        engine, settings = self.engine, self.engine.settings
+        rate = settings.post_rate if post else settings.rate(self.round)
+        key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
+        return engine._train(
+            engine.frozen,
+            engine.arrays,
+            stack,
+            teacher,
+            self.seats,
+            jax.device_put(self.plan(purpose, post=post), engine.by_client),
+            jnp.float32(rate),
+            jax.random.fold_in(key, PURPOSES.index(purpose)),
+        )
+
+    def aggregate(self, server: Stack, stack: Stack, losses: Losses) -> Stack:
+        """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly."""
+        samples = np.array([self.engine.data[k].samples if k >= 0 else 0 for k in self.clients], np.float32)
+        if self.engine.settings.aggregation == "uniform":
+            samples = (samples > 0).astype(np.float32)
+        weights = np.where(self._owned, samples[:, None], 0).astype(np.float32)
+        return self.engine._aggregate(server, stack, self.flat_seats, weights, losses)
+
+    def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:
+        """Equation 4; `indicator` bool [P, O]. `personal` is consumed."""
+        allowed = self.engine._replaceable[np.maximum(self.clients, 0)]
+        return self.engine._replace(personal, federated, self.flat_seats, indicator, allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static capacities of a shard: positions K, group -> slots G, task -> rows N."""
+
+    positions: int
+    slots: Mapping[str, int]
+    rows: Mapping[str, int]
+
+
+def _shape(data, tasks, partition, settings: EngineSettings, shards: int, clients: int, chunk: int) -> _Shape:
+    positions = -(-clients // shards)
+    rows = capacities(data, tasks, positions=positions, batch=settings.batch, microbatch=settings.microbatch)
+    rows = {task: -(-count // chunk) * chunk for task, count in rows.items()}
+    return _Shape(positions, partition.capacities(partition.owned, positions), rows)
+
+
+def _flatten_seats(shards: Sequence[Seats]) -> Seats:
+    """One `Seats` over all P positions for stacks whose shard axis is flattened, [D·G, ...]; numpy."""
+    positions = len(shards[0].slot)
+    total = positions * len(shards)
+
+    def flat(group):
+        parts = [
+            np.where(shard.client[group] < positions, shard.client[group] + number * positions, total)
+            for number, shard in enumerate(shards)
+        ]
+        return np.concatenate(parts).astype(np.int32)
+
+    return Seats(
+        np.concatenate([shard.slot for shard in shards]),
+        {group: flat(group) for group in shards[0].client},
+        {group: np.concatenate([shard.block[group] for shard in shards]) for group in shards[0].block},
+    )
+
+
+def _flat(stack: Stack) -> Stack:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stack)
+
+
+def _train(sharded, *args):
+    stack, losses = sharded(*args)
+    return stack, _flat_losses(losses)
+
+
+def _flat_losses(losses: Losses) -> Losses:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), losses)
+
+
+def _broadcast(server_seats: Seats, server: Stack, seats: Seats) -> Stack:
+    return blocks.broadcast(server, server_seats, seats)
+
+
+def _aggregate(server_seats: Seats, server: Stack, stack: Stack, seats: Seats, weights: Array, losses: Losses) -> Stack:
+    # A client that took no step has nothing to say; one whose loss is not a number must not be heard.
+    heard = jnp.isfinite(losses.plain).all(1) & losses.seen.any(1)
+    weights = jnp.where(heard[:, None], weights, 0)
+    return blocks.aggregate(server, _flat(stack), server_seats, seats, weights)
+
+
+def _replace(personal: Stack, federated: Stack, seats: Seats, indicator: Array, replaceable: Array) -> Stack:
+    chosen = blocks.chosen_blocks(indicator, replaceable)
+    out = blocks.replace(_flat(personal), _flat(federated), seats, chosen)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), out, dict(personal))
+
+
+def blocks_like(model) -> Blocks:
+    """Shapes of every block by name, without allocating any."""
+    return jax.eval_shape(model.init, jax.random.key(0))[1]

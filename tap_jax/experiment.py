@@ -1,0 +1,401 @@
+"""Ties everything together: config -> federation -> model and data -> engine -> state -> results.
+
+    experiment = tap_jax.build(tap_jax.load_config("configs/demo.py"))
+    state = experiment.init()
+    state, line = experiment.round(state)
+    rows = experiment.evaluate(experiment.finish(state))
+
+Everything here is free of files but `run`, which is `tap-jax train`.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tap_jax import blocks
+from tap_jax import config as configuration
+from tap_jax.blocks import Blocks, Partition
+from tap_jax.data import federated
+from tap_jax.data.federated import FederatedData
+from tap_jax.engine import parallel, rounds
+from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.cohort import Engine, EngineSettings
+from tap_jax.engine.local_training import TrainingSettings
+from tap_jax.errors import UserError
+from tap_jax.evaluation.evaluate import Evaluator
+from tap_jax.evaluation.metrics import TextScorer, text_scorer
+from tap_jax.evaluation.results import Row, write_results
+from tap_jax.federation import Federation, Task
+from tap_jax.methods.base import Method, State
+from tap_jax.methods.fedavg import fedavg
+from tap_jax.methods.local import local
+from tap_jax.methods.losses import distillation_loss, task_loss
+from tap_jax.methods.tap import tap
+from tap_jax.models.layers import ModelConfig
+from tap_jax.models.server_model import ServerModel, to_compute_dtype
+
+# variant -> the trained chain whose divergence it inherits
+_CHAIN = {"tap": "personal", "tap-no-kd": "personal", "local": "local"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """Models after the last phase.
+
+    Attributes:
+      state: after the last round.
+      models: variant -> every client's blocks, on the host; None where the variant is the server's blocks.
+    """
+
+    state: State
+    models: Mapping[str, tuple[Blocks, ...] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A configured run; all methods are functions of the state given.
+
+    Attributes:
+      config, federation, model, data, method: what `build` made of the configuration.
+      partition: blocks and who owns them.
+      engine: the compiled side.
+      variants: which results `finish` makes.
+      initial_blocks: W̃ before round 0, by name, on the host.
+    """
+
+    config: ConfigDict
+    federation: Federation
+    model: ServerModel
+    data: FederatedData
+    method: Method
+    partition: Partition
+    engine: Engine
+    variants: tuple[str, ...]
+    initial_blocks: Blocks
+
+    def init(self) -> State:
+        """The state before round 0."""
+        return rounds.initial_state(self.engine, self.initial_blocks, self.method.chains)
+
+    def round(self, state: State) -> tuple[State, dict]:
+        """One round -> (new state, a line of losses, replacements and bytes)."""
+        return rounds.play_round(self.engine, self.method, state)
+
+    def finish(self, state: State) -> Finished:
+        """Stage 2 and the other variants' last phases, over all clients in passes."""
+        found: dict[str, dict[int, Blocks]] = {}
+        for cohort in self.engine.passes(int(state.round)):
+            for variant, models in self.method.finish(cohort, state, self.variants).items():
+                found.setdefault(variant, {}).update(models)
+        clients = range(len(self.federation.clients))
+        return Finished(
+            state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants}
+        )
+
+    @functools.cached_property
+    def scorer(self) -> TextScorer | None:
+        """Scores generated text; None where no task generates any."""
+        if all(task.kind != "text_generation" for task in self.model.tasks):
+            return None
+        return text_scorer(self.config.metrics.bertscore_model, self.config.metrics.bertscore_layer)
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """Scores models on the test sets."""
+        return Evaluator(
+            self.engine,
+            self.data.test,
+            tokenizer=self.data.tokenizer,
+            scorer=self.scorer,
+            personal=self.data.personal_tests,
+        )
+
+    def evaluate(self, models: Finished | State) -> list[Row]:
+        """Result rows {"variant", "client", "task", "metric", "value"} of finished models.
+
+        A state is evaluated as it stands, its chains under their own names, the server's blocks as "fedavg".
+        """
+        if isinstance(models, State):
+            models = Finished(models, {**models.chains, "fedavg": None})
+        rows = []
+        for variant, found in models.models.items():
+            chain = variant if variant in models.state.finite else _CHAIN.get(variant, "federated")
+            finite = models.state.finite.get(chain)
+            if found is None:
+                rows += self.evaluator.evaluate_server(variant, models.state.server, finite)
+            else:
+                rows += self.evaluator.evaluate(variant, found, finite)
+        return rows
+
+
+def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:
+    """The federation's tasks with the number of classes in use (`data.image_classes`)."""
+    most = config.data.image_classes
+    return tuple(
+        dataclasses.replace(task, classes=min(task.classes, most))
+        if most and task.kind == "image_classification"
+        else task
+        for task in federation.tasks
+    )
+
+
+def compute_dtype(config: ConfigDict) -> str:
+    """bfloat16 on accelerators, float32 on CPU, unless the configuration says otherwise."""
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model_config(config: ConfigDict, *, vocab: int | None = None) -> ModelConfig:
+    """The model section as `ModelConfig`."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    fields = {name: value for name, value in config.model.items() if name in names}
+    fields |= {"attention": config.engine.attention, "remat": config.engine.remat, "dtype": compute_dtype(config)}
+    return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Builds everything that a configuration describes.
+
+    Raises:
+      UserError: whatever is wrong with it, in one line.
+    """
+    configuration.validate(config)
+    federation = configuration.federation_of(config)
+    tasks = tasks_of(config, federation)
+    mesh = parallel.client_mesh(config.mesh.clients)
+    data = federated.build(
+        federation,
+        tasks,
+        root=config.data.root,
+        seed=config.seed,
+        vocab=config.model.vocab,
+        max_text=config.model.max_text,
+        max_answer=config.model.max_answer,
+        tokenizer=config.data.tokenizer,
+        sizes={"train": config.data.train_size, "test": config.data.test_size},
+        image_classes=config.data.image_classes,
+        folders=dict(config.data.folders),
+        cache_dir=config.data.cache_dir or None,
+        split=config.federation.split,
+        alpha=config.federation.alpha,
+        personal_test=config.data.test_split == "personal",
+    )
+    vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
+    model = ServerModel(model_config(config, vocab=vocab), tasks)
+    partition = model.partition(federation.task_mask)
+    frozen, initial = jax.jit(model.init)(jax.random.key(config.seed))
+    engine = Engine(
+        model,
+        partition,
+        frozen=to_compute_dtype(frozen, model.config.dtype),
+        arrays=data.train,
+        data=data.clients,
+        sample_loss=sample_loss(config, model),
+        settings=engine_settings(config, len(federation.clients)),
+        mesh=mesh,
+    )
+    variants = configuration.variants_of(config)
+    method = method_of(config, tasks, variants)
+    return Experiment(
+        config, federation, model, data, method, partition, engine, variants, jax.device_get(dict(initial))
+    )
+
+
+def method_of(config: ConfigDict, tasks: Sequence[Task], variants: Sequence[str]) -> Method:
+    """The method that the configuration names."""
+    if config.method == "fedavg":
+        return fedavg()
+    if config.method == "local":
+        return local()
+    by_kind = configuration.margins_of(config)
+    margins = np.array([by_kind[task.kind] for task in tasks], np.float32)
+    return tap(margins, history=config.replacement.history, first=config.replacement.first, variants=variants)
+
+
+def sample_loss(config: ConfigDict, model: ServerModel):
+    """(frozen, parts, teacher's parts or None, task, batch, key) -> (ℓ [B], β·KL [B] or None): equations 2 and 6."""
+    distillation = config.distillation
+
+    def loss(frozen, parts, teacher, task, batch, key):
+        outputs = model.apply(frozen, parts, task, batch, key=key)
+        loss = task_loss(task.kind, outputs, batch)
+        if teacher is None:
+            return loss, None
+        taught = jax.lax.stop_gradient(model.apply(frozen, teacher, task, batch))
+        divergence = distillation_loss(
+            task.kind,
+            taught,
+            outputs,
+            batch,
+            temperature=distillation.temperature,
+            power=distillation.temperature_power,
+            image_loss=distillation.image_loss,
+        )
+        return loss, distillation.weights[task.kind] * divergence
+
+    return loss
+
+
+def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
+    """The configuration's numbers, with the platform's defaults where it leaves them open.
+
+    On CPU: one row at a time (wide rows lose to caches), phases in passes of the cohort's size so that one program
+    serves everything. On accelerators: 8 rows of 32 side by side, all clients in one pass.
+    """
+    cpu = jax.default_backend() == "cpu"
+    optimizer = config.optimizer
+    settings = TrainingSettings(
+        rows_per_chunk=config.engine.rows_per_chunk or (1 if cpu else 8),
+        clip_norm=optimizer.clip_norm,
+        weight_decay=optimizer.weight_decay,
+    )
+
+    def rate(round_: int) -> float:
+        """Linear from learning_rate_initial over warmup_rounds, then constant (Table 21)."""
+        done = min(1.0, round_ / optimizer.warmup_rounds) if optimizer.warmup_rounds else 1.0
+        first = optimizer.learning_rate_initial
+        return first + done * (optimizer.learning_rate - first)
+
+    return EngineSettings(
+        cohort_size=config.cohort_size,
+        clients_per_pass=min(clients, config.engine.clients_per_pass or (config.cohort_size if cpu else clients)),
+        batch=config.batch_size,
+        local_steps=config.local_steps,
+        post_steps=config.post_steps,
+        microbatch=config.engine.microbatch or min(32, config.batch_size),
+        training=settings,
+        rate=rate,
+        post_rate=optimizer.post_learning_rate,
+        aggregation=config.aggregation,
+        scope=config.replacement.scope,
+        seed=config.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporter:
+    """Where a run speaks: `say` gets whole lines, `progress` a line of metrics after every round."""
+
+    say: Callable[[str], None]
+    progress: Callable[[dict], None]
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
+    """`tap-jax train`: everything from the configuration to results.json, resuming where workdir has a checkpoint.
+
+    Raises:
+      UserError: bad input, or a workdir that holds another configuration's run.
+    """
+    started = time.monotonic()
+    workdir = pathlib.Path(workdir)
+    identity = configuration.config_hash(config)
+    _check_workdir(workdir, identity)
+    experiment = build(config)
+    for note in experiment.scorer.notes if experiment.scorer else ():
+        reporter.say(note)
+    state = experiment.init()
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(configuration.to_json(config))
+    if experiment.data.tokenizer is not None:
+        experiment.data.tokenizer.save(workdir / "tokenizer")
+    checkpoints = Checkpoints(workdir / "checkpoints", report=reporter.say)
+    resumed = rounds.resume(checkpoints, state)
+    if resumed is not None:
+        state = resumed
+        reporter.say(f"resuming after round {state.round} of {config.rounds}")
+    built = time.monotonic()
+    state = rounds.run_rounds(
+        experiment.engine,
+        experiment.method,
+        state,
+        rounds=config.rounds,
+        workdir=workdir,
+        every=config.checkpoint_every,
+        config_hash=identity,
+        checkpoints=checkpoints,
+        progress=reporter.progress,
+    )
+    trained = time.monotonic()
+    reporter.say(f"after the last round: {', '.join(experiment.variants)} for {len(experiment.federation.clients)} clients")
+    finished = experiment.finish(state)
+    post = time.monotonic()
+    rows = experiment.evaluate(finished)
+    timing = {
+        "build_seconds": built - started,
+        "rounds_seconds": trained - built,
+        "post_seconds": post - trained,
+        "evaluation_seconds": time.monotonic() - post,
+        "total_seconds": time.monotonic() - started,
+        "device": f"{len(experiment.engine.mesh.devices)} x {jax.devices()[0].device_kind}",
+    }
+    save_models(experiment, finished, workdir, identity)
+    notes = experiment.scorer.notes if experiment.scorer else ()
+    replacements = [
+        entry
+        for line in rounds.read_lines(workdir / "metrics.jsonl")
+        for entry in line.get("replacements", [])
+    ]
+    write_results(workdir, config, rows, replacements, timing, notes=notes)
+    return rows
+
+
+def save_models(experiment: Experiment, finished: Finished, workdir: pathlib.Path, identity: str) -> None:
+    """The finished clients' models, for `tap-jax evaluate` and exports: workdir/models, one orbax checkpoint."""
+    tree = {variant: models for variant, models in finished.models.items() if models is not None}
+    if tree:
+        state = finished.state
+        Checkpoints(workdir / "models", keep=1).save(int(state.round), jax.device_get(tree), {"config": identity})
+
+
+def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
+    """`tap-jax evaluate`: scores the models of a finished run again and rewrites its results.
+
+    Raises:
+      UserError: no run there, or one that has not finished.
+    """
+    workdir = pathlib.Path(workdir)
+    config = configuration.load_config(_existing(workdir / "config.json", "workdir: holds no run; train one first"))
+    results = json.loads(
+        _existing(workdir / "results.json", "workdir: the run has not finished; call train again").read_text()
+    )
+    experiment = build(config)
+    initial = experiment.init()
+    state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)
+    if state is None:
+        raise UserError(f"workdir: no checkpoint in {workdir}; train again")
+    stored = tuple(variant for variant in experiment.variants if variant != "fedavg")
+    clients = tuple(
+        blocks.take(experiment.initial_blocks, experiment.partition.blocks_of(k))
+        for k in range(len(experiment.federation.clients))
+    )
+    found = Checkpoints(workdir / "models", report=reporter.say).restore_latest({v: clients for v in stored})
+    if stored and found is None:
+        raise UserError(f"workdir: no models in {workdir}; train again")
+    models = {v: found[1][v] if v in stored else None for v in experiment.variants}
+    rows = experiment.evaluate(Finished(state, models))
+    notes = experiment.scorer.notes if experiment.scorer else ()
+    write_results(workdir, config, rows, results["replacements"], results["timing"], notes=notes)
+    return rows
+
+
+def _existing(path: pathlib.Path, message: str) -> pathlib.Path:
+    if not path.exists():
+        raise UserError(f"{message} ({path} is missing)")
+    return path
+
+
+def _check_workdir(workdir: pathlib.Path, identity: str) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir: {workdir} is a file; name a folder")
+    path = workdir / "config.json"
+    if path.exists() and configuration.config_hash(configuration.from_json(path.read_text())) != identity:
+        raise UserError(f"workdir: {workdir} holds a run of another configuration; name another folder or remove it")
