@@ -1,11 +1,11 @@
 """The partition of the trainables into blocks B_0..B_R (Sec. 3.1), and everything that is done to blocks.
 
 By name, blocks are a plain mapping `Blocks`: block name -> tree of arrays. For computing, blocks of equal shapes
-form a *group*, and many clients' blocks of a group are one tree with a leading slot axis, a `Stack`. `Seats` says
-which client and which block sit in which slot: only owned blocks have one, so nothing is stored, moved or updated
-for blocks a client does not have.
+form a *group*, and many clients' blocks of a group are the rows of one matrix, a `Stack`: a slot holds one client's
+block, its leaves one after the other. `Seats` says which client and which block sit in which slot: only owned
+blocks have one, so nothing is stored, moved or updated for blocks a client does not have.
 
-Letters: K clients, R blocks, O tasks, G slots of a group.
+Letters: K clients, R blocks, O tasks, G slots of a group, n parameters of one of its blocks.
 """
 
 import dataclasses
@@ -20,7 +20,21 @@ from jax import Array
 
 Tree = Any
 Blocks = Mapping[str, Tree]
-Stack = Mapping[str, Tree]
+Stack = Mapping[str, Array]
+
+
+def flatten(tree: Tree, lead: int = 0) -> Array:
+    """The leaves of a block one after the other, [n]; with `lead` common leading axes, [..., n]."""
+    leaves = [leaf.reshape(*leaf.shape[:lead], -1) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves, axis=-1)
+
+
+def unflatten(flat: Array, like: Tree) -> Tree:
+    """The inverse of `flatten`: [..., n] -> the tree `like` (arrays or shapes), leaves [..., *shape]."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])
+    pieces = [flat[..., end - int(np.prod(leaf.shape)) : end] for leaf, end in zip(leaves, ends, strict=True)]
+    return structure.unflatten([p.reshape(*flat.shape[:-1], *leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)])
 
 
 def take(blocks: Blocks, names: Sequence[str]) -> dict[str, Tree]:
@@ -122,46 +136,40 @@ def server_seats(partition: Partition) -> Seats:
     return seat(partition, np.ones((1, len(partition.names)), bool))
 
 
-def pack(partition: Partition, seats: Seats, holders: Sequence[Blocks], like: Blocks) -> dict[str, Tree]:
+def pack(partition: Partition, seats: Seats, holders: Sequence[Blocks], like: Blocks) -> dict[str, np.ndarray]:
     """The stack of what the holders have, on the host; idle slots are zero.
 
     Args:
       holders: one mapping per position, with at least the blocks it owns.
-      like: any mapping with every block's shapes and dtypes.
+      like: any mapping with every block's shapes.
 
     Returns:
-      Group -> tree, numpy leaves [G, ...].
+      Group -> float32 [G, n].
     """
     stack = {}
     for group, blocks in partition.members().items():
         clients, numbers = np.asarray(seats.client[group]), np.asarray(seats.block[group])
-        taken = np.flatnonzero(clients < len(seats.slot))
-        held = [holders[clients[g]][partition.names[numbers[g]]] for g in taken]
-
-        def leaf(shape, *values, size=len(clients), taken=taken):
-            out = np.zeros((size, *shape.shape), shape.dtype)
-            for g, value in zip(taken, values, strict=True):
-                out[g] = value
-            return out
-
-        stack[group] = jax.tree.map(leaf, like[partition.names[blocks[0]]], *held)
+        matrix = np.zeros((len(clients), count(like[partition.names[blocks[0]]])), np.float32)
+        for g in np.flatnonzero(clients < len(seats.slot)):
+            leaves = jax.tree.leaves(holders[clients[g]][partition.names[numbers[g]]])
+            np.concatenate([np.ravel(leaf) for leaf in leaves], out=matrix[g])
+        stack[group] = matrix
     return stack
 
 
-def unpack(partition: Partition, seats: Seats, stack: Stack) -> list[dict[str, Tree]]:
+def unpack(partition: Partition, seats: Seats, stack: Stack, like: Blocks) -> list[dict[str, Tree]]:
     """The inverse of `pack`: per position the blocks it holds, by name, copied to the host."""
-    host = jax.device_get(dict(stack))
     out: list[dict[str, Tree]] = [{} for _ in range(len(seats.slot))]
-    for group, tree in host.items():
+    for group, matrix in jax.device_get(dict(stack)).items():
         numbers = np.asarray(seats.block[group])
         for g, position in enumerate(np.asarray(seats.client[group])):
             if position < len(out):
                 name = partition.names[numbers[g]]
-                out[position][name] = jax.tree.map(lambda leaf, g=g: np.array(leaf[g]), tree)
+                out[position][name] = unflatten(np.array(matrix[g]), like[name])
     return out
 
 
-def broadcast(server: Stack, server_seats: Seats, seats: Seats) -> dict[str, Tree]:
+def broadcast(server: Stack, server_seats: Seats, seats: Seats) -> dict[str, Array]:
     """W̃[i] = P_{B_i} W̃ for every seated client: the server's blocks in the slots of their holders.
 
     Args:
@@ -169,12 +177,10 @@ def broadcast(server: Stack, server_seats: Seats, seats: Seats) -> dict[str, Tre
       seats: where the clients sit.
     """
     place = jnp.asarray(server_seats.slot)[0]
-    return {
-        group: jax.tree.map(lambda leaf, at=place[seats.block[group]]: leaf[at], tree) for group, tree in server.items()
-    }
+    return {group: matrix[place[seats.block[group]]] for group, matrix in server.items()}
 
 
-def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, weights: Array) -> dict[str, Tree]:
+def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, weights: Array) -> dict[str, Array]:
     """Component-wise FedAvg (Sec. 3.1): each block is averaged over the clients that sent it.
 
     What is averaged for a LoRA pair is A and B each; mean(B)·mean(A) is not mean(BA).
@@ -195,14 +201,10 @@ def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, w
         weight = padded[seats.client[group], seats.block[group]]
         at = place[seats.block[group]]
         total = jnp.zeros(len(server_seats.client[group]), weight.dtype).at[at].add(weight)
-        share = weight / jnp.where(total > 0, total, 1)[at]
-
-        def mean(old, sent):
-            flat = (-1, *(1,) * (old.ndim - 1))
-            sent = jnp.where(weight.reshape(flat) > 0, share.reshape(flat).astype(old.dtype) * sent, 0)
-            return jnp.where(total.reshape(flat) > 0, jnp.zeros_like(old).at[at].add(sent), old)
-
-        return jax.tree.map(mean, server[group], cohort[group])
+        share = (weight / jnp.where(total > 0, total, 1)[at])[:, None]
+        sent = jnp.where(weight[:, None] > 0, share * cohort[group], 0)
+        average = jnp.zeros_like(server[group]).at[at].add(sent)
+        return jnp.where(total[:, None] > 0, average, server[group])
 
     return {group: one(group) for group in server}
 
@@ -228,7 +230,7 @@ def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array
     return seen & (local_loss + margin < personal_loss)
 
 
-def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> dict[str, Tree]:
+def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> dict[str, Array]:
     """X_[i,o] = (1 - R) X_[i,o] + R W̃_[i,o] (eq. 4), as a choice: what is not replaced keeps its bits.
 
     Args:
@@ -239,8 +241,7 @@ def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> d
 
     def one(group):
         flag = padded[seats.client[group], seats.block[group]]
-        pick = lambda mine, theirs: jnp.where(flag.reshape(-1, *(1,) * (mine.ndim - 1)), theirs, mine)  # noqa: E731
-        return jax.tree.map(pick, personal[group], federated[group])
+        return jnp.where(flag[:, None], federated[group], personal[group])
 
     return {group: one(group) for group in personal}
 

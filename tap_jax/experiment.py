@@ -100,6 +100,15 @@ class Experiment:
             state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants}
         )
 
+    def prepare(self) -> None:
+        """Starts compiling all that a whole run needs, in the background; optional."""
+        cohort = self.engine.cohort(range(self.engine.settings.cohort_size), 0)
+        everyone = self.engine.passes(0)[0]
+        cohort.prepare(teacher=False)
+        if "tap" in self.variants:
+            everyone.prepare(teacher=True)
+        self.evaluator.prepare(everyone)
+
     @functools.cached_property
     def scorer(self) -> TextScorer | None:
         """Scores generated text; None where no task generates any."""
@@ -192,7 +201,7 @@ def build(config: ConfigDict) -> Experiment:
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
     model = ServerModel(model_config(config, vocab=vocab), tasks)
     partition = model.partition(federation.task_mask)
-    frozen, initial = jax.jit(model.init)(jax.random.key(config.seed))
+    frozen, initial = model.init(jax.random.key(config.seed))
     engine = Engine(
         model,
         partition,
@@ -312,6 +321,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     if resumed is not None:
         state = resumed
         reporter.say(f"resuming after round {state.round} of {config.rounds}")
+    experiment.prepare()
     built = time.monotonic()
     state = rounds.run_rounds(
         experiment.engine,

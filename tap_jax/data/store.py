@@ -33,7 +33,7 @@ def device_arrays(arrays: Mapping[str, object], sharding=None) -> dict[str, dict
 
 def cut(fields: Mapping[str, Array], ids: Array) -> dict[str, Array]:
     """The samples `ids` [B] of a task; images as float32 [B, 64, 64, 3] in standardised units."""
-    batch = {name: field[ids] for name, field in fields.items()}
+    batch = {name: field.at[ids].get(mode="promise_in_bounds") for name, field in fields.items()}
     if "images" in batch:
         batch["images"] = standardise(batch["images"])
     return batch

@@ -23,6 +23,7 @@ from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_p
 from tap_jax.data.store import device_arrays
 from tap_jax.engine import parallel
 from tap_jax.engine.local_training import Losses, TrainingSettings, local_training, part_tables
+from tap_jax.engine.programs import Program, abstract
 from tap_jax.federation import Task
 
 
@@ -88,7 +89,7 @@ class Engine:
         self.arrays = device_arrays(arrays, self.shared)
         self.server_seats = blocks.server_seats(partition)
         self.like = blocks_like(model)
-        self.tables = part_tables(model.streams, model.roles, partition)
+        self.tables = part_tables(model.streams, model.roles, partition, self.like)
         self._replaceable = partition.replaceable(settings.scope)
         rows = settings.training.rows_per_chunk
         self._work = [
@@ -102,7 +103,7 @@ class Engine:
         program = local_training(sample_loss, self.tasks, self.tables, settings.training)
         by_client = (False, False, True, True, True, True, False, False)
         sharded = parallel.over_clients(program, mesh, by_client)
-        self._train = jax.jit(functools.partial(_train, sharded), donate_argnums=(2,))
+        self._train = Program(functools.partial(_train, sharded), donate_argnums=(2,))
         self._broadcast = jax.jit(functools.partial(_broadcast, self.server_seats), out_shardings=self.by_client)
         self._aggregate = jax.jit(functools.partial(_aggregate, self.server_seats), out_shardings=self.shared)
         self._replace = jax.jit(_replace, donate_argnums=(0,), out_shardings=self.by_client)
@@ -123,7 +124,7 @@ class Engine:
 
     def server_blocks(self, server: Stack) -> Blocks:
         """The inverse of `server_stack`, on the host."""
-        return blocks.unpack(self.partition, self.server_seats, server)[0]
+        return blocks.unpack(self.partition, self.server_seats, server, self.like)[0]
 
 
 class Cohort:
@@ -147,11 +148,11 @@ class Cohort:
         self.flat_seats: Seats = _flatten_seats(shards)
 
     def broadcast(self, server: Stack) -> Stack:
-        """W̃[i] for every client, [D, G, ...]."""
+        """W̃[i] for every client, [D, G, n]."""
         return self.engine._broadcast(server, self.seats)
 
     def load(self, chain: Sequence[Blocks]) -> Stack:
-        """The clients' blocks from host memory, [D, G, ...]."""
+        """The clients' blocks from host memory, [D, G, n]."""
         holders = [chain[k] if k >= 0 else {} for k in self.clients]
         flat = blocks.pack(self.engine.partition, self.flat_seats, holders, self.engine.like)
         shards = len(self._table)
@@ -161,7 +162,7 @@ class Cohort:
     def unload(self, stack: Stack) -> dict[int, Blocks]:
         """Client number -> its blocks, in host memory."""
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.device_get(dict(stack)))
-        held = blocks.unpack(self.engine.partition, self.flat_seats, flat)
+        held = blocks.unpack(self.engine.partition, self.flat_seats, flat, self.engine.like)
         return {int(k): mine for k, mine in zip(self.clients, held, strict=True) if k >= 0}
 
     def plan(self, purpose: str, *, post: bool) -> Plan:
@@ -189,18 +190,32 @@ class Cohort:
     def train(self, stack: Stack, purpose: str, *, post: bool = False, teacher: Stack | None = None):
         """Local training -> (stack, `Losses` [P, O]); the stack given is consumed."""
         engine, settings = self.engine, self.engine.settings
-        rate = settings.post_rate if post else settings.rate(self.round)
         key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
-        return engine._train(
-            engine.frozen,
-            engine.arrays,
+        key = jax.random.fold_in(key, PURPOSES.index(purpose))
+        rate = np.float32(settings.post_rate if post else settings.rate(self.round))
+        plan = jax.device_put(self.plan(purpose, post=post), engine.by_client)
+        rate, key = jax.device_put((rate, key), engine.shared)
+        return engine._train(engine.frozen, engine.arrays, stack, teacher, self.seats, plan, rate, key)
+
+    def prepare(self, *, teacher: bool) -> None:
+        """Starts compiling `train`, with or without a teacher, in the background."""
+        engine = self.engine
+        stack = self.abstract_stack()
+        engine._train.prepare(
+            *abstract((engine.frozen, engine.arrays), engine.shared),
             stack,
-            teacher,
-            self.seats,
-            jax.device_put(self.plan(purpose, post=post), engine.by_client),
-            jnp.float32(rate),
-            jax.random.fold_in(key, PURPOSES.index(purpose)),
+            stack if teacher else None,
+            *abstract((self.seats, self.plan(PURPOSES[-1], post=True)), engine.by_client),
+            *abstract((np.float32(0), jax.random.key(0)), engine.shared),
         )
+
+    def abstract_stack(self) -> Stack:
+        """The shapes of the cohort's stacks."""
+        shards, groups = len(self._table), self.engine.partition.members()
+        names = {group: self.engine.partition.names[members[0]] for group, members in groups.items()}
+        sizes = {group: blocks.count(self.engine.like[name]) for group, name in names.items()}
+        zero = {g: jax.ShapeDtypeStruct((shards, self._shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
+        return abstract(zero, self.engine.by_client)
 
     def aggregate(self, server: Stack, stack: Stack, losses: Losses) -> Stack:
         """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly."""
@@ -233,7 +248,7 @@ def _shape(data, tasks, partition, settings: EngineSettings, shards: int, client
 
 
 def _flatten_seats(shards: Sequence[Seats]) -> Seats:
-    """One `Seats` over all P positions for stacks whose shard axis is flattened, [D·G, ...]; numpy."""
+    """One `Seats` over all P positions for stacks whose shard axis is flattened, [D·G, n]; numpy."""
     positions = len(shards[0].slot)
     total = positions * len(shards)
 

@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Partition, Seats, Stack, Tree
+from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree, flatten, unflatten
 from tap_jax.data.sampling import Plan, Rows
 from tap_jax.data.store import cut
 from tap_jax.federation import Stream, Task
@@ -67,43 +67,65 @@ class TrainingSettings:
     weight_decay: float = 0.01
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a task's forward pass: blocks of one group, which of them by domain.
+
+    Attributes:
+      group: where the blocks are.
+      blocks: int [domains] (one block) or [domains, P] (one per path), numbers of blocks.
+      like: shapes of one block.
+    """
+
+    group: str
+    blocks: np.ndarray
+    like: Tree
+
+
+Tables = Mapping[str, Mapping[str, Part]]  # task -> part -> Part
+
+
 def part_tables(
-    streams: Sequence[Stream], roles: Callable[[Stream], Mapping[str, Any]], partition: Partition
-) -> dict[str, dict[str, tuple[str, np.ndarray]]]:
-    """Task -> part -> (group, int [domains] or [domains, P]): the blocks a part is made of, by domain."""
+    streams: Sequence[Stream], roles: Callable[[Stream], Mapping[str, Any]], partition: Partition, like: Blocks
+) -> dict[str, dict[str, Part]]:
+    """What every task's forward pass is made of, from the model's `roles`; `like` holds every block's shapes."""
     number = {name: r for r, name in enumerate(partition.names)}
-    tables: dict[str, dict[str, tuple[str, np.ndarray]]] = {}
+    tables: dict[str, dict[str, Part]] = {}
     for task in dict.fromkeys(stream.task for stream in streams):
         by_domain = [roles(stream) for stream in task.streams]
         tables[task.name] = {}
         for part, example in by_domain[0].items():
             blocks = np.vectorize(number.__getitem__)(np.array([found[part] for found in by_domain]))
             first = example if isinstance(example, str) else example[0]
-            tables[task.name][part] = (partition.groups[number[first]], blocks)
+            tables[task.name][part] = Part(partition.groups[number[first]], blocks, like[first])
     return tables
 
 
-def take_parts(stack: Stack, seats: Seats, table: Mapping[str, tuple[str, np.ndarray]], client: Array, domain: Array):
+def take_parts(stack: Stack, seats: Seats, table: Mapping[str, Part], client: Array, domain: Array):
     """The parts of one row's forward pass out of a stack, and where they sit.
 
     Returns:
       (part -> tree, leaves [...] or [P, ...]; part -> slots [] or [P]).
     """
-    slots = {part: seats.slot[client][jnp.asarray(blocks)[domain]] for part, (_, blocks) in table.items()}
-    parts = {part: jax.tree.map(lambda leaf, s=slots[part]: leaf[s], stack[table[part][0]]) for part in table}
+    mine = seats.slot[client]
+    slots = {name: mine[jnp.asarray(part.blocks)[domain]] for name, part in table.items()}
+    parts = {
+        name: unflatten(stack[part.group].at[slots[name]].get(mode="promise_in_bounds"), part.like)
+        for name, part in table.items()
+    }
     return parts, slots
 
 
 def local_training(
     sample_loss: SampleLoss,
     tasks: Sequence[Task],
-    tables: Mapping[str, Mapping[str, tuple[str, np.ndarray]]],
+    tables: Tables,
     settings: TrainingSettings,
 ):
     """Builds `train(frozen, data, stack, teacher, seats, plan, rate, key) -> (stack, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
-      frozen: Ŵ. data: task -> fields, whole training sets. stack: group -> tree [G, ...]; a slot is updated only
+      frozen: Ŵ. data: task -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only
       in the steps in which its client is active, an idle slot never. teacher: a stack of the same seats or None.
       rate: learning rate, float32. key: of (seed, round, purpose); dropout keys are folded from it by client, step,
       task, domain and row, so they do not depend on who else is in the cohort.
@@ -140,6 +162,7 @@ def local_training(
                 (_, loss), grads = jax.value_and_grad(row_loss, has_aux=True)(
                     parts, taught, frozen, task, batch, row.weights, row.share, row_key
                 )
+                grads = {name: flatten(grads[name], slots[name].ndim) for name in grads}
                 return loss, grads, slots
 
             def chunk(index, carry, task=task, table=table, number=number, one=one):
@@ -150,9 +173,9 @@ def local_training(
                     loss, row_grads, slots = one(jax.tree.map(lambda leaf: leaf[0], rows))
                 else:
                     loss, row_grads, slots = jax.vmap(one)(rows)
-                for part, (group, _) in table.items():
-                    add = lambda total, grad, at=slots[part]: total.at[at].add(grad)  # noqa: E731
-                    grads = grads | {group: jax.tree.map(add, grads[group], row_grads[part])}
+                for name, part in table.items():
+                    total = grads[part.group].at[slots[name]].add(row_grads[name], mode="promise_in_bounds")
+                    grads = grads | {part.group: total}
                 at = (rows.client, number)
                 return (
                     grads,
@@ -176,7 +199,8 @@ def local_training(
             updates, state = optimizer.update(grads, state, stack)
             active = jnp.append(plan.active[index], False)
             stack = {
-                group: _where_active(stack[group], updates[group], rate, active[seats.client[group]]) for group in stack
+                group: jnp.where(active[seats.client[group]][:, None], matrix - rate * updates[group], matrix)
+                for group, matrix in stack.items()
             }
             losses = Losses(
                 losses.plain + plain, losses.weighted + weighted, losses.steps + (share > 0).astype(jnp.int32)
@@ -189,24 +213,11 @@ def local_training(
     return train
 
 
-def _where_active(tree: Tree, updates: Tree, rate: Array, active: Array) -> Tree:
-    def move(value, update):
-        return jnp.where(active.reshape(-1, *(1,) * (value.ndim - 1)), value - rate * update, value)
-
-    return jax.tree.map(move, tree, updates)
-
-
-def clip_per_client(grads: Stack, seats: Seats, bound: float) -> dict[str, Tree]:
+def clip_per_client(grads: Stack, seats: Seats, bound: float) -> dict[str, Array]:
     """Scales each client's gradient, over all its blocks, to a global norm of at most `bound`."""
     squares = jnp.zeros(seats.slot.shape[0] + 1, jnp.float32)
-    for group, tree in grads.items():
-        per_slot = sum(jnp.square(leaf).sum(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(tree))
-        squares = squares.at[seats.client[group]].add(per_slot)
+    for group, matrix in grads.items():
+        squares = squares.at[seats.client[group]].add(jnp.square(matrix).sum(1))
     norm = jnp.sqrt(squares)
     factor = jnp.where(norm > bound, bound / norm, 1.0)
-
-    def scale(group):
-        at = factor[seats.client[group]]
-        return jax.tree.map(lambda leaf: leaf * at.reshape(-1, *(1,) * (leaf.ndim - 1)), grads[group])
-
-    return {group: scale(group) for group in grads}
+    return {group: matrix * factor[seats.client[group]][:, None] for group, matrix in grads.items()}

@@ -18,6 +18,7 @@ from tap_jax.data.text import TaskArrays, WordPiece
 from tap_jax.engine import parallel
 from tap_jax.engine.cohort import Cohort, Engine
 from tap_jax.engine.local_training import take_parts
+from tap_jax.engine.programs import Program, abstract
 from tap_jax.evaluation.metrics import TextScorer, accuracy
 from tap_jax.evaluation.results import Row
 from tap_jax.federation import Task
@@ -60,7 +61,18 @@ class Evaluator:
     def _program(self, task: Task):
         predict = functools.partial(_predict, self.engine.model, task, self.engine.tables[task.name], self.tokenizer)
         sharded = parallel.over_clients(predict, self.engine.mesh, (False, False, True, True, True))
-        return jax.jit(sharded)
+        return Program(sharded)
+
+    def prepare(self, cohort: Cohort) -> None:
+        """Starts compiling the programs of all tasks, for cohorts like this one, in the background."""
+        engine = self.engine
+        for task in engine.tasks:
+            rows = self._rows(cohort, task, set())
+            self._programs[task.name].prepare(
+                *abstract((engine.frozen, self._arrays[task.name]), engine.shared),
+                cohort.abstract_stack(),
+                *abstract((cohort.seats, rows), engine.by_client),
+            )
 
     def ids(self, client: int, task: str) -> np.ndarray:
         """int64 [.], the client's test samples of a task."""

@@ -4,6 +4,7 @@
 stream's forward pass touches the blocks of B_o and no others.
 """
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +26,9 @@ ENCODERS = {
     "vilt": {"image": vilt.ImageEncoder, "text": vilt.TextEncoder},
 }
 PAD = 0  # BERT's [PAD]
+
+_init_frozen = jax.jit(backbone.init_frozen, static_argnums=(1, 2))
+_init_block = jax.jit(backbone.init_block, static_argnums=(1, 2, 3))
 
 
 class ServerModel:
@@ -114,13 +118,15 @@ class ServerModel:
         The frozen part is a random stand-in with the shapes of the pre-trained weights.
         """
         c = self.config
-        frozen: Tree = {"backbone": backbone.init_frozen(_fold(key, "backbone"), c, sum(c.backbone_layers))}
+        # Small programs of their own, because all in one would take longer to compile than to train with.
+        frozen: Tree = {"backbone": _init_frozen(_fold(key, "backbone"), c, sum(c.backbone_layers))}
         blocks = {}
         for name in self.block_names:
             block_key = _fold(key, name)
             kind, *rest = name.split("/")
             if kind == "encoder":
-                variables = self._encoders[rest[0]].init(block_key, *self._example(rest[0]), deterministic=True)
+                init = jax.jit(functools.partial(self._encoders[rest[0]].init, deterministic=True))
+                variables = init(block_key, *self._example(rest[0]))
                 blocks[name], frozen[name] = variables["params"], variables["frozen"]
             elif kind == "shared_proj":
                 blocks[name] = self._shared.init(block_key, jnp.zeros((1, c.width)))["params"]
@@ -128,7 +134,7 @@ class ServerModel:
                 blocks[name] = self._init_head(block_key, rest[0])
             else:
                 depth = c.backbone_layers[0 if kind == "mote" else 1]
-                blocks[name] = backbone.init_block(block_key, c, depth, rest[1])
+                blocks[name] = _init_block(block_key, c, depth, rest[1])
         return frozen, blocks
 
     def _example(self, modality: str):
@@ -142,7 +148,7 @@ class ServerModel:
             args = (vectors[:, None], jnp.zeros((1, 2), jnp.int32))
         else:
             args = (vectors,)
-        return head.init(key, *args, deterministic=True)["params"]
+        return jax.jit(functools.partial(head.init, deterministic=True))(key, *args)["params"]
 
     def represent(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
         """Path vectors of a batch, [B, 4·|modalities|, D]: modalities in the task's order, paths as in `backbone`.

@@ -1,0 +1,52 @@
+"""Compiled programs that are made ready in the background, while the host does other things.
+
+A run needs a handful of large programs, one after the other. Compiling is single-threaded in large part, so they
+are compiled side by side from the start; whoever calls one first waits for it.
+"""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+_WORKERS = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+
+
+class Program:
+    """A function under `jax.jit` whose executables can be asked for ahead of their first call.
+
+    Args:
+      function: pure.
+      jit: further arguments of `jax.jit`.
+    """
+
+    def __init__(self, function: Callable, **jit: Any):
+        self._jitted = jax.jit(function, **jit)
+        self._ready: dict[Any, concurrent.futures.Future] = {}
+
+    def prepare(self, *args: Any) -> None:
+        """Starts compiling for arguments like these (arrays, or shapes with shardings); returns at once."""
+        key = _signature(args)
+        if key not in self._ready:
+            self._ready[key] = _WORKERS.submit(lambda: self._jitted.lower(*args).compile())
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's result; arguments must lie where `prepare` was told they would."""
+        ready = self._ready.get(_signature(args))
+        return self._jitted(*args) if ready is None else ready.result()(*args)
+
+    @property
+    def traces(self) -> int:
+        """How many different programs there are."""
+        return len(self._ready) or self._jitted._cache_size()
+
+
+def _signature(args: Any) -> Any:
+    leaves, structure = jax.tree.flatten(args)
+    return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+
+
+def abstract(tree: Any, sharding: Any) -> Any:
+    """Shapes of a tree of arrays, placed by `sharding`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
