@@ -1,4 +1,4 @@
-"""TAP on FLAVA: the paper's main setting (Tables 1-3, rows FLAVA; hyperparameters of Tables 21 and 22).
+"""TAP on FLAVA: the paper's main setting (rows FLAVA of Tables 1-3; hyperparameters of Tables 21 and 22).
 
 30 clients (ten patterns, three groups), 2 a round, 200 rounds, eight data sets from the hub. One run yields TAP, TAP
 without distillation, FedAvg, FedAvg + Post-train and FedAvg + 2P, which share their training. The tables average over
@@ -7,17 +7,17 @@ the seeds 41 to 44:
     for seed in 41 42 43 44; do
       tap-jax train --config=configs/flava.py:seed=$seed --workdir=runs/flava-$seed
     done
-    tap-jax report runs/flava-* --out=runs/flava-report
 
-Expected (Tables 1 to 3 and 11 to 13, mean over clients and seeds): see README.md, which also says where and why the
-numbers may differ. Baselines: `configs/flava.py:method=local`, `per_fedavg`, `disentafl`, `feddat`; the standard
-backbone of Appendix C.4: `model.backbone=standard`.
-
-Hardware: one GPU with 80 GB in bfloat16, or several through `mesh.clients`; the memory plan for the machine at hand:
+Not yet the tables' numbers: the frozen weights are random stand-ins of the right shapes until the pre-trained ones can
+be loaded. What is exact already is the parameter accounting (Table 7), which needs neither data nor network:
 
     tap-jax describe --config=configs/flava.py
 
-Needs the network (or a filled cache) for data and weights.
+The baseline Local: `configs/flava.py:method=local,variants=()`. Data from a folder of parquet files instead of the
+hub: `--config.data.root=DIR`. No data at hand: `--config.data.root=synthetic`.
+
+Hardware: one GPU with 80 GB in bfloat16, or several through `mesh.clients`; `describe` prints the memory plan. Needs
+the network (or a filled cache) for the data and for BERT's tokenizer.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,6 @@ def get_config(argument: str = "") -> ConfigDict:
     """The paper's FLAVA setting; `argument` changes fields, e.g. "seed=42,rounds=5"."""
     config = default_config()  # holds FLAVA's numbers
     config.variants = ("tap", "tap-no-kd", "fedavg", "fedavg+post", "fedavg+2p")
-    config.model.weights = "hub"
     config.data.root = "hub"
     config.data.tokenizer = "bert-base-uncased"
     return override(config, argument)

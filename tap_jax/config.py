@@ -32,6 +32,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
+IMAGE_SIDE = 64  # pixels a side of every stored image (spec.md 6)
+FLAVA_POSITIONS = 512  # of the text encoder, in every published FLAVA
+VILT_GRID = 12  # positions a side of dandelin/vilt-*: 384 pixels in patches of 32
+
+
 def default_config() -> ConfigDict:
     """FLAVA's settings of Tables 21 and 22; every field with its unit and source.
 
@@ -237,20 +242,23 @@ def override(config: ConfigDict, values: Mapping[str, Any] | str) -> ConfigDict:
       (2, 2)
     """
     for field, value in _flat(_parse(values) if isinstance(values, str) else values).items():
-        *sections, leaf = field.split(".")
-        section = config
-        for depth, key in enumerate(sections):
-            _known(config, section, ".".join(sections[:depth]), key)
-            section = section[key]
-            if not isinstance(section, ConfigDict):
-                raise UserError(f"{'.'.join(sections[: depth + 1])}: has no field '{leaf}'")
-        _known(config, section, ".".join(sections), leaf)
+        section, leaf = _place(config, field)
         if field == "margins" and not isinstance(value, ConfigDict):
             with config.ignore_type():
                 config.margins = _cast("margins", value, 0.0)
         else:
             section[leaf] = _cast(field, value, section[leaf])
     return config
+
+
+def value_of(config: ConfigDict, field: str) -> Any:
+    """The value of a field, or the section, of that dotted name.
+
+    Raises:
+      UserError: an unknown field; the message suggests known ones.
+    """
+    section, leaf = _place(config, field)
+    return section[leaf]
 
 
 def validate(config: ConfigDict) -> None:
@@ -280,7 +288,7 @@ def validate(config: ConfigDict) -> None:
         if variant not in VARIANTS[config.method]:
             raise UserError(
                 f"variants: '{variant}' does not come out of method '{config.method}';"
-                f" use {', '.join(VARIANTS[config.method])}"
+                f" use {', '.join(VARIANTS[config.method])}, or variants=() for the first"
             )
     if len(model.backbone_layers) != 2:
         raise UserError(f"model.backbone_layers: {model.backbone_layers}; give two numbers, of MoTE and MoME layers")
@@ -289,6 +297,24 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"model.{field}: {model[field]} does not divide model.width {model.width}")
     if model.image_size % model.patch:
         raise UserError(f"model.patch: {model.patch} does not divide model.image_size {model.image_size}")
+    if model.name == "vilt" and model.position == "slice" and model.image_size // model.patch > VILT_GRID:
+        raise UserError(
+            f"model.position: 'slice' has {VILT_GRID}x{VILT_GRID} positions, too few for {model.image_size} pixels in"
+            f" patches of {model.patch}; use 'interpolate' or larger patches"
+        )
+    if not (IMAGE_SIDE * model.upsample).is_integer():
+        raise UserError(
+            f"model.upsample: {model.upsample} makes {IMAGE_SIDE * model.upsample:g} pixels of {IMAGE_SIDE};"
+            " use a factor that gives a whole number"
+        )
+    for field in ("max_text", "max_answer"):
+        if model[field] < 3:
+            raise UserError(f"model.{field}: {model[field]} leaves no room between [CLS] and [SEP]; use at least 3")
+    if model.name == "flava" and model.max_text > FLAVA_POSITIONS:
+        raise UserError(
+            f"model.max_text: {model.max_text}, but FLAVA's text encoder has {FLAVA_POSITIONS} positions;"
+            f" use at most {FLAVA_POSITIONS}"
+        )
     if len(model.image_channels) != 3:
         raise UserError(f"model.image_channels: {model.image_channels}; give three, for 8x8 to 64x64 pixels")
     if (federation.table == "custom") != bool(federation.rows):
@@ -389,6 +415,19 @@ def _flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, A
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _place(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
+    """The section that holds a field, and its name there."""
+    *sections, leaf = field.split(".")
+    section = config
+    for depth, key in enumerate(sections):
+        _known(config, section, ".".join(sections[:depth]), key)
+        section = section[key]
+        if not isinstance(section, ConfigDict):
+            raise UserError(f"{'.'.join(sections[: depth + 1])}: has no field '{leaf}'")
+    _known(config, section, ".".join(sections), leaf)
+    return section, leaf
 
 
 def _known(config: ConfigDict, section: ConfigDict, path: str, key: str) -> None:

@@ -104,9 +104,8 @@ class Experiment:
         """Starts compiling all that a whole run needs, in the background; optional."""
         cohort = self.engine.cohort(range(self.engine.settings.cohort_size), 0)
         everyone = self.engine.passes(0)[0]
-        cohort.prepare(teacher=False)
-        if "tap" in self.variants:
-            everyone.prepare(teacher=True)
+        cohort.prepare()
+        everyone.prepare()
         self.evaluator.prepare(everyone)
 
     @functools.cached_property
@@ -180,6 +179,7 @@ def build(config: ConfigDict) -> Experiment:
     configuration.validate(config)
     federation = configuration.federation_of(config)
     tasks = tasks_of(config, federation)
+    variants = configuration.variants_of(config)
     mesh = parallel.client_mesh(config.mesh.clients)
     data = federated.build(
         federation,
@@ -208,11 +208,11 @@ def build(config: ConfigDict) -> Experiment:
         frozen=to_compute_dtype(frozen, model.config.dtype),
         arrays=data.train,
         data=data.clients,
-        sample_loss=sample_loss(config, model),
+        sample_loss=sample_loss(model),
+        distillation_loss=teaching_loss(config, model) if "tap" in variants else None,
         settings=engine_settings(config, len(federation.clients)),
         mesh=mesh,
     )
-    variants = configuration.variants_of(config)
     method = method_of(config, tasks, variants)
     return Experiment(
         config, federation, model, data, method, partition, engine, variants, jax.device_get(dict(initial))
@@ -230,26 +230,31 @@ def method_of(config: ConfigDict, tasks: Sequence[Task], variants: Sequence[str]
     return tap(margins, history=config.replacement.history, first=config.replacement.first, variants=variants)
 
 
-def sample_loss(config: ConfigDict, model: ServerModel):
-    """(frozen, parts, teacher's parts or None, task, batch, key) -> (ℓ [B], β·KL [B] or None): equations 2 and 6."""
+def sample_loss(model: ServerModel):
+    """(frozen, parts, task, batch, key) -> (outputs, ℓ [B]): the task losses of equation 2."""
+
+    def loss(frozen, parts, task, batch, key):
+        outputs = model.apply(frozen, parts, task, batch, key=key)
+        return outputs, task_loss(task.kind, outputs, batch)
+
+    return loss
+
+
+def teaching_loss(config: ConfigDict, model: ServerModel):
+    """(frozen, teacher's parts, outputs, task, batch) -> β·KL [B]: the second term of equation 6."""
     distillation = config.distillation
 
-    def loss(frozen, parts, teacher, task, batch, key):
-        outputs = model.apply(frozen, parts, task, batch, key=key)
-        loss = task_loss(task.kind, outputs, batch)
-        if teacher is None:
-            return loss, None
-        taught = jax.lax.stop_gradient(model.apply(frozen, teacher, task, batch))
+    def loss(frozen, teacher, outputs, task, batch):
         divergence = distillation_loss(
             task.kind,
-            taught,
+            jax.lax.stop_gradient(model.apply(frozen, teacher, task, batch)),
             outputs,
             batch,
             temperature=distillation.temperature,
             power=distillation.temperature_power,
             image_loss=distillation.image_loss,
         )
-        return loss, distillation.weights[task.kind] * divergence
+        return distillation.weights[task.kind] * divergence
 
     return loss
 
@@ -292,10 +297,17 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Reporter:
-    """Where a run speaks: `say` gets whole lines, `progress` a line of metrics after every round."""
+    """Where a run speaks.
+
+    Attributes:
+      say: gets whole lines.
+      progress: gets a line of metrics after every round.
+      built: gets the experiment once, before anything is trained or written.
+    """
 
     say: Callable[[str], None]
     progress: Callable[[dict], None]
+    built: Callable[[Experiment], None] = lambda experiment: None
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
@@ -309,6 +321,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     identity = configuration.config_hash(config)
     _check_workdir(workdir, identity)
     experiment = build(config)
+    reporter.built(experiment)
     for note in experiment.scorer.notes if experiment.scorer else ():
         reporter.say(note)
     state = experiment.init()
@@ -378,6 +391,7 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
         _existing(workdir / "results.json", "workdir: the run has not finished; call train again").read_text()
     )
     experiment = build(config)
+    reporter.built(experiment)
     initial = experiment.init()
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)
     if state is None:

@@ -89,6 +89,8 @@ def build(
         for part, found in splits.items()
     }
     train, test = encoded["train"], encoded["test"]
+    for name in train:
+        train[name], test[name] = _equal_widths(train[name], test[name])
 
     def deal(arrays):
         labels = {name: part.domains if part.labels is None else part.labels for name, part in arrays.items()}
@@ -112,6 +114,21 @@ def client_data(tasks: Sequence[Task], mine: Mapping[str, np.ndarray], train: Ma
                 lengths = arrays.answer_lengths
                 tokens[stream.name] = np.ones(len(chosen), np.int32) if lengths is None else lengths[chosen]
     return ClientData(streams, tokens)
+
+
+def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
+    """Texts and answers padded to the longest of all splits, so that one program serves them."""
+
+    def padded(split: TaskArrays) -> TaskArrays:
+        changes = {}
+        for field in ("tokens", "answers"):
+            if getattr(split, field) is not None:
+                width = max(getattr(other, field).shape[1] for other in splits)
+                array = getattr(split, field)
+                changes[field] = np.pad(array, ((0, 0), (0, width - array.shape[1])))
+        return dataclasses.replace(split, **changes)
+
+    return tuple(map(padded, splits))
 
 
 def _read(task: Task, part: str, root, limit: int, image_classes: int, folders, cache_dir) -> Examples:

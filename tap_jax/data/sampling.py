@@ -1,18 +1,19 @@
 """Plans: which samples every client trains on in a phase, drawn on the host from (seed, round, client, purpose).
 
-A client's minibatch is cut by task and domain into *rows* of s samples (the microbatch). The plan is plain numpy; the
+A client's minibatch is cut by stream into *rows* of s samples (the microbatch). The plan is plain numpy; the
 compiled program is the same for every plan of the same capacity.
 
-Letters: K clients of a cohort shard, τ steps, N rows of a task that fit in one step, s samples of a row.
+Letters: K clients of a cohort shard, τ steps, N rows of a family that fit in one step, s samples of a row.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from flax import struct
 
-from tap_jax.federation import Task
+from tap_jax.data.families import Family
 
 PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil")
 
@@ -36,19 +37,19 @@ class ClientData:
 
 
 class Table(struct.PyTreeNode):
-    """Rows of one task, per step; entries past the real ones are padding of weight 0.
+    """Rows of one family, per step; entries past the real ones are padding of weight 0.
 
     Attributes:
       client: int32 [τ, N], position in the cohort shard.
-      domain: int32 [τ, N], the domain all samples of the row have.
-      ids: int32 [τ, N, s], samples of the task.
+      variant: int32 [τ, N], which of the family's streams all samples of the row are of.
+      ids: int32 [τ, N, s], samples of the family's arrays.
       weights: float32 [τ, N, s]; over one client's minibatch and task they add up to 1.
       share: float32 [τ, N], λ_o: the task's share of the client's minibatch.
-      part: int32 [τ, N], number of the row among those of its client, task and step (for dropout keys).
+      part: int32 [τ, N], number of the row among those of its client, family and step (for dropout keys).
     """
 
     client: np.ndarray
-    domain: np.ndarray
+    variant: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
     share: np.ndarray
@@ -66,7 +67,7 @@ class Plan(struct.PyTreeNode):
     """A phase of local training for one cohort shard.
 
     Attributes:
-      rows: task name -> `Rows`.
+      rows: family name -> `Rows`.
       clients: int32 [K], client numbers (-1: no client at this position).
       active: bool [τ, K], client k takes a step.
       steps: int32, the last step in which anybody is active, plus one.
@@ -105,27 +106,27 @@ def minibatches(rng: np.random.Generator, samples: int, *, batch: int, steps: in
     return drawn[:steps]
 
 
-def rows_needed(data: ClientData, task: Task, *, batch: int, microbatch: int) -> int:
-    """Rows that one minibatch of the client can need for the task; a row holds one domain."""
-    sizes = [len(data.streams[stream.name]) for stream in task.streams if stream.name in data.streams]
+def rows_needed(data: ClientData, family: Family, *, batch: int, microbatch: int) -> int:
+    """Rows that one minibatch of the client can need for the family; a row holds one stream."""
+    sizes = [len(data.streams[stream.name]) for stream in family.streams if stream.name in data.streams]
     full = sum(-(-min(batch, size) // microbatch) for size in sizes)
-    # However the minibatch falls, each domain leaves at most one row unfilled.
+    # However the minibatch falls, each stream leaves at most one row unfilled.
     return min(full, batch // microbatch + len(sizes))
 
 
-def capacities(data: Sequence[ClientData], tasks: Sequence[Task], *, positions: int, batch: int, microbatch: int):
-    """Task name -> N, the rows that one step of any `positions` clients can need, at least 1."""
+def capacities(data: Sequence[ClientData], families: Sequence[Family], *, positions: int, batch: int, microbatch: int):
+    """Family name -> N, the rows that one step of any `positions` clients can need, at least 1."""
     out = {}
-    for task in tasks:
-        rows = sorted(rows_needed(client, task, batch=batch, microbatch=microbatch) for client in data)
-        out[task.name] = max(1, sum(rows[-positions:]))
+    for family in families:
+        rows = sorted(rows_needed(client, family, batch=batch, microbatch=microbatch) for client in data)
+        out[family.name] = max(1, sum(rows[-positions:]))
     return out
 
 
 def draw_plan(
     data: Sequence[ClientData],
     clients: np.ndarray,
-    tasks: Sequence[Task],
+    families: Sequence[Family],
     *,
     seed: int,
     round_: int,
@@ -134,6 +135,7 @@ def draw_plan(
     microbatch: int,
     steps: int,
     capacities: Mapping[str, int],
+    starts: Mapping[str, int],
     length: int | None = None,
     passes: int | None = 1,
 ) -> Plan:
@@ -142,35 +144,45 @@ def draw_plan(
     Args:
       data: of all clients of the federation.
       clients: int [K], client numbers, -1 for an empty position.
-      tasks: all tasks of the federation, in order.
-      capacities: N per task, a multiple of the rows a chunk takes.
+      families: of all tasks of the federation, in order.
+      capacities: N per family, a multiple of the rows a chunk takes.
+      starts: task name -> where its samples start in its family's arrays.
       length: τ of the arrays (>= steps), so that phases of different length share one program.
       passes: see `minibatches`.
     """
     length = steps if length is None else length
-    rows = {task.name: _empty(length, capacities[task.name], microbatch) for task in tasks}
+    rows = {family.name: _empty(length, capacities[family.name], microbatch) for family in families}
     active = np.zeros((length, len(clients)), bool)
     for position, client in enumerate(clients):
         if client < 0:
             continue
         mine = data[client]
         owner = np.repeat(np.arange(len(mine.streams)), [len(ids) for ids in mine.streams.values()])
-        ids, tokens = np.concatenate(list(mine.streams.values())), np.concatenate(list(mine.tokens.values()))
+        pool = _Pool(list(mine.streams), owner, *(np.concatenate(list(part.values())) for part in (mine.streams, mine.tokens)))
         rng = generator(seed, round_, int(client), purpose)
         drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, passes=passes)
         for step, chosen in enumerate(drawn):
             active[step, position] = True
-            for task in tasks:
-                _add_rows(rows[task.name], task, mine, position, step, chosen, owner, ids, tokens, microbatch)
+            for family in families:
+                _add_rows(rows[family.name], family, starts, pool, position, step, chosen)
     used = np.flatnonzero(active.any(1))
     return Plan(rows, np.asarray(clients, np.int32), active, np.int32(used[-1] + 1 if len(used) else 0))
+
+
+class _Pool(NamedTuple):
+    """The union of a client's data: stream names, and per sample its stream's number, its id, its target tokens."""
+
+    streams: list[str]
+    owner: np.ndarray
+    ids: np.ndarray
+    tokens: np.ndarray
 
 
 def _empty(length: int, rows: int, microbatch: int) -> Rows:
     whole = lambda dtype, *shape: np.zeros((length, rows, *shape), dtype)  # noqa: E731
     table = Table(
         client=whole(np.int32),
-        domain=whole(np.int32),
+        variant=whole(np.int32),
         ids=whole(np.int32, microbatch),
         weights=whole(np.float32, microbatch),
         share=whole(np.float32),
@@ -179,23 +191,22 @@ def _empty(length: int, rows: int, microbatch: int) -> Rows:
     return Rows(table, np.zeros(length, np.int32))
 
 
-def _add_rows(rows: Rows, task: Task, mine: ClientData, position, step, chosen, owner, ids, tokens, microbatch) -> None:
-    names = list(mine.streams)
-    numbers = [names.index(stream.name) if stream.name in names else -1 for stream in task.streams]
-    by_domain = [chosen[owner[chosen] == number] for number in numbers]
-    size = sum(map(len, by_domain))
-    if size == 0:
-        return
-    total = sum(tokens[samples].sum(dtype=np.float64) for samples in by_domain)
+def _add_rows(rows: Rows, family: Family, starts, pool: _Pool, position: int, step: int, chosen: np.ndarray) -> None:
     table, part = rows.table, 0
-    for domain, samples in enumerate(by_domain):
-        for start in range(0, len(samples), microbatch):
-            row, n = samples[start : start + microbatch], rows.count[step]
-            table.client[step, n] = position
-            table.domain[step, n] = domain
-            table.ids[step, n, : len(row)] = ids[row]
-            table.weights[step, n, : len(row)] = tokens[row] / total
-            table.share[step, n] = size / len(chosen)
-            table.part[step, n] = part
-            rows.count[step] += 1
-            part += 1
+    microbatch = table.ids.shape[-1]
+    of = {name: chosen[pool.owner[chosen] == number] for number, name in enumerate(pool.streams)}
+    for task in family.tasks:
+        by_domain = [(stream, of[stream.name]) for stream in task.streams if stream.name in of]
+        size = sum(len(samples) for _, samples in by_domain)
+        total = sum(pool.tokens[samples].sum(dtype=np.float64) for _, samples in by_domain)
+        for stream, samples in by_domain:
+            for start in range(0, len(samples), microbatch):
+                row, n = samples[start : start + microbatch], rows.count[step]
+                table.client[step, n] = position
+                table.variant[step, n] = family.streams.index(stream)
+                table.ids[step, n, : len(row)] = starts[task.name] + pool.ids[row]
+                table.weights[step, n, : len(row)] = pool.tokens[row] / total
+                table.share[step, n] = size / len(chosen)
+                table.part[step, n] = part
+                rows.count[step] += 1
+                part += 1

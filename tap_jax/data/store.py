@@ -3,36 +3,30 @@
 Letters: N samples of a task, B samples of a batch, T and A lengths of text and answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tap_jax.data.families import Family, fields
 from tap_jax.data.images import MEAN, STD
+from tap_jax.data.text import TaskArrays
 
-FIELDS = ("images", "tokens", "labels", "answers")
-
-
-def device_arrays(arrays: Mapping[str, object], sharding=None) -> dict[str, dict[str, Array]]:
-    """Task name -> the fields it has, on the device (replicated where `sharding` says so).
-
-    Args:
-      arrays: task name -> `TaskArrays`.
-    """
-    return {
-        task: {
-            field: jax.device_put(np.asarray(getattr(split, field)), sharding)
-            for field in FIELDS
-            if getattr(split, field) is not None
+def device_arrays(families: Sequence[Family], arrays: Mapping[str, TaskArrays], sharding=None) -> dict:
+    """Family name -> field -> the family's samples, task after task, on the device (placed by `sharding`)."""
+    out = {}
+    for family in families:
+        parts = [fields(arrays[task.name]) for task in family.tasks]
+        out[family.name] = {
+            field: jax.device_put(np.concatenate([part[field] for part in parts]), sharding) for field in parts[0]
         }
-        for task, split in arrays.items()
-    }
+    return out
 
 
 def cut(fields: Mapping[str, Array], ids: Array) -> dict[str, Array]:
-    """The samples `ids` [B] of a task; images as float32 [B, 64, 64, 3] in standardised units."""
+    """The samples `ids` [B] of a family; images as float32 [B, 64, 64, 3] in standardised units."""
     batch = {name: field.at[ids].get(mode="promise_in_bounds") for name, field in fields.items()}
     if "images" in batch:
         batch["images"] = standardise(batch["images"])

@@ -149,7 +149,7 @@ def _train(corpus: list[str], vocab_size: int, cache_dir: str | None) -> WordPie
     }
     alphabet = sorted({w[0] for w in words} | {f"##{c}" for w in words for c in w[1:]})
     if vocab_size < len(SPECIAL) + len(alphabet):
-        raise UserError(f"data.vocab_size: {vocab_size} is too small for {len(alphabet)} characters; raise it")
+        raise UserError(f"model.vocab: {vocab_size} is too small for {len(alphabet)} characters; raise it")
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=[*SPECIAL, *alphabet], show_progress=False, min_frequency=1
     )

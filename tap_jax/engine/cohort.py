@@ -19,10 +19,18 @@ from jax.sharding import Mesh
 
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree
+from tap_jax.data.families import families, offsets
 from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan
 from tap_jax.data.store import device_arrays
 from tap_jax.engine import parallel
-from tap_jax.engine.local_training import Losses, TrainingSettings, local_training, part_tables
+from tap_jax.engine.local_training import (
+    DistillationLoss,
+    Losses,
+    SampleLoss,
+    TrainingSettings,
+    local_training,
+    part_table,
+)
 from tap_jax.engine.programs import Program, abstract
 from tap_jax.federation import Task
 
@@ -64,7 +72,7 @@ class Engine:
       frozen: Ŵ, host or device arrays; one copy is put on every device.
       arrays: task -> training set (`data.text.TaskArrays`).
       data: one `ClientData` per client.
-      sample_loss: (frozen, parts, teacher's parts or None, task, batch, key) -> (ℓ [B], extra [B] or None).
+      sample_loss, distillation_loss: see `local_training`; without the second no cohort can distil.
       mesh: with the axis "clients".
     """
 
@@ -76,9 +84,10 @@ class Engine:
         frozen: Tree,
         arrays: Mapping,
         data: Sequence[ClientData],
-        sample_loss,
+        sample_loss: SampleLoss,
         settings: EngineSettings,
         mesh: Mesh,
+        distillation_loss: DistillationLoss | None = None,
     ):
         self.model, self.partition, self.settings, self.mesh = model, partition, settings, mesh
         self.data = tuple(data)
@@ -86,10 +95,14 @@ class Engine:
         self.shared = parallel.shared_sharding(mesh)
         self.by_client = parallel.client_sharding(mesh)
         self.frozen = jax.device_put(frozen, self.shared)
-        self.arrays = device_arrays(arrays, self.shared)
+        self.families = families(self.tasks, arrays)
+        self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
+        self.arrays = device_arrays(self.families, arrays, self.shared)
         self.server_seats = blocks.server_seats(partition)
         self.like = blocks_like(model)
-        self.tables = part_tables(model.streams, model.roles, partition, self.like)
+        self.tables = {f.name: part_table(f, model.roles, partition, self.like) for f in self.families}
+        self.distils = distillation_loss is not None
+        self._blank: dict[tuple, Stack] = {}
         self._replaceable = partition.replaceable(settings.scope)
         rows = settings.training.rows_per_chunk
         self._work = [
@@ -97,10 +110,12 @@ class Engine:
             for client in self.data
         ]
         self._shape: Callable[[int], _Shape] = functools.cache(
-            lambda clients: _shape(self.data, self.tasks, partition, settings, mesh.size, clients, rows)
+            lambda clients: _shape(self.data, self.families, partition, settings, mesh.size, clients, rows)
         )
         # (frozen, data, stack, teacher, seats, plan, rate, key); the stack is donated.
-        program = local_training(sample_loss, self.tasks, self.tables, settings.training)
+        program = local_training(
+            sample_loss, self.tasks, self.families, self.tables, settings.training, distillation_loss
+        )
         by_client = (False, False, True, True, True, True, False, False)
         sharded = parallel.over_clients(program, mesh, by_client)
         self._train = Program(functools.partial(_train, sharded), donate_argnums=(2,))
@@ -116,6 +131,14 @@ class Engine:
         """All clients, `clients_per_pass` at a time."""
         size, everyone = self.settings.clients_per_pass, range(len(self.data))
         return [Cohort(self, everyone[first : first + size], round_, size=size) for first in everyone[::size]]
+
+    def _nobody(self, shapes: Stack) -> Stack:
+        """Stands in for a teacher where there is none; never read, made once per shape."""
+        key = tuple((group, shape.shape) for group, shape in shapes.items())
+        if key not in self._blank:
+            zeros = {group: np.zeros(shape.shape, shape.dtype) for group, shape in shapes.items()}
+            self._blank[key] = jax.device_put(zeros, self.by_client)
+        return self._blank[key]
 
     def server_stack(self, server: Blocks) -> Stack:
         """The server's blocks by name -> on the device."""
@@ -172,7 +195,7 @@ class Cohort:
             draw_plan(
                 engine.data,
                 clients,
-                engine.tasks,
+                engine.families,
                 seed=settings.seed,
                 round_=self.round,
                 purpose=purpose,
@@ -180,6 +203,7 @@ class Cohort:
                 microbatch=settings.microbatch,
                 steps=settings.post_steps if post else settings.local_steps,
                 capacities=self._shape.rows,
+                starts=engine.starts,
                 length=max(settings.post_steps, settings.local_steps),
                 passes=None if post else 1,
             )
@@ -195,16 +219,28 @@ class Cohort:
         rate = np.float32(settings.post_rate if post else settings.rate(self.round))
         plan = jax.device_put(self.plan(purpose, post=post), engine.by_client)
         rate, key = jax.device_put((rate, key), engine.shared)
+        teacher = self._teacher(teacher)
         return engine._train(engine.frozen, engine.arrays, stack, teacher, self.seats, plan, rate, key)
 
-    def prepare(self, *, teacher: bool) -> None:
-        """Starts compiling `train`, with or without a teacher, in the background."""
+    def _teacher(self, stack: Stack | None):
+        """A teacher's stack and whether it is one, per shard: one program serves training and distillation."""
+        engine = self.engine
+        if not engine.distils:
+            if stack is not None:
+                raise ValueError("this engine was built without a distillation loss")
+            return None
+        flag = jax.device_put(np.full(len(self._table), stack is not None), engine.by_client)
+        return flag, engine._nobody(self.abstract_stack()) if stack is None else stack
+
+    def prepare(self) -> None:
+        """Starts compiling `train` in the background."""
         engine = self.engine
         stack = self.abstract_stack()
+        flag = abstract(np.zeros(len(self._table), bool), engine.by_client)
         engine._train.prepare(
             *abstract((engine.frozen, engine.arrays), engine.shared),
             stack,
-            stack if teacher else None,
+            (flag, stack) if engine.distils else None,
             *abstract((self.seats, self.plan(PURPOSES[-1], post=True)), engine.by_client),
             *abstract((np.float32(0), jax.random.key(0)), engine.shared),
         )
@@ -233,17 +269,17 @@ class Cohort:
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Static capacities of a shard: positions K, group -> slots G, task -> rows N."""
+    """Static capacities of a shard: positions K, group -> slots G, family -> rows N."""
 
     positions: int
     slots: Mapping[str, int]
     rows: Mapping[str, int]
 
 
-def _shape(data, tasks, partition, settings: EngineSettings, shards: int, clients: int, chunk: int) -> _Shape:
+def _shape(data, families, partition, settings: EngineSettings, shards: int, clients: int, chunk: int) -> _Shape:
     positions = -(-clients // shards)
-    rows = capacities(data, tasks, positions=positions, batch=settings.batch, microbatch=settings.microbatch)
-    rows = {task: -(-count // chunk) * chunk for task, count in rows.items()}
+    rows = capacities(data, families, positions=positions, batch=settings.batch, microbatch=settings.microbatch)
+    rows = {name: -(-count // chunk) * chunk for name, count in rows.items()}
     return _Shape(positions, partition.capacities(partition.owned, positions), rows)
 
 

@@ -1,7 +1,7 @@
 """Local training of a whole cohort as one compiled program (design: rows with dynamic trip counts).
 
-One step of the cohort = for every task a loop over chunks of v rows whose number is data, not shape: a task
-nobody has costs nothing, and any cohort, batch mix or data size runs the same program. Each chunk takes its rows'
+One step of the cohort = for every family of streams a loop over chunks of v rows whose number is data, not shape:
+what nobody has costs nothing, and any cohort, batch mix or data size runs the same program. Each chunk takes its rows'
 blocks out of the stack, differentiates v rows side by side (the frozen weights shared, so their products stay
 single large ones) and adds the gradients back; then one AdamW update of the stack.
 
@@ -20,13 +20,16 @@ from flax import struct
 from jax import Array
 
 from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree, flatten, unflatten
-from tap_jax.data.sampling import Plan, Rows
+from tap_jax.data.families import Family
+from tap_jax.data.sampling import Plan, Table
 from tap_jax.data.store import cut
 from tap_jax.federation import Stream, Task
 
 ROWS_PER_STEP = 4096  # bound on a client's rows of one task in a step; keeps dropout keys apart
-# (frozen, parts, teacher's parts or None, task, batch, key) -> (loss [B] of the task, extra loss [B] or None)
-SampleLoss = Callable[..., tuple[Array, Array | None]]
+# (frozen, parts, task, batch, key) -> (outputs, loss [B] of the task)
+SampleLoss = Callable[..., tuple[Array, Array]]
+# (frozen, teacher's parts, outputs, task, batch) -> weighted distillation loss [B]
+DistillationLoss = Callable[..., Array]
 
 class Losses(struct.PyTreeNode):
     """Training losses of a phase, sums over steps.
@@ -69,11 +72,11 @@ class TrainingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of a task's forward pass: blocks of one group, which of them by domain.
+    """One part of a family's forward pass: blocks of one group, which of them by variant.
 
     Attributes:
       group: where the blocks are.
-      blocks: int [domains] (one block) or [domains, P] (one per path), numbers of blocks.
+      blocks: int [variants] (one block) or [variants, P] (one per path), numbers of blocks.
       like: shapes of one block.
     """
 
@@ -82,33 +85,28 @@ class Part:
     like: Tree
 
 
-Tables = Mapping[str, Mapping[str, Part]]  # task -> part -> Part
-
-
-def part_tables(
-    streams: Sequence[Stream], roles: Callable[[Stream], Mapping[str, Any]], partition: Partition, like: Blocks
-) -> dict[str, dict[str, Part]]:
-    """What every task's forward pass is made of, from the model's `roles`; `like` holds every block's shapes."""
+def part_table(
+    family: Family, roles: Callable[[Stream], Mapping[str, Any]], partition: Partition, like: Blocks
+) -> dict[str, Part]:
+    """What a family's forward pass is made of, from the model's `roles`; `like` holds every block's shapes."""
     number = {name: r for r, name in enumerate(partition.names)}
-    tables: dict[str, dict[str, Part]] = {}
-    for task in dict.fromkeys(stream.task for stream in streams):
-        by_domain = [roles(stream) for stream in task.streams]
-        tables[task.name] = {}
-        for part, example in by_domain[0].items():
-            blocks = np.vectorize(number.__getitem__)(np.array([found[part] for found in by_domain]))
-            first = example if isinstance(example, str) else example[0]
-            tables[task.name][part] = Part(partition.groups[number[first]], blocks, like[first])
-    return tables
+    by_variant = [roles(stream) for stream in family.streams]
+    table = {}
+    for part, example in by_variant[0].items():
+        blocks = np.vectorize(number.__getitem__)(np.array([found[part] for found in by_variant]))
+        first = example if isinstance(example, str) else example[0]
+        table[part] = Part(partition.groups[number[first]], blocks, like[first])
+    return table
 
 
-def take_parts(stack: Stack, seats: Seats, table: Mapping[str, Part], client: Array, domain: Array):
+def take_parts(stack: Stack, seats: Seats, table: Mapping[str, Part], client: Array, variant: Array):
     """The parts of one row's forward pass out of a stack, and where they sit.
 
     Returns:
       (part -> tree, leaves [...] or [P, ...]; part -> slots [] or [P]).
     """
     mine = seats.slot[client]
-    slots = {name: mine[jnp.asarray(part.blocks)[domain]] for name, part in table.items()}
+    slots = {name: mine[jnp.asarray(part.blocks)[variant]] for name, part in table.items()}
     parts = {
         name: unflatten(stack[part.group].at[slots[name]].get(mode="promise_in_bounds"), part.like)
         for name, part in table.items()
@@ -119,56 +117,68 @@ def take_parts(stack: Stack, seats: Seats, table: Mapping[str, Part], client: Ar
 def local_training(
     sample_loss: SampleLoss,
     tasks: Sequence[Task],
-    tables: Tables,
+    families: Sequence[Family],
+    tables: Mapping[str, Mapping[str, Part]],
     settings: TrainingSettings,
+    distillation_loss: DistillationLoss | None = None,
 ):
     """Builds `train(frozen, data, stack, teacher, seats, plan, rate, key) -> (stack, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
-      frozen: Ŵ. data: task -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only
-      in the steps in which its client is active, an idle slot never. teacher: a stack of the same seats or None.
-      rate: learning rate, float32. key: of (seed, round, purpose); dropout keys are folded from it by client, step,
-      task, domain and row, so they do not depend on who else is in the cohort.
+      frozen: Ŵ. data: family -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only in the
+      steps in which its client is active, an idle slot never. teacher: (bool, a stack of the same seats): where true,
+      the loss is that of equation 6; None if there is no distillation loss. rate: learning rate, float32.
+      key: of (seed, round, purpose); dropout keys are folded from it by client, step, family and row, so they do not
+      depend on who else is in the cohort.
 
     Args:
-      sample_loss: see `SampleLoss`.
+      sample_loss: task losses, see `SampleLoss`.
       tasks: the federation's tasks, O of them.
-      tables: as `part_tables` gives them.
+      families: their families.
+      tables: family -> what `part_table` gives.
+      distillation_loss: the second term of equation 6.
     """
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
     v = settings.rows_per_chunk
-
-    def row_loss(parts, teacher, frozen, task, batch, weights, share, key):
-        loss, extra = sample_loss(frozen, parts, teacher, task, batch, key)
-        mean = jnp.where(weights > 0, weights * loss, 0).sum()
-        objective = share * mean
-        if extra is not None:
-            objective += jnp.where(weights > 0, weights * extra, 0).sum()
-        return objective, mean
 
     def gradient(frozen, data, stack, teacher, seats: Seats, plan: Plan, step, key):
         """Gradient of the whole cohort's objectives at one step, and ℓ, λℓ, λ per client and task."""
         empty = jnp.zeros((plan.active.shape[1], len(tasks)), jnp.float32)
         carry = (jax.tree.map(jnp.zeros_like, stack), empty, empty, empty)
-        for number, task in enumerate(tasks):
-            table = tables[task.name]
+        for number, family in enumerate(families):
+            table, task = tables[family.name], family.tasks[0]
+            task_of = jnp.array([tasks.index(stream.task) for stream in family.streams])
 
-            def one(row: Rows, task=task, table=table, number=number):
-                parts, slots = take_parts(stack, seats, table, row.client, row.domain)
-                taught = None if teacher is None else take_parts(teacher, seats, table, row.client, row.domain)[0]
+            def one(row: Table, family=family, table=table, task=task, number=number):
+                parts, slots = take_parts(stack, seats, table, row.client, row.variant)
+                batch = cut(data[family.name], row.ids)
                 row_key = jax.random.fold_in(key, plan.clients[row.client])
-                row_key = jax.random.fold_in(row_key, (step * len(tasks) + number) * ROWS_PER_STEP + row.part)
-                batch = cut(data[task.name], row.ids)
-                (_, loss), grads = jax.value_and_grad(row_loss, has_aux=True)(
-                    parts, taught, frozen, task, batch, row.weights, row.share, row_key
-                )
-                grads = {name: flatten(grads[name], slots[name].ndim) for name in grads}
-                return loss, grads, slots
+                row_key = jax.random.fold_in(row_key, (step * len(families) + number) * ROWS_PER_STEP + row.part)
 
-            def chunk(index, carry, task=task, table=table, number=number, one=one):
+                def weighted(losses):
+                    return jnp.where(row.weights > 0, row.weights * losses, 0).sum()
+
+                def objective(parts):
+                    outputs, losses = sample_loss(frozen, parts, task, batch, row_key)
+                    loss = weighted(losses)
+                    total = row.share * loss
+                    if teacher is not None:
+                        distils, taught = teacher
+
+                        def divergence(outputs):
+                            guide, _ = take_parts(taught, seats, table, row.client, row.variant)
+                            return weighted(distillation_loss(frozen, guide, outputs, task, batch))
+
+                        total += jax.lax.cond(distils, divergence, lambda _: jnp.zeros(()), outputs)
+                    return total, loss
+
+                (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(parts)
+                return loss, {name: flatten(grads[name], slots[name].ndim) for name in grads}, slots
+
+            def chunk(index, carry, family=family, table=table, task_of=task_of, one=one):
                 grads, plain, weighted, share = carry
                 cut_rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf[step], index * v, v)  # noqa: E731
-                rows = jax.tree.map(cut_rows, plan.rows[task.name].table)
+                rows = jax.tree.map(cut_rows, plan.rows[family.name].table)
                 if v == 1:
                     loss, row_grads, slots = one(jax.tree.map(lambda leaf: leaf[0], rows))
                 else:
@@ -176,7 +186,7 @@ def local_training(
                 for name, part in table.items():
                     total = grads[part.group].at[slots[name]].add(row_grads[name], mode="promise_in_bounds")
                     grads = grads | {part.group: total}
-                at = (rows.client, number)
+                at = (rows.client, task_of[rows.variant])
                 return (
                     grads,
                     plain.at[at].add(loss),
@@ -184,7 +194,7 @@ def local_training(
                     share.at[at].add(jnp.where(rows.weights[:, 0] > 0, rows.share, 0)),
                 )
 
-            carry = jax.lax.fori_loop(0, -(-plan.rows[task.name].count[step] // v), chunk, carry)
+            carry = jax.lax.fori_loop(0, -(-plan.rows[family.name].count[step] // v), chunk, carry)
         return carry
 
     def train(frozen, data, stack, teacher, seats: Seats, plan: Plan, rate, key):

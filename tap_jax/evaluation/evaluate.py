@@ -1,4 +1,4 @@
-"""Every client's model on the test split of each of its tasks (spec 7): batched, compiled, one program per task.
+"""Every client's model on the test split of each of its tasks (spec 7): batched, compiled, one program per family.
 
 Letters: D shards, N rows of a shard, s samples of a row, A answer length.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 
 from tap_jax.blocks import Blocks, Seats, Stack
+from tap_jax.data.families import Family, offsets
 from tap_jax.data.store import cut, device_arrays
 from tap_jax.data.text import TaskArrays, WordPiece
 from tap_jax.engine import parallel
@@ -25,10 +26,10 @@ from tap_jax.federation import Task
 
 
 class TestRows(struct.PyTreeNode):
-    """Rows of one task: client int32 [N], domain int32 [N], ids int32 [N, s]; `count` of them are real."""
+    """Rows of one family: client int32 [N], variant int32 [N], ids int32 [N, s]; `count` of them are real."""
 
     client: Any
-    domain: Any
+    variant: Any
     ids: Any
     count: Any
 
@@ -55,21 +56,23 @@ class Evaluator:
     ):
         self.engine, self.tests, self.personal, self.microbatch = engine, tests, personal, microbatch
         self.tokenizer, self.scorer = tokenizer, scorer
-        self._arrays = device_arrays(tests, engine.shared)
-        self._programs = {task.name: self._program(task) for task in engine.tasks}
+        self._arrays = device_arrays(engine.families, tests, engine.shared)
+        self._starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
+        self._programs = {family.name: self._program(family) for family in engine.families}
 
-    def _program(self, task: Task):
-        predict = functools.partial(_predict, self.engine.model, task, self.engine.tables[task.name], self.tokenizer)
+    def _program(self, family: Family) -> Program:
+        table = self.engine.tables[family.name]
+        predict = functools.partial(_predict, self.engine.model, family.tasks[0], table, self.tokenizer)
         sharded = parallel.over_clients(predict, self.engine.mesh, (False, False, True, True, True))
         return Program(sharded)
 
     def prepare(self, cohort: Cohort) -> None:
-        """Starts compiling the programs of all tasks, for cohorts like this one, in the background."""
+        """Starts compiling the programs of all families, for cohorts like this one, in the background."""
         engine = self.engine
-        for task in engine.tasks:
-            rows = self._rows(cohort, task, set())
-            self._programs[task.name].prepare(
-                *abstract((engine.frozen, self._arrays[task.name]), engine.shared),
+        for family in engine.families:
+            rows = self._rows(cohort, family, {})
+            self._programs[family.name].prepare(
+                *abstract((engine.frozen, self._arrays[family.name]), engine.shared),
                 cohort.abstract_stack(),
                 *abstract((cohort.seats, rows), engine.by_client),
             )
@@ -87,59 +90,66 @@ class Evaluator:
         Returns:
           (client, task) -> labels int32 [n]; mean squared errors float32 [n]; or generated ids int32 [n, A-1].
         """
-        pending = {}
-        for task in self.engine.tasks:
-            rows = self._rows(cohort, task, wanted.get(task.name, set()))
+        pending = []
+        for family in self.engine.families:
+            rows = self._rows(cohort, family, wanted)
             if rows.count.any():
-                values = self._programs[task.name](
+                values = self._programs[family.name](
                     self.engine.frozen,
-                    self._arrays[task.name],
+                    self._arrays[family.name],
                     stack,
                     cohort.seats,
                     jax.device_put(rows, self.engine.by_client),
                 )
-                pending[task.name] = (rows, values)
+                pending.append((family, rows, values))
         results = {}
-        for name, (rows, values) in pending.items():
+        for family, rows, values in pending:
             values = np.asarray(values)
-            for client, position in ((k, p) for p, k in enumerate(cohort.clients) if k in wanted[name]):
-                shard, local = divmod(position, cohort.positions)
-                mine = np.flatnonzero(rows.client[shard][: rows.count[shard]] == local)
-                ids = rows.ids[shard, mine].reshape(-1)
-                found = values[shard, mine].reshape(len(ids), *values.shape[3:])
-                wished = self.ids(int(client), name)
-                at = np.zeros(len(self.tests[name]), int)
-                at[ids[ids >= 0]] = np.flatnonzero(ids >= 0)
-                results[int(client), name] = found[at[wished]]
+            for task in family.tasks:
+                variants = [v for v, stream in enumerate(family.streams) if stream.task == task]
+                for position, client in enumerate(cohort.clients):
+                    if client not in wanted.get(task.name, ()):
+                        continue
+                    shard, local = divmod(position, cohort.positions)
+                    real = slice(rows.count[shard])
+                    mine = (rows.client[shard][real] == local) & np.isin(rows.variant[shard][real], variants)
+                    ids = rows.ids[shard][real][mine].reshape(-1)
+                    found = values[shard][real][mine].reshape(len(ids), *values.shape[3:])
+                    at = np.zeros(len(self.tests[task.name]), int)
+                    at[ids[ids >= 0] - self._starts[task.name]] = np.flatnonzero(ids >= 0)
+                    results[int(client), task.name] = found[at[self.ids(int(client), task.name)]]
         return results
 
-    def _rows(self, cohort: Cohort, task: Task, wanted: set[int]) -> TestRows:
-        domains = self.tests[task.name].domains
+    def _rows(self, cohort: Cohort, family: Family, wanted: Mapping[str, set[int]]) -> TestRows:
         shards = []
         for clients in cohort.clients.reshape(-1, cohort.positions):
             rows = []
             for position, client in enumerate(clients):
-                if client in wanted:
-                    ids = self.ids(int(client), task.name)
-                    for domain in range(len(task.domains)):
-                        mine = ids[domains[ids] == domain]
+                for variant, stream in enumerate(family.streams):
+                    if client in wanted.get(stream.task.name, ()):
+                        ids = self.ids(int(client), stream.task.name)
+                        domain = stream.task.domains.index(stream.domain)
+                        mine = self._starts[stream.task.name] + ids[self.tests[stream.task.name].domains[ids] == domain]
                         rows += [
-                            (position, domain, mine[start : start + self.microbatch])
+                            (position, variant, mine[start : start + self.microbatch])
                             for start in range(0, len(mine), self.microbatch)
                         ]
             shards.append(rows)
         # One capacity whoever is in the cohort, so that one program serves all.
-        holders = min(cohort.positions, int(self.engine.partition.task_mask[:, self.engine.tasks.index(task)].sum()))
-        most = holders * (len(domains) // self.microbatch + len(task.domains))
+        needed = np.zeros(len(self.engine.data), int)
+        for task in family.tasks:
+            most = len(self.tests[task.name]) // self.microbatch + len(task.domains)
+            needed += most * self.engine.partition.task_mask[:, self.engine.tasks.index(task)]
+        capacity = max(1, int(np.sort(needed)[::-1][: cohort.positions].sum()))
         table = TestRows(
-            np.zeros((len(shards), most), np.int32),
-            np.zeros((len(shards), most), np.int32),
-            np.full((len(shards), most, self.microbatch), -1, np.int32),
+            np.zeros((len(shards), capacity), np.int32),
+            np.zeros((len(shards), capacity), np.int32),
+            np.full((len(shards), capacity, self.microbatch), -1, np.int32),
             np.array([len(rows) for rows in shards], np.int32),
         )
         for shard, rows in enumerate(shards):
-            for n, (position, domain, ids) in enumerate(rows):
-                table.client[shard, n], table.domain[shard, n] = position, domain
+            for n, (position, variant, ids) in enumerate(rows):
+                table.client[shard, n], table.variant[shard, n] = position, variant
                 table.ids[shard, n, : len(ids)] = ids
         return table
 
@@ -205,7 +215,7 @@ def _predict(model, task: Task, table, tokenizer, frozen, fields, stack: Stack, 
     """Predictions of every row of a shard, [N, s, ...]; rows past `count` are not computed."""
 
     def one(n):
-        parts, _ = take_parts(stack, seats, table, rows.client[n], rows.domain[n])
+        parts, _ = take_parts(stack, seats, table, rows.client[n], rows.variant[n])
         batch = cut(fields, jnp.maximum(rows.ids[n], 0))
         vectors = model.represent(frozen, parts, task, batch)
         if task.kind == "text_generation":

@@ -75,11 +75,11 @@ def account(model: ServerModel, tasks: Sequence[Task]) -> Account:
         experts += len(held) * depths[stage]
         domains = [name for name in names if name.startswith(f"{stage}/") and "/domain/" in name]
         feed_forwards += 2 * len(domains) * depths[stage]
-        copies[f"{stage}: attention and norms of {len(stacks)} stacks"] = (
+        copies[f"{stage}: attention and norms of each stack"] = (
             len(stacks) * depths[stage] * (sum(layer.values()) - ffn)
         )
-    copies[f"FFNs of {experts} experts"] = experts * ffn
-    copies[f"FFNs of {feed_forwards} query/value experts"] = feed_forwards * ffn
+    copies["FFN of each expert"] = experts * ffn
+    copies["FFN of each query and value expert"] = feed_forwards * ffn
     copies["backbone, stored once (subtracted)"] = -count(backbone)
     copies |= _unused(model, modalities)
     used = count(backbone) + sum(count(frozen[f"encoder/{m}"]) for m in modalities)

@@ -110,7 +110,15 @@ class ServerModel:
         for stream in self.streams:
             for name in self.blocks_of(stream):
                 touches[self.tasks.index(stream.task), self.block_names.index(name)] = True
-        return Partition(self.block_names, tuple(map(_group, self.block_names)), touches, task_mask)
+        return Partition(self.block_names, tuple(map(self._group, self.block_names)), touches, task_mask)
+
+    def _group(self, name: str) -> str:
+        """Blocks of one group have equal shapes: all stacks' attentions of a stage, heads of as many classes, ..."""
+        stage, *rest = name.split("/")
+        if stage == "head":
+            head = self._heads[rest[0]]
+            return f"head/{head.classes}" if isinstance(head, ClassificationHead) else name
+        return f"{stage}/{rest[1]}" if stage in ("mote", "mome") else name
 
     def init(self, key: Array) -> tuple[Tree, dict[str, Tree]]:
         """Fresh (frozen, blocks), all float32; each block's values depend on the key and its own name only.
@@ -239,12 +247,6 @@ def _fold(key: Array, name: str) -> Array:
 
 def _order(name: str) -> tuple[int, str]:
     return (("encoder", "shared_proj", "mote", "mome", "head").index(name.split("/")[0]), name)
-
-
-def _group(name: str) -> str:
-    """Blocks of one group have equal shapes and share an array: all stacks' attentions of a stage, and so on."""
-    stage, *rest = name.split("/")
-    return f"{stage}/{rest[1]}" if stage in ("mote", "mome") else name
 
 
 def _check(c: ModelConfig) -> None:

@@ -1,0 +1,273 @@
+"""What a configuration amounts to, from shapes alone: parameters, who owns which block, memory (Table 7).
+
+Nothing is allocated, no data are read: the paper's sizes are described in seconds on any machine.
+
+Letters: K clients, D devices, R blocks.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tap_jax import blocks, experiment
+from tap_jax import config as configuration
+from tap_jax.blocks import Partition
+from tap_jax.data.federated import SYNTHETIC_SIZES
+from tap_jax.experiment import Experiment
+from tap_jax.federation import Federation
+from tap_jax.models.accounting import account, shapes, table7
+from tap_jax.models.server_model import ServerModel, to_compute_dtype
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A configuration without its data.
+
+    Attributes:
+      patterns: per row of the client table, the numbers of its clients; all of them own the same blocks.
+    """
+
+    config: ConfigDict
+    federation: Federation
+    model: ServerModel
+    partition: Partition
+    patterns: tuple[tuple[int, ...], ...]
+
+
+def outline(config: ConfigDict) -> Outline:
+    """Everything of `experiment.build` that needs no data.
+
+    Raises:
+      UserError: whatever is wrong with the configuration.
+    """
+    configuration.validate(config)
+    federation = configuration.federation_of(config)
+    model = ServerModel(experiment.model_config(config), experiment.tasks_of(config, federation))
+    patterns: dict[int, list[int]] = {}
+    for number, client in enumerate(federation.clients):
+        patterns.setdefault(client.pattern, []).append(number)
+    partition = model.partition(federation.task_mask)
+    return Outline(config, federation, model, partition, tuple(map(tuple, patterns.values())))
+
+
+def describe(config: ConfigDict, *, devices: int | None = None) -> str:
+    """The text of `tap-jax describe`.
+
+    Args:
+      config: of any kind that `experiment.build` takes.
+      devices: D, over which the cohort is spread; default: mesh.clients, or all there are here.
+    """
+    found = outline(config)
+    devices = devices or config.mesh.clients or len(jax.devices())
+    parts = [_head(found), _paper(found), _patterns(found), _stored(found), _map(found), _memory(found, devices)]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(run: Experiment) -> list[str]:
+    """What a run is about to do, once it is built."""
+    config, federation, partition = run.config, run.federation, run.partition
+    sizes = _block_sizes(partition, run.engine.like)
+    mine = partition.owned @ sizes
+    samples = [client.samples for client in run.data.clients]
+    pushed = f"{config.local_steps} steps of up to {config.batch_size} samples"
+    return [
+        f"{_devices(run.engine.mesh.size)}, {run.model.config.dtype}",
+        f"{config.method}: {config.rounds} rounds, {config.cohort_size} of {len(federation.clients)} clients in each,"
+        f" {pushed}; yields {', '.join(run.variants)}",
+        f"tasks: {', '.join(task.name for task in federation.tasks)}; data: {config.data.root},"
+        f" {min(samples):,} to {max(samples):,} samples a client",
+        f"parameters a client trains: {mine.mean():,.0f} on average ({mine.min():,} to {mine.max():,});"
+        f" frozen, stored once: {blocks.count(run.engine.frozen):,}",
+    ]
+
+
+# --- sections ------------------------------------------------------------------------------------------------------
+
+
+def _head(found: Outline) -> str:
+    config, federation = found.config, found.federation
+    vocab = ", an upper bound: the tokenizer is trained on the data" if config.data.tokenizer == "train" else ""
+    lines = [
+        f"{config.model.name}, {config.method}: {config.rounds} rounds, {config.cohort_size} of"
+        f" {len(federation.clients)} clients in each ({len(found.patterns)} patterns); yields"
+        f" {', '.join(configuration.variants_of(config))}",
+        f"tasks: {', '.join(task.name for task in federation.tasks)}",
+    ]
+    if any("text" in task.modalities for task in federation.tasks):
+        lines.append(f"vocabulary: {config.model.vocab:,}{vocab}")
+    return "\n".join(lines)
+
+
+def _paper(found: Outline) -> str:
+    clients = [_tasks(found, k) for k in range(len(found.federation.clients))]
+    t = table7(found.model, clients)
+    return (
+        "Parameters as Table 7 counts them, mean over clients\n"
+        f"  avg total {t['total']:,.1f} · avg trainable {t['trainable']:,.1f} · {t['percent']:.4f} %"
+        f" · with TAP {t['tap_total']:,.1f} · {t['tap_percent']:.4f} %"
+    )
+
+
+def _patterns(found: Outline) -> str:
+    rows = [("pattern", "clients", "total", "trainable", "%", "with TAP", "%", "tasks")]
+    for number, clients in enumerate(found.patterns):
+        tasks = _tasks(found, clients[0])
+        counted = account(found.model, tasks)
+        total, trainable = counted.total, counted.trainable
+        rows.append(
+            (
+                str(number),
+                ",".join(map(str, clients)),
+                f"{total:,}",
+                f"{trainable:,}",
+                f"{100 * trainable / total:.4f}",
+                f"{total + trainable:,}",
+                f"{200 * trainable / (total + trainable):.4f}",
+                " ".join(task.name for task in tasks),
+            )
+        )
+    return "The same per client pattern\n" + _columns(rows, left=(1, 7))
+
+
+def _stored(found: Outline) -> str:
+    """Stored parameters, then the lines that lead from them to the paper's total, as means over clients."""
+    clients = range(len(found.federation.clients))
+    accounts = [account(found.model, _tasks(found, k)) for k in clients]
+
+    def mean(values: Sequence[int]) -> str:
+        return f"{np.mean(values):,.1f}"
+
+    names = dict.fromkeys(name for one in accounts for name in one.copies)
+    rows = [
+        ("frozen weights it uses, each stored once", mean([one.frozen for one in accounts])),
+        ("trainable blocks on its paths", mean([one.blocks for one in accounts])),
+        ("= stored", mean([one.frozen + one.blocks for one in accounts])),
+        ("not stored: trainables of experts on none of its paths", mean([one.idle_experts for one in accounts])),
+        *((f"not stored: {name}", mean([one.copies.get(name, 0) for one in accounts])) for name in names),
+        ("= avg total", mean([one.total for one in accounts])),
+    ]
+    frozen, trainable = shapes(found.model)
+    whole = (
+        f"The run stores {blocks.count(frozen):,} frozen parameters once for all clients and"
+        f" {blocks.count(trainable):,} of the server's {len(trainable)} blocks."
+    )
+    return "Stored and counted, mean over clients\n" + _columns(rows, left=(0,)) + "\n" + whole
+
+
+def _map(found: Outline) -> str:
+    """Blocks x patterns: # where the pattern's clients own the block."""
+    partition = found.partition
+    owned = partition.owned[[clients[0] for clients in found.patterns]]
+    sizes = _block_sizes(partition, shapes(found.model)[1])
+    digits = len(str(len(found.patterns) - 1))
+    numbers = [str(number).rjust(digits) for number in range(len(found.patterns))]
+    rows = [("", "parameters", "".join(number[place] for number in numbers)) for place in range(digits)]
+    rows[:-1] = [("", "", number) for _, _, number in rows[:-1]]
+    for r, name in enumerate(partition.names):
+        rows.append((name, f"{sizes[r]:,}", "".join("#" if has else "." for has in owned[:, r])))
+    return "Blocks x client patterns (# owns)\n" + _columns(rows, left=(0, 2))
+
+
+def _memory(found: Outline, devices: int) -> str:
+    """What lies where, in MiB; the stacks are sized for the most demanding cohort."""
+    config, partition, model = found.config, found.partition, found.model
+    frozen, trainable = shapes(model)
+    sizes = _block_sizes(partition, trainable)
+    settings = experiment.engine_settings(config, len(found.federation.clients))
+    variants = configuration.variants_of(config)
+    kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)
+    members = partition.members()
+
+    def stack(clients: int) -> float:
+        slots = partition.capacities(partition.owned, -(-clients // devices))
+        return 4 * sum(slots[group] * int(sizes[numbers[0]]) for group, numbers in members.items())
+
+    cohort, everyone = stack(settings.cohort_size), stack(settings.clients_per_pass)
+    teaching = "tap" in variants  # a place for the teacher's blocks is kept throughout, so that one program serves all
+    waiting = config.method == "tap"  # W̃[i] stays until the aggregation, while X[i] trains
+    during = [("cohort's blocks", cohort), ("their gradients", cohort), ("AdamW's two moments", 2 * cohort)]
+    during += [("W̃[i] while X[i] trains", cohort)] * waiting + [("the teacher's place", cohort)] * teaching
+    after = [("clients' blocks", everyone), ("their gradients", everyone), ("AdamW's two moments", 2 * everyone)]
+    after += [("the teacher's blocks", everyone)] * teaching
+    data = _data_bytes(found)
+    always = [(f"frozen weights ({model.config.dtype})", blocks.size_bytes(kept)), ("server's blocks", 4 * sizes.sum())]
+    always += [] if data is None else [("training data, at most", data)]
+
+    base = sum(size for _, size in always)
+    rounds_, post = sum(size for _, size in during), sum(size for _, size in after)
+    rows = [(name, _mib(size)) for name, size in always]
+    rows += [(f"in a round, {-(-settings.cohort_size // devices)} clients: {name}", _mib(size)) for name, size in during]
+    rows += [(f"= in a round, before activations{'' if data is not None else ' and data'}", _mib(base + rounds_))]
+    if settings.post_steps and any(variant not in ("fedavg", "local") for variant in variants):
+        number = -(-settings.clients_per_pass // devices)
+        rows += [(f"after the rounds, {number} clients at once: {name}", _mib(size)) for name, size in after]
+        rows += [(f"= after the rounds, before activations{'' if data is not None else ' and data'}", _mib(base + post))]
+
+    owned = 4 * float((partition.owned @ sizes).sum())
+    chains = experiment.method_of(config, model.tasks, variants).chains
+    host = [(f"{name} models of all clients, only the blocks they own", _mib(owned)) for name in chains]
+    made = sum(variant != "fedavg" for variant in variants)
+    host += [(f"finished models, {made} variants", _mib(made * owned))] if made else []
+    notes = ["Activations are not estimated; `tap-jax bench` reports the peak. Rows are for the most demanding clients."]
+    if data is None:
+        notes.append("The size of the training data is known once they are read (data.train_size bounds it).")
+    return "\n".join(
+        [
+            f"Memory per device in MiB: {_devices(devices)}",
+            _columns(rows, left=(0,)),
+            "Memory of the host in MiB",
+            _columns(host, left=(0,)),
+            *notes,
+        ]
+    )
+
+
+# --- pieces --------------------------------------------------------------------------------------------------------
+
+
+def _tasks(found: Outline, client: int):
+    """The client's tasks, with the classes in use."""
+    mine = found.federation.clients[client].shares
+    return tuple(task for task in found.model.tasks if task.name in mine)
+
+
+def _block_sizes(partition: Partition, like: blocks.Blocks) -> np.ndarray:
+    return np.array([blocks.count(like[name]) for name in partition.names])
+
+
+def _data_bytes(found: Outline) -> int | None:
+    """Bound on the training sets' bytes on a device, or None where nothing bounds the number of samples."""
+    config = found.config
+    samples = config.data.train_size or (SYNTHETIC_SIZES["train"] if config.data.root == "synthetic" else 0)
+    if not samples:
+        return None
+    total = 0
+    for task in found.model.tasks:
+        total += 64 * 64 * 3 * ("image" in task.modalities)
+        total += 4 * config.model.max_text * ("text" in task.modalities)
+        total += 4 * config.model.max_answer * (task.kind == "text_generation") + 4 * (task.classes > 0)
+    return samples * total
+
+
+def _devices(count: int) -> str:
+    kind = jax.devices()[0].device_kind
+    return f"{count} x {kind}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:,.1f}"
+
+
+def _columns(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
+    """Lines of aligned columns; those numbered in `left` lean to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    return "\n".join(f"  {line}".rstrip() for line in lines)

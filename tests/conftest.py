@@ -1,0 +1,83 @@
+"""Every test runs on 8 fake CPU devices, offline, with full float32 products.
+
+Strict dtype promotion is on in the tests of models, blocks and losses (the fixture `strict`), not everywhere: optax
+itself raises a float to an int32 count. Rank promotion stays allowed: a bias [D] is added to tokens [B, T, D] all
+over the models, as everywhere in JAX; code that keeps to equal ranks is tested with "raise" (tests/models/test_heads).
+"""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+import jax
+
+# Before anything asks for a device: the backend is set up once per process.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+import pytest
+
+from tap_jax.config import default_config, override, validate
+
+TINY = {
+    "cohort_size": 2,
+    "local_steps": 3,
+    "batch_size": 8,
+    "post_steps": 3,
+    "rounds": 3,
+    "checkpoint_every": 1,
+    "optimizer.warmup_rounds": 2,
+    "optimizer.learning_rate_initial": 1e-3,
+    "optimizer.learning_rate": 3e-3,
+    "optimizer.post_learning_rate": 1e-3,
+    "model.width": 8,
+    "model.heads": 2,
+    "model.mlp": 12,
+    "model.image_layers": 1,
+    "model.text_layers": 1,
+    "model.image_size": 16,
+    "model.patch": 8,
+    "model.upsample": 0.25,
+    "model.vocab": 120,
+    "model.max_text": 16,
+    "model.max_answer": 8,
+    "model.encoder_rank": 3,
+    "model.attention_rank": 2,
+    "model.expert_rank": 2,
+    "model.lora_dropout": 0.0,
+    "model.head_dropout": 0.0,
+    "model.text_dropout": 0.0,
+    "model.head_hidden": (6,),
+    "model.image_channels": (4, 3, 2),
+    "model.text_heads": 2,
+    "model.text_cond_heads": 2,
+    "model.text_inner": 12,
+    "federation.table": "custom",
+    "federation.groups": 1,
+    "data.train_size": 48,
+    "data.test_size": 6,
+    "data.image_classes": 4,
+    "mesh.clients": 1,
+    "engine.microbatch": 8,
+    "engine.rows_per_chunk": 1,
+}
+
+
+@pytest.fixture
+def strict():
+    """Nothing is promoted silently between dtypes."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny(rows, **fields)`: a config that trains in moments; rows are the client table, fields override."""
+
+    def build(rows, fields=None):
+        config = override(default_config(), TINY | {"federation.rows": tuple(rows)} | dict(fields or {}))
+        validate(config)
+        return config
+
+    return build
