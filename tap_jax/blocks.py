@@ -34,7 +34,9 @@ def unflatten(flat: Array, like: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])
     pieces = [flat[..., end - int(np.prod(leaf.shape)) : end] for leaf, end in zip(leaves, ends, strict=True)]
-    return structure.unflatten([p.reshape(*flat.shape[:-1], *leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)])
+    return structure.unflatten(
+        [p.reshape(*flat.shape[:-1], *leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]
+    )
 
 
 def take(blocks: Blocks, names: Sequence[str]) -> dict[str, Tree]:

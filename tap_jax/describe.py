@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from tap_jax import blocks, experiment
 from tap_jax import config as configuration
 from tap_jax.blocks import Partition
+from tap_jax.config import ConfigDict
 from tap_jax.data.federated import SYNTHETIC_SIZES
 from tap_jax.experiment import Experiment
 from tap_jax.federation import Federation
@@ -174,56 +174,48 @@ def _map(found: Outline) -> str:
 
 
 def _memory(found: Outline, devices: int) -> str:
-    """What lies where, in MiB; the stacks are sized for the most demanding cohort."""
+    """What lies where, in MiB; the stacks are sized for the most demanding clients."""
     config, partition, model = found.config, found.partition, found.model
-    frozen, trainable = shapes(model)
-    sizes = _block_sizes(partition, trainable)
     settings = experiment.engine_settings(config, len(found.federation.clients))
     variants = configuration.variants_of(config)
+    frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)
-    members = partition.members()
+    sizes = _block_sizes(partition, trainable)
 
-    def stack(clients: int) -> float:
-        slots = partition.capacities(partition.owned, -(-clients // devices))
-        return 4 * sum(slots[group] * int(sizes[numbers[0]]) for group, numbers in members.items())
-
-    cohort, everyone = stack(settings.cohort_size), stack(settings.clients_per_pass)
-    teaching = "tap" in variants  # a place for the teacher's blocks is kept throughout, so that one program serves all
-    waiting = config.method == "tap"  # W̃[i] stays until the aggregation, while X[i] trains
-    during = [("cohort's blocks", cohort), ("their gradients", cohort), ("AdamW's two moments", 2 * cohort)]
-    during += [("W̃[i] while X[i] trains", cohort)] * waiting + [("the teacher's place", cohort)] * teaching
-    after = [("clients' blocks", everyone), ("their gradients", everyone), ("AdamW's two moments", 2 * everyone)]
-    after += [("the teacher's blocks", everyone)] * teaching
     data = _data_bytes(found)
-    always = [(f"frozen weights ({model.config.dtype})", blocks.size_bytes(kept)), ("server's blocks", 4 * sizes.sum())]
-    always += [] if data is None else [("training data, at most", data)]
+    rows = [(f"frozen weights ({model.config.dtype})", blocks.size_bytes(kept)), ("server's blocks", 4 * sizes.sum())]
+    rows += [] if data is None else [("training and test data, at most", data)]
+    always = sum(size for _, size in rows)
 
-    base = sum(size for _, size in always)
-    rounds_, post = sum(size for _, size in during), sum(size for _, size in after)
-    rows = [(name, _mib(size)) for name, size in always]
-    rows += [(f"in a round, {-(-settings.cohort_size // devices)} clients: {name}", _mib(size)) for name, size in during]
-    rows += [(f"= in a round, before activations{'' if data is not None else ' and data'}", _mib(base + rounds_))]
-    if settings.post_steps and any(variant not in ("fedavg", "local") for variant in variants):
-        number = -(-settings.clients_per_pass // devices)
-        rows += [(f"after the rounds, {number} clients at once: {name}", _mib(size)) for name, size in after]
-        rows += [(f"= after the rounds, before activations{'' if data is not None else ' and data'}", _mib(base + post))]
+    def phase(title: str, clients: int, waiting: bool) -> None:
+        positions = -(-clients // devices)
+        slots = partition.capacities(partition.owned, positions)
+        stack = 4 * sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
+        parts = {"blocks in training": stack, "their gradients": stack, "AdamW's two moments": 2 * stack}
+        # Federated blocks wait for the aggregation while the personal ones train.
+        parts |= {"federated blocks": stack} if waiting else {}
+        # The teacher's place is kept throughout, so that one program serves every phase.
+        parts |= {"teacher's blocks": stack} if "tap" in variants else {}
+        rows.extend((f"{title}, {positions} clients: {name}", size) for name, size in parts.items())
+        rows.append(
+            (f"= {title}, without activations{' and data' if data is None else ''}", always + sum(parts.values()))
+        )
 
-    owned = 4 * float((partition.owned @ sizes).sum())
+    phase("round", settings.cohort_size, config.method == "tap")
+    if any(variant not in ("fedavg", "local") for variant in variants):
+        phase("after the last", settings.clients_per_pass, False)
+
+    owned = 4 * int((partition.owned @ sizes).sum())
     chains = experiment.method_of(config, model.tasks, variants).chains
-    host = [(f"{name} models of all clients, only the blocks they own", _mib(owned)) for name in chains]
     made = sum(variant != "fedavg" for variant in variants)
-    host += [(f"finished models, {made} variants", _mib(made * owned))] if made else []
-    notes = ["Activations are not estimated; `tap-jax bench` reports the peak. Rows are for the most demanding clients."]
+    host = [(f"{name} models of all clients, only the blocks they own", owned) for name in chains]
+    host += [(f"finished models, after the last round ({made} variants)", made * owned)] if made else []
+    notes = ["Activations are not estimated: `tap-jax bench` reports the peak."]
     if data is None:
-        notes.append("The size of the training data is known once they are read (data.train_size bounds it).")
+        notes.append("Neither are the data, whose size is known once they are read (data.train_size bounds it).")
+    in_mib = lambda lines: _columns([(name, f"{size / MIB:,.1f}") for name, size in lines], left=(0,))  # noqa: E731
     return "\n".join(
-        [
-            f"Memory per device in MiB: {_devices(devices)}",
-            _columns(rows, left=(0,)),
-            "Memory of the host in MiB",
-            _columns(host, left=(0,)),
-            *notes,
-        ]
+        [f"Memory per device in MiB, {_devices(devices)}", in_mib(rows), "On the host", in_mib(host), *notes]
     )
 
 
@@ -241,26 +233,23 @@ def _block_sizes(partition: Partition, like: blocks.Blocks) -> np.ndarray:
 
 
 def _data_bytes(found: Outline) -> int | None:
-    """Bound on the training sets' bytes on a device, or None where nothing bounds the number of samples."""
+    """Bound on the data's bytes on a device, or None where nothing bounds the number of samples."""
     config = found.config
-    samples = config.data.train_size or (SYNTHETIC_SIZES["train"] if config.data.root == "synthetic" else 0)
-    if not samples:
+    drawn = SYNTHETIC_SIZES if config.data.root == "synthetic" else {"train": 0, "test": 0}
+    sizes = [config.data[f"{part}_size"] or drawn[part] for part in ("train", "test")]
+    if not all(sizes):
         return None
     total = 0
     for task in found.model.tasks:
         total += 64 * 64 * 3 * ("image" in task.modalities)
         total += 4 * config.model.max_text * ("text" in task.modalities)
         total += 4 * config.model.max_answer * (task.kind == "text_generation") + 4 * (task.classes > 0)
-    return samples * total
+    return sum(sizes) * total
 
 
 def _devices(count: int) -> str:
     kind = jax.devices()[0].device_kind
     return f"{count} x {kind}"
-
-
-def _mib(size: float) -> str:
-    return f"{size / MIB:,.1f}"
 
 
 def _columns(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:

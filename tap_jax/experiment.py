@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from tap_jax import blocks
 from tap_jax import config as configuration
 from tap_jax.blocks import Blocks, Partition
+from tap_jax.config import ConfigDict
 from tap_jax.data import federated
 from tap_jax.data.federated import FederatedData
 from tap_jax.engine import parallel, rounds
@@ -96,9 +96,7 @@ class Experiment:
             for variant, models in self.method.finish(cohort, state, self.variants).items():
                 found.setdefault(variant, {}).update(models)
         clients = range(len(self.federation.clients))
-        return Finished(
-            state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants}
-        )
+        return Finished(state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants})
 
     def prepare(self) -> None:
         """Starts compiling all that a whole run needs, in the background; optional."""
@@ -348,7 +346,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
         progress=reporter.progress,
     )
     trained = time.monotonic()
-    reporter.say(f"after the last round: {', '.join(experiment.variants)} for {len(experiment.federation.clients)} clients")
+    reporter.say(
+        f"after the last round: {', '.join(experiment.variants)} for {len(experiment.federation.clients)} clients"
+    )
     finished = experiment.finish(state)
     post = time.monotonic()
     rows = experiment.evaluate(finished)
@@ -363,9 +363,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     save_models(experiment, finished, workdir, identity)
     notes = experiment.scorer.notes if experiment.scorer else ()
     replacements = [
-        entry
-        for line in rounds.read_lines(workdir / "metrics.jsonl")
-        for entry in line.get("replacements", [])
+        entry for line in rounds.read_lines(workdir / "metrics.jsonl") for entry in line.get("replacements", [])
     ]
     write_results(workdir, config, rows, replacements, timing, notes=notes)
     return rows
@@ -401,7 +399,7 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
         blocks.take(experiment.initial_blocks, experiment.partition.blocks_of(k))
         for k in range(len(experiment.federation.clients))
     )
-    found = Checkpoints(workdir / "models", report=reporter.say).restore_latest({v: clients for v in stored})
+    found = Checkpoints(workdir / "models", report=reporter.say).restore_latest(dict.fromkeys(stored, clients))
     if stored and found is None:
         raise UserError(f"workdir: no models in {workdir}; train again")
     models = {v: found[1][v] if v in stored else None for v in experiment.variants}

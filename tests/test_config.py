@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tap_jax import config as config_module
 from tap_jax.config import (
     NEUTRAL_FIELDS,
     VARIANTS,
@@ -19,10 +20,14 @@ from tap_jax.config import (
     override,
     to_json,
     validate,
+    value_of,
     variants_of,
 )
+from tap_jax.data import examples
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS
+from tap_jax.models import flava, vilt
+from tap_jax.models.layers import ModelConfig
 
 FLAVA, VILT = "configs/flava.py", "configs/vilt.py"
 
@@ -34,18 +39,13 @@ PAPER = {
     "model.attention_rank": (16, 8),
     "model.expert_rank": (4, 8),
     "model.lora_dropout": (0.3, 0.3),
-    "baselines.feddat_width": (32, 16),
     "distillation.temperature": (1, 1),
-    "baselines.disentafl_weight": (0.5, 0.5),
     "distillation.weights.image_generation": (2e-3, 2e-3),
     "distillation.weights.text_generation": (1, 1),
     "distillation.weights.image_classification": (2e-3, 2e-3),
     "distillation.weights.text_classification": (2e-3, 2e-3),
-    "baselines.feddat_weight": (2e-3, 2e-3),
     "optimizer.learning_rate_initial": (1e-4, 1e-4),
     "optimizer.learning_rate": (3e-4, 4e-4),
-    "baselines.inner_learning_rate_initial": (1e-4, 1e-4),
-    "baselines.inner_learning_rate": (3e-4, 4e-4),
     "optimizer.weight_decay": (0.01, 0.01),
     "optimizer.warmup_rounds": (20, 20),
     "local_steps": (20, 30),
@@ -85,6 +85,13 @@ def test_paper_configs_hold_tables_21_and_22(field):
     flava, vilt = PAPER[field]
     assert get(load_config(FLAVA), field) == flava
     assert get(load_config(VILT), field) == vilt
+
+
+def test_sizes_that_are_typed_twice_agree():
+    assert config_module.IMAGE_SIDE == examples.IMAGE_SIDE
+    assert config_module.VILT_GRID == vilt.PRETRAINED_GRID
+    wide = ModelConfig(max_text=config_module.FLAVA_POSITIONS)
+    assert flava.text_positions(wide) == config_module.FLAVA_POSITIONS
 
 
 def test_paper_configs_describe_30_clients():
@@ -148,6 +155,13 @@ def test_loading_names_the_mistake(path, overrides, message):
         ({"margins": (0.1, 0.2)}, "margins: a list is not supported"),
         ({"model__heads": 7}, "model.heads: 7 does not divide model.width 768"),
         ({"model__patch": 15}, "model.patch: 15 does not divide"),
+        ({"model__upsample": 0.3}, "model.upsample: 0.3 makes 19.2 pixels of 64; use a factor that gives a whole"),
+        ({"model__max_text": 513}, "model.max_text: 513, but FLAVA's text encoder has 512 positions; use at most 512"),
+        ({"model__max_answer": 2}, r"model.max_answer: 2 leaves no room between \[CLS\] and \[SEP\]; use at least 3"),
+        (
+            {"model__name": "vilt", "model__position": "slice"},
+            "model.position: 'slice' has 12x12 positions, too few for 224 pixels in patches of 16",
+        ),
         ({"model__backbone_layers": (1,)}, "model.backbone_layers"),
         ({"model__head_hidden": (1.5,)}, "model.head_hidden: .*whole numbers"),
         ({"federation__table": "custom"}, "federation.rows: goes with federation.table='custom'"),
@@ -181,6 +195,14 @@ def test_margins_are_a_number_or_one_per_kind():
         load_config(FLAVA, {"margins": [0.01, 0.04]})
     with pytest.raises(UserError, match="margins: -1.0; use at least 0"):
         load_config(FLAVA, {"margins": -1})
+
+
+def test_value_of_a_field():
+    config = default_config()
+    assert value_of(config, "optimizer.clip_norm") == 1.0
+    assert value_of(config, "mesh") is config.mesh
+    with pytest.raises(UserError, match="did you mean 'mesh.clients'"):
+        value_of(config, "mesh.client")
 
 
 def test_custom_federation():

@@ -158,7 +158,9 @@ def draw_plan(
             continue
         mine = data[client]
         owner = np.repeat(np.arange(len(mine.streams)), [len(ids) for ids in mine.streams.values()])
-        pool = _Pool(list(mine.streams), owner, *(np.concatenate(list(part.values())) for part in (mine.streams, mine.tokens)))
+        pool = _Pool(
+            list(mine.streams), owner, *(np.concatenate(list(part.values())) for part in (mine.streams, mine.tokens))
+        )
         rng = generator(seed, round_, int(client), purpose)
         drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, passes=passes)
         for step, chosen in enumerate(drawn):

@@ -14,6 +14,7 @@ from tap_jax.data.families import Family, fields
 from tap_jax.data.images import MEAN, STD
 from tap_jax.data.text import TaskArrays
 
+
 def device_arrays(families: Sequence[Family], arrays: Mapping[str, TaskArrays], sharding=None) -> dict:
     """Family name -> field -> the family's samples, task after task, on the device (placed by `sharding`)."""
     out = {}

@@ -31,6 +31,7 @@ SampleLoss = Callable[..., tuple[Array, Array]]
 # (frozen, teacher's parts, outputs, task, batch) -> weighted distillation loss [B]
 DistillationLoss = Callable[..., Array]
 
+
 class Losses(struct.PyTreeNode):
     """Training losses of a phase, sums over steps.
 
@@ -183,6 +184,12 @@ def local_training(
                     loss, row_grads, slots = one(jax.tree.map(lambda leaf: leaf[0], rows))
                 else:
                     loss, row_grads, slots = jax.vmap(one)(rows)
+                    # Padding rows run with somebody's blocks; 0 times what is no number would reach others' slots.
+                    real = rows.weights[:, 0] > 0
+                    row_grads = {
+                        name: jnp.where(real.reshape(-1, *(1,) * (grad.ndim - 1)), grad, 0)
+                        for name, grad in row_grads.items()
+                    }
                 for name, part in table.items():
                     total = grads[part.group].at[slots[name]].add(row_grads[name], mode="promise_in_bounds")
                     grads = grads | {part.group: total}

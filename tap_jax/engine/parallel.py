@@ -25,7 +25,9 @@ def client_mesh(devices: int = 0) -> Mesh:
     if devices > available:
         raise UserError(f"mesh.clients: {devices} of {available} devices; use at most {available}")
     count = devices or available
-    return jax.make_mesh((count,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    return jax.make_mesh(
+        (count,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+    )
 
 
 def shared_sharding(mesh: Mesh) -> NamedSharding:

@@ -27,7 +27,7 @@ def initial_state(engine: Engine, server: Blocks, chains: Sequence[str]) -> Stat
     return State(
         round=0,
         server=engine.server_stack(server),
-        chains={name: start for name in chains},
+        chains=dict.fromkeys(chains, start),
         local_loss=never,
         personal_loss=never.copy(),
         replacements=np.zeros(table.shape, np.int32),

@@ -81,7 +81,9 @@ class Evaluator:
         """int64 [.], the client's test samples of a task."""
         return np.arange(len(self.tests[task])) if self.personal is None else self.personal[client][task]
 
-    def predict(self, cohort: Cohort, stack: Stack, wanted: Mapping[str, set[int]]) -> dict[tuple[int, str], np.ndarray]:
+    def predict(
+        self, cohort: Cohort, stack: Stack, wanted: Mapping[str, set[int]]
+    ) -> dict[tuple[int, str], np.ndarray]:
         """Predictions of the cohort's clients.
 
         Args:

@@ -1,7 +1,7 @@
 """FedAvg (McMahan et al., 2017), component-wise as in Sec. 3.1, and its post-trained variants.
 
-    for t = 0..T-1: sample C_t; each client trains W̃[i] from the server's blocks; the server averages per block
-    afterwards (+ post): each client trains its W̃[i] for P iterations (+ 2p: for 2P)
+for t = 0..T-1: sample C_t; each client trains W̃[i] from the server's blocks; the server averages per block
+afterwards (+ post): each client trains its W̃[i] for P iterations (+ 2p: for 2P)
 """
 
 from collections.abc import Sequence

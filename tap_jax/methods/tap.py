@@ -1,15 +1,15 @@
 """TAP, Algorithm 1 of the paper: margin-based replacement during the rounds, distillation after them.
 
-    for t = 0..T-1:
-      sample C_t
-      for c_i in C_t:
-        train W̃[i] on D_i;  h^(l)[o] = its mean loss, for seen o
-        send W̃[i] to the server
-        R_i[o] = 1 where h^(l)[o] + m[o] < h^(p)[o]                      (eq. 3)
-        X[i,o] = (1 - R_i[o]) X[i,o] + R_i[o] W̃[i,o]                     (eq. 4)
-        train X[i] on D_i;  h^(p)[o] = its mean loss, for seen o
-      aggregate per block; send every client its blocks
-    for every c_i: train W̃[i] for P iterations (teacher); train X[i] for P iterations on eq. 6
+for t = 0..T-1:
+  sample C_t
+  for c_i in C_t:
+    train W̃[i] on D_i;  h^(l)[o] = its mean loss, for seen o
+    send W̃[i] to the server
+    R_i[o] = 1 where h^(l)[o] + m[o] < h^(p)[o]                      (eq. 3)
+    X[i,o] = (1 - R_i[o]) X[i,o] + R_i[o] W̃[i,o]                     (eq. 4)
+    train X[i] on D_i;  h^(p)[o] = its mean loss, for seen o
+  aggregate per block; send every client its blocks
+for every c_i: train W̃[i] for P iterations (teacher); train X[i] for P iterations on eq. 6
 """
 
 from collections.abc import Callable, Sequence
@@ -67,9 +67,7 @@ def tap(
             round=state.round + 1,
             chains={**state.chains, CHAIN: put_chain(state.chains[CHAIN], cohort.unload(personal))},
             local_loss=put_rows(state.local_loss, cohort.clients, h_l, losses.seen),
-            personal_loss=put_rows(
-                state.personal_loss, cohort.clients, own_losses.mean(history), own_losses.seen
-            ),
+            personal_loss=put_rows(state.personal_loss, cohort.clients, own_losses.mean(history), own_losses.seen),
             replacements=put_rows(
                 state.replacements,
                 cohort.clients,

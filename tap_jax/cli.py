@@ -1,0 +1,336 @@
+"""The command line: parse, call, print (`tap-jax`, or `python -m tap_jax`).
+
+Exit status: 0; 2 for whatever the user can mend, with one line on stderr and nothing half-written; 130 if interrupted.
+"""
+
+import ast
+import dataclasses
+import difflib
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from tap_jax import config as configuration
+from tap_jax import startup, terminal
+from tap_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of a command; a whole number where `default` is one, and required where it is None."""
+
+    name: str
+    value: str
+    about: str
+    default: str | int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: `run` gets the flags' values by name, "config" as a validated, locked config."""
+
+    run: Callable[..., None]
+    flags: tuple[Flag, ...]
+    about: str
+    details: str
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """`tap-jax train`."""
+    _writable(pathlib.Path(workdir))
+    startup.start_jax(config)
+    from tap_jax import experiment
+
+    with terminal.Terminal(config.rounds) as screen:
+        screen.say("reading data, building the model")
+        rows = experiment.run(config, workdir, _reporter(screen))
+        _finish(screen, rows, pathlib.Path(workdir))
+
+
+def evaluate(workdir: str) -> None:
+    """`tap-jax evaluate`."""
+    folder = pathlib.Path(workdir)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"workdir: {folder} holds no run (config.json is missing); train one there first")
+    config = configuration.load_config(folder / "config.json")
+    startup.start_jax(config)
+    from tap_jax import experiment
+
+    with terminal.Terminal(config.rounds) as screen:
+        screen.say("reading data, building the model")
+        rows = experiment.evaluate(folder, _reporter(screen))
+        _finish(screen, rows, folder)
+
+
+def describe(config: ConfigDict) -> None:
+    """`tap-jax describe`."""
+    startup.start_jax(config)
+    from tap_jax.describe import describe
+
+    print(describe(config), end="", flush=True)
+
+
+def bench(config: ConfigDict, steps: int) -> None:
+    """`tap-jax bench`: the JSON line goes to stdout, everything else to stderr."""
+    if not config.compilation_cache:
+        with config.ignore_type():
+            config.compilation_cache = "off"  # or compile_s would be the time to read a file
+    startup.start_jax(config)
+    from tap_jax import benchmark
+
+    found = benchmark.bench(config, steps=steps, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(found), flush=True)
+
+
+_CONFIG = Flag("config", "FILE[:KEY=VALUE,...]", "the experiment, a Python file or the config.json of a run")
+COMMANDS = {
+    "train": Command(
+        train,
+        (_CONFIG, Flag("workdir", "DIR", "where the run's files go; a run of the same configuration is resumed")),
+        "trains, personalises and evaluates; resumes by itself",
+        "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, results.json and report.md.\n"
+        "Example: tap-jax train --config=configs/demo.py --config.rounds=5 --workdir=runs/demo",
+    ),
+    "evaluate": Command(
+        evaluate,
+        (Flag("workdir", "DIR", "of a finished run"),),
+        "scores the models of a finished run again",
+        "Rewrites results.json and report.md.\nExample: tap-jax evaluate --workdir=runs/demo",
+    ),
+    "describe": Command(
+        describe,
+        (_CONFIG,),
+        "parameters (Table 7), who owns which block, memory plan; reads no data, allocates nothing",
+        "Example: tap-jax describe --config=configs/flava.py",
+    ),
+    "bench": Command(
+        bench,
+        (_CONFIG, Flag("steps", "N", "local steps per run; 0: the configuration's local_steps", 0)),
+        "times the local training of a cohort; one JSON line",
+        "The line has client_steps_per_s, samples_per_s, tflops, mfu (null where unknown), compile_s and peak_bytes,\n"
+        "and what was run on which device. Compiled programs are cached only where config.compilation_cache names a\n"
+        "folder."
+        "\nExample: tap-jax bench --config=configs/demo.py --steps=10",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command -> the exit status.
+
+    Args:
+      argv: without the program's name; default: the process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if argv is None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show W̃ or ± still gets the rest
+    try:
+        with warnings.catch_warnings(), terminal.plain_logging():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            startup.quiet(bars=terminal.interactive())
+            return _main(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `tap-jax describe | head`
+            return 128 + 13
+        if error.errno not in _MENDABLE:
+            raise
+        return _fail(f"{error.filename or 'files'}: {error.strerror}; free some space or choose another folder", 2)
+    except KeyboardInterrupt:
+        status = _fail("interrupted; the same command goes on from the last checkpoint, if the run has one", 130)
+        if argv is None:
+            sys.stdout.flush()
+            os._exit(status)  # programs still compiling in the background cannot be interrupted
+        return status
+
+
+_MENDABLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"tap-jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _main(argv: list[str]) -> int:
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help", "help") or (not argv):
+        print(usage(), end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if name == "--version":
+        print(importlib.metadata.version("tap-jax"))
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise UserError(f"unknown command '{name}'; {hint}there are {', '.join(COMMANDS)}, and each has --help")
+    if any(argument in ("-h", "--help", "-help") for argument in rest):
+        print(usage(name), end="")
+        return 0
+    COMMANDS[name].run(**parse(name, rest))
+    return 0
+
+
+def usage(name: str | None = None) -> str:
+    """The help text of a command, or of the whole."""
+    if name is None:
+        width = max(map(len, COMMANDS))
+        listed = "\n".join(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items())
+        return (
+            "usage: tap-jax COMMAND [--FLAG=VALUE ...]\n\n"
+            "TAP: two-stage adaptive personalization of multi-task, multi-modal models in federated learning.\n\n"
+            f"{listed}\n\ntap-jax COMMAND --help tells more; tap-jax --version.\n"
+        )
+    command = COMMANDS[name]
+    line, rows = [f"usage: tap-jax {name}"], []
+    for flag in command.flags:
+        shown = f"--{flag.name}={flag.value}"
+        line.append(shown if flag.default is None else f"[{shown}]")
+        rows.append((shown, flag.about))
+        if flag.name == "config":
+            line.append("[--config.KEY=VALUE ...]")
+            rows.append(("--config.KEY=VALUE", "changes one field; tap_jax/config.py lists and explains all of them"))
+    width = max(len(shown) for shown, _ in rows)
+    listed = "\n".join(f"  {shown:{width}}  {about}" for shown, about in rows)
+    return "\n".join(
+        [" ".join(line), "", textwrap.fill(command.about[0].upper() + command.about[1:] + ".", 100), "", listed, ""]
+    ) + (f"\n{command.details}\n")
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------
+
+
+def parse(name: str, argv: Sequence[str]) -> dict:
+    """The flags of a command by name.
+
+    Raises:
+      UserError: a flag that is unknown, missing or has a wrong value; likewise a field of the config.
+    """
+    command, values = COMMANDS[name], flags.FlagValues()
+    values.set_gnu_getopt(True)
+    for flag in command.flags:
+        define = flags.DEFINE_integer if isinstance(flag.default, int) else flags.DEFINE_string
+        define(flag.name, flag.default, flag.about, flag_values=values)
+    try:
+        rest = values([name, *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    found = {flag.name: values[flag.name].value for flag in command.flags}
+    known = [f"--{flag.name}" for flag in command.flags]
+    for flag in command.flags:
+        if not found[flag.name] and flag.default is None:
+            raise UserError(f"--{flag.name}={flag.value} is missing; see tap-jax {name} --help")
+    if "config" in found:
+        known.append("--config.KEY")
+        found["config"], rest = _override(configuration.load_config(found["config"]), rest)
+    for argument in rest:
+        flag = argument.split("=")[0]
+        close = difflib.get_close_matches(flag, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown argument '{flag}'; {hint}{name} takes {', '.join(known)}")
+    return found
+
+
+def _override(config: ConfigDict, argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """Applies `--config.KEY=VALUE` arguments -> the config and what is left of argv."""
+    mine, rest, queue = [], [], list(argv)
+    while queue:
+        argument = queue.pop(0)
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            rest.append(argument)
+            continue
+        negated, field, value = match.groups()
+        current = configuration.value_of(config, field)
+        if negated and not isinstance(current, bool):
+            raise UserError(f"{field}: --noconfig is for switches; write --config.{field}=VALUE")
+        if value is None and not isinstance(current, bool):  # --config.rounds 3
+            if not queue:
+                raise UserError(f"{field}: --config.{field} lacks a value")
+            value = queue.pop(0)
+        if field == "margins":  # one number for all kinds takes the place of the section
+            configuration.override(config, {field: _literal(value)})
+        elif isinstance(current, ConfigDict):
+            raise UserError(f"{field}: is a section, not a value; set {field}.{next(iter(current), 'KEY')}")
+        else:
+            if isinstance(current, tuple) and value is not None:
+                value = _listed(value)
+            mine.append(f"--{negated or ''}config.{field}" + ("" if value is None else f"={value}"))
+    program = ["tap-jax", *mine]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=program, lock_config=True)
+        values(program)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(_readable(config, str(error))) from None
+    configuration.validate(config)
+    return config.lock(), rest
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _listed(text: str) -> str:
+    """`tap,local` as the literal ('tap', 'local'); what is a literal already stays."""
+    return text if not isinstance(_literal(text), str) else repr(tuple(filter(None, map(str.strip, text.split(",")))))
+
+
+def _readable(config: ConfigDict, message: str) -> str:
+    """absl's "flag --config.rounds=x: invalid literal for int() ..." in the words of `config.validate`."""
+    match = re.match(r"flag --(?:no)?config\.([^=]+)=(.*?): ", message, re.DOTALL)
+    if match is None:
+        return message
+    field, value = match.groups()
+    kind = type(configuration.value_of(config, field)).__name__
+    return f"{field}: '{value}' is no {kind}; write --config.{field}=VALUE with one"
+
+
+# --- what commands share -------------------------------------------------------------------------------------------
+
+
+def _reporter(screen: terminal.Terminal):
+    from tap_jax.describe import headline
+    from tap_jax.experiment import Reporter
+
+    def built(run) -> None:
+        for line in headline(run):
+            screen.say(line)
+
+    return Reporter(screen.say, screen.progress, built)
+
+
+def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
+    from tap_jax.evaluation.results import text_table
+
+    screen.say("")
+    screen.say(text_table(rows, terminal.columns()))
+    names = ("results.json", "report.md", "metrics.jsonl", "config.json", "checkpoints", "models")
+    screen.say(f"in {workdir}: {', '.join(name for name in names if (workdir / name).exists())}")
+
+
+def _writable(workdir: pathlib.Path) -> None:
+    """Finds out before a long run, and without writing, that its folder cannot be made."""
+    place = workdir.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"workdir: {place} is a file; name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"workdir: no permission to write in {place}; name another folder")

@@ -1,0 +1,171 @@
+"""Bad input through the command line: one clear line that names the remedy, status 2, nothing half-written.
+
+(Damaged checkpoints: test_cli.py and engine/test_checkpointing.py. Single fields: test_config.py.)
+"""
+
+import io
+import os
+import re
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from tap_jax import cli
+from tap_jax.config import to_json
+from tap_jax.data.text import load_tokenizer
+
+NEWS, PICTURES = ({"ag_news": 0.5}, {"ag_news": 0.5}), ({"cifar100": 1.0},)
+
+
+@pytest.fixture(autouse=True)
+def devices_are_chosen(monkeypatch):
+    """The tests' own CPU devices stay."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+
+
+@pytest.fixture
+def refused(tiny, tmp_path, capsys):
+    """`refused(message, *arguments, rows=..., fields=...)`: `train` says so, and leaves everything as it was."""
+
+    def check(message, *arguments, rows=NEWS, fields=None, workdir=None):
+        fields = {"cohort_size": len(rows), "compilation_cache": "off"} | (fields or {})
+        path = tmp_path / "tiny.json"
+        path.write_text(to_json(tiny(rows, fields)))
+        workdir = workdir or tmp_path / "run"
+        before = contents(workdir)
+        status = cli.main(["train", f"--config={path}", f"--workdir={workdir}", *arguments])
+        error = capsys.readouterr().err
+        assert re.fullmatch(f"tap-jax: .*{message}.*\n", error), error
+        assert status == 2
+        assert contents(workdir) == before
+
+    return check
+
+
+def contents(folder):
+    """None where nothing is there, else every path's bytes."""
+    if not folder.exists():
+        return None
+    return {path: path.read_bytes() if path.is_file() else b"" for path in (folder, *folder.rglob("*"))}
+
+
+def write(folder, task, columns, splits=("train", "test")):
+    """A parquet folder as the hub's."""
+    (folder / task).mkdir(parents=True)
+    for split in splits:
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / task / f"{split}.parquet")
+    return f"--config.data.root={folder}"
+
+
+def picture(color):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def test_unknown_config_key(refused):
+    refused("rouns: unknown field; did you mean 'rounds'", "--config.rouns=3")
+    refused("model.widht: unknown field; did you mean 'model.width'", "--config.model.widht=3")
+
+
+def test_unknown_task_and_method(refused):
+    refused("unknown task 'agnews'; known tasks: .*ag_news", "--config.federation.rows=({'agnews': 1.0},)")
+    refused("method: unknown 'fedprox'; use one of tap", "--config.method=fedprox")
+    refused("variants: 'tap' does not come out of method 'local'", "--config.method=local", "--config.variants=tap")
+
+
+def test_missing_data(refused, tmp_path):
+    refused(
+        "data.root: no folder ag_news in .*nowhere; put the parquet files", f"--config.data.root={tmp_path}/nowhere"
+    )
+    root = write(tmp_path / "data", "ag_news", {"text": ["a", "b"], "label": [0, 1]}, splits=("train",))
+    refused("data.root: .*test.parquet is missing; put the test split of ag_news there", root)
+
+
+def test_parquet_without_a_needed_column(refused, tmp_path):
+    root = write(tmp_path / "data", "ag_news", {"text": ["a", "b"], "category": [0, 1]})
+    refused(r"data.root: .*train.parquet has no column 'label' \(it has text, category\); rename or add it", root)
+
+
+def test_damaged_parquet(refused, tmp_path):
+    root = write(tmp_path / "data", "ag_news", {"text": ["a", "b"], "label": [0, 1]})
+    (tmp_path / "data" / "ag_news" / "train.parquet").write_bytes(b"PAR1 and no more")
+    refused("data.root: .*train.parquet is not readable as parquet", root)
+
+
+def test_labels_that_the_task_does_not_have(refused, tmp_path):
+    root = write(tmp_path / "data", "ag_news", {"text": ["a", "b"], "label": [0, 4]})
+    refused("label", root)
+
+
+def test_unreadable_image(refused, tmp_path):
+    images = [picture("red"), {"bytes": b"no picture", "path": None}]
+    root = write(tmp_path / "data", "cifar100", {"img": images, "fine_label": [0, 1]})
+    refused("cifar100/train row 1: unreadable image .*; replace or remove that row", root, rows=PICTURES)
+
+
+def test_a_client_without_samples(refused):
+    refused(
+        r"federation.clients: client0 is left with no sample of ag_news \(1 for 2 clients\); give it more data",
+        "--config.data.train_size=1",
+    )
+
+
+def test_cohort_larger_than_the_federation(refused):
+    refused("cohort_size: 3 of 2 clients; use at most 2", "--config.cohort_size=3")
+
+
+def test_more_devices_than_there_are(refused):
+    refused("mesh.clients: 99 of 8 devices; use at most 8", "--config.mesh.clients=99")
+
+
+def test_workdir_of_another_configuration(refused, tiny, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(tiny(NEWS, {"seed": 42})))
+    (folder / "metrics.jsonl").write_text("{}\n")
+    refused("workdir: .*other holds a run of another configuration; name another folder or remove it", workdir=folder)
+    (folder / "config.json").write_text("{")
+    refused("config: not valid JSON", workdir=folder)
+
+
+def test_workdir_that_cannot_be_made(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("workdir: .*file is a file; name a folder", workdir=tmp_path / "file")
+    refused("workdir: .*file is a file; name a folder", workdir=tmp_path / "file" / "below")
+
+
+def test_workdir_without_permission(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write everywhere
+    (tmp_path / "locked").mkdir()
+    refused("workdir: no permission to write in .*locked; name another folder", workdir=tmp_path / "locked" / "run")
+
+
+def test_sizes_that_do_not_fit_the_model(refused):
+    refused("model.max_text: 600, but FLAVA's text encoder has 512 positions", "--config.model.max_text=600")
+    refused("model.patch: 7 does not divide model.image_size 16", "--config.model.patch=7")
+    refused("model.upsample: 0.3 makes 19.2 pixels of 64", "--config.model.upsample=0.3")
+    refused("model.heads: 3 does not divide model.width 8", "--config.model.heads=3")
+    refused("model.vocab: 20 is too small for [0-9]+ characters; raise it", "--config.model.vocab=20")
+
+
+def test_a_tokenizer_of_another_size(refused, tmp_path):
+    pieces = load_tokenizer("train", ["some words to learn from"], vocab_size=60)
+    pieces.save(tmp_path / "pieces")
+    refused(
+        f"model.vocab: 120, but the tokenizer '.*pieces' has {pieces.size} pieces; set it to that",
+        f"--config.data.tokenizer={tmp_path}/pieces",
+    )
+    refused("data.tokenizer: cannot load '.*nothing'", f"--config.data.tokenizer={tmp_path}/nothing")
+
+
+def test_other_commands_say_it_the_same_way(tiny, tmp_path, capsys):
+    path = tmp_path / "tiny.json"
+    path.write_text(to_json(tiny(NEWS)))
+    for command in ("describe", "bench"):
+        assert cli.main([command, f"--config={path}", "--config.cohort_size=3"]) == 2
+        assert re.fullmatch("tap-jax: cohort_size: 3 of 2 clients; .*\n", capsys.readouterr().err)
+    assert cli.main(["bench", f"--config={path}", f"--config.data.root={tmp_path}/nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tap-jax: data.root: no folder ag_news")

@@ -1,0 +1,377 @@
+"""The command line: what its arguments mean, what it prints and writes, and how it ends."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tap_jax import cli, startup, terminal
+from tap_jax.config import default_config, load_config, to_json
+from tap_jax.errors import UserError
+
+DEMO = "configs/demo.py"
+
+
+@pytest.fixture(autouse=True)
+def devices_are_chosen(monkeypatch):
+    """The tests' own CPU devices stay."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+
+
+def parsed(*argv):
+    return cli.parse("train", [f"--config={DEMO}", "--workdir=w", *argv])["config"]
+
+
+# --- the package ---------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_is_cheap_and_all_its_names_are_there():
+    code = """if True:
+        import sys, tap_jax
+        heavy = {"jax", "flax", "torch", "transformers", "datasets", "numpy"} & set(sys.modules)
+        assert not heavy, heavy
+        for name in tap_jax.__all__:
+            assert callable(getattr(tap_jax, name)) and name in dir(tap_jax)
+        assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+        import jax
+        assert not jax._src.xla_bridge.backends_are_initialized()
+        assert tap_jax.replace.__module__ == "tap_jax.blocks"
+        try:
+            tap_jax.agregate
+        except AttributeError as error:
+            assert "aggregate" in str(error)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------
+
+
+def test_fields_are_overridden_by_type():
+    config = parsed(
+        "--config.rounds=7",
+        "--config.seed",
+        "42",
+        "--config.engine.remat",
+        "--noconfig.model.qv_delta",
+        "--config.optimizer.learning_rate=1e-2",
+        "--config.data.root=some=where",
+        "--config.model.backbone_layers=(2, 3)",
+        "--config.variants=tap,tap-no-kd,fedavg+2p",
+        "--config.mesh.clients=2",
+    )
+    assert (config.rounds, config.seed, config.engine.remat, config.model.qv_delta) == (7, 42, True, False)
+    assert (config.optimizer.learning_rate, config.data.root) == (1e-2, "some=where")
+    assert config.model.backbone_layers == (2, 3)
+    assert config.variants == ("tap", "tap-no-kd", "fedavg+2p")
+    assert config.mesh.clients == 2
+    assert config.is_locked
+
+
+def test_config_argument_flag_order_and_one_value_tuples():
+    found = cli.parse("train", ["--config.seed=1", "--workdir", "w", "--config", f"{DEMO}:rounds=5,seed=2"])
+    assert (found["config"].rounds, found["config"].seed, found["workdir"]) == (5, 1, "w")
+    assert parsed("--config.variants=local").variants == ("local",)
+    assert parsed("--config.variants=()").variants == ()
+
+
+def test_one_margin_for_all_kinds():
+    assert parsed("--config.margins=0.02").margins == 0.02
+    assert parsed("--config.margins", "0.02").margins == 0.02
+    assert parsed("--config.margins.text_generation=0.5").margins.text_generation == 0.5
+
+
+def test_steps_of_bench():
+    assert cli.parse("bench", [f"--config={DEMO}", "--steps=3"])["steps"] == 3
+    assert cli.parse("bench", [f"--config={DEMO}"])["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config.rouns=3"], "rouns: unknown field; did you mean 'rounds'.*config has: .*rounds, seed"),
+        (["--config.optimizer.rate=1"], "optimizer.rate: unknown field; .*optimizer has: .*learning_rate"),
+        (["--config.rounds=many"], "rounds: 'many' is no int"),
+        (["--config.rounds=2.5"], "rounds: '2.5' is no int"),
+        (["--config.optimizer.clip_norm=x"], "optimizer.clip_norm: 'x' is no float"),
+        (["--config.engine.remat=perhaps"], "engine.remat: 'perhaps' is no bool"),
+        (["--config.rounds=-1"], "rounds: -1; use at least 0"),
+        (["--config.rounds"], "rounds: --config.rounds lacks a value"),
+        (["--config.model=3"], "model: is a section"),
+        (["--noconfig.rounds"], "rounds: --noconfig is for switches"),
+        (["--config.margins=low"], "margins: 'low' is of type str"),
+        (["--config.method=tapp"], "method: unknown 'tapp'; use one of tap, fedavg, local"),
+        (["--workdri=x"], "unknown argument '--workdri'; did you mean --workdir"),
+        (["extra"], "unknown argument 'extra'; .*--config.KEY"),
+    ],
+)
+def test_a_wrong_argument_is_named(argv, message):
+    with pytest.raises(UserError, match=message):
+        parsed(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", f"--config={DEMO}"], "--workdir=DIR is missing; see tap-jax train --help"),
+        (["train", "--workdir=x"], "--config=FILE"),
+        (["train", "--workdir"], "workdir"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["report"], "unknown command 'report'; there are train, evaluate, describe, bench"),
+        (["evaluate", "--workdir=w", "--config=x"], "unknown argument '--config'"),
+        (["bench", f"--config={DEMO}", "--steps=few"], "steps"),
+        (["bench", f"--config={DEMO}", "--steps=-1"], "steps: -1; use at least 1"),
+        (["describe", "--config=configs/none.py"], "no file 'configs/none.py'"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_status_2(argv, message, capsys):
+    assert cli.main(argv) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert re.fullmatch(f"tap-jax: .*{message}.*\n", streams.err)
+
+
+def test_help_is_complete(capsys):
+    assert cli.main(["--help"]) == 0
+    whole = capsys.readouterr().out
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == whole
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name}" in whole
+        assert cli.main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: tap-jax {name}")
+        assert all(f"--{flag.name}=" in text for flag in command.flags)
+        assert len(text.splitlines()) < 20
+        assert max(map(len, text.splitlines())) <= 110
+        assert f"Example: tap-jax {name}" in text
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    command = cli.COMMANDS["describe"]
+    monkeypatch.setitem(cli.COMMANDS, "describe", cli.Command(interrupt, command.flags, command.about, ""))
+    assert cli.main(["describe", f"--config={DEMO}"]) == 130
+    assert re.fullmatch("tap-jax: interrupted; .*\n", capsys.readouterr().err)
+
+
+def test_full_disk_is_one_line_and_a_bug_is_not(monkeypatch, capsys):
+    errors = [OSError(28, "No space left on device", "w/metrics.jsonl"), FileNotFoundError(2, "No such file", "x")]
+
+    def fail(**_):
+        raise errors.pop(0)
+
+    command = cli.COMMANDS["describe"]
+    monkeypatch.setitem(cli.COMMANDS, "describe", cli.Command(fail, command.flags, command.about, ""))
+    assert cli.main(["describe", f"--config={DEMO}"]) == 2
+    assert re.fullmatch("tap-jax: w/metrics.jsonl: No space left.*\n", capsys.readouterr().err)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["describe", f"--config={DEMO}"])
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = subprocess.run(
+        f"set -o pipefail; {sys.executable} -m tap_jax describe --config=configs/demo.py | head -1",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert process.stderr == ""
+    assert process.stdout.startswith("flava, tap: ")
+
+
+# --- before JAX starts ---------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_device_for_each_core_but_not_more_than_clients(monkeypatch):
+    config = default_config()
+    config.cohort_size = 3
+    assert startup.cpu_devices(config) is None  # JAX_NUM_CPU_DEVICES is set
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)), raising=False)
+    assert startup.cpu_devices(config) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert startup.cpu_devices(config) == 3
+    config.mesh.clients = 5
+    assert startup.cpu_devices(config) == 5
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    assert startup.cpu_devices(config) is None
+
+
+def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, caplog):
+    config = default_config()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert startup.cache_folder(config).startswith(str(tmp_path / "tap_jax" / "xla"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
+    assert startup.cache_folder(config) == str(tmp_path / "jax")
+    config.compilation_cache = str(tmp_path / "mine")
+    assert startup.cache_folder(config) == str(tmp_path / "mine")
+    (tmp_path / "file").write_text("")
+    config.compilation_cache = str(tmp_path / "file" / "below")
+    with pytest.raises(UserError, match="compilation_cache: cannot make"):
+        startup.cache_folder(config)
+    config.compilation_cache = ""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert startup.cache_folder(config) is None
+    assert "are not kept" in caplog.text
+    config.compilation_cache = "off"
+    assert startup.cache_folder(config) is None
+
+
+# --- what a run prints ---------------------------------------------------------------------------------------------
+
+
+def line(number, **more):
+    losses = {"federated": {"0": {"ag_news": 1.0, "vqa": 2.0}, "3": {"vqa": None}}, "personal": {"0": {"vqa": 0.5}}}
+    return {"round": number, "losses": losses, "seconds": 2.0, "replacements": [{}, {}]} | more
+
+
+@pytest.mark.parametrize(("rounds", "most"), [(1, 1), (7, 7), (20, 20), (200, 20), (1001, 20)])
+def test_a_pipe_gets_at_most_20_lines_of_progress(rounds, most, capsys):
+    with terminal.Terminal(rounds, bar=False) as screen:
+        for number in range(rounds):
+            screen.progress(line(number))
+    lines = capsys.readouterr().out.splitlines()
+    assert 0.9 * most <= len(lines) <= most
+    assert lines[-1].startswith(f"round {rounds}/{rounds}: loss federated 1.5 (some not finite), personal 0.5, 2 repl")
+
+
+def test_a_terminal_gets_a_bar_and_words_above_it(capsys):
+    with terminal.Terminal(3, bar=True) as screen:
+        screen.say("before")
+        for number in (1, 2):  # resumed
+            screen.progress(line(number))
+            screen.say(f"after {number}")
+    streams = capsys.readouterr()
+    assert streams.out.split() == ["before", "after", "1", "after", "2"]
+    assert "3/3" in streams.err and "loss federated 1.5" in streams.err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (754, "12:34"), (3723, "1:02:03"), (90061, "25:01:01")])
+def test_duration(seconds, text):
+    assert terminal.duration(seconds) == text
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """`command(*argv)`: a process of its own, with a compilation cache shared by this module."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = os.environ | {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": cache}
+    environment.pop("JAX_NUM_CPU_DEVICES", None)
+
+    def run(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", "tap_jax", *argv], capture_output=True, text=True, env=environment, timeout=300
+        )
+
+    run.cache = cache
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(command, tiny, tmp_path_factory):
+    """(folder of a finished run, its config file, the process that made it)."""
+    folder = tmp_path_factory.mktemp("run")
+    fields = {"method": "fedavg", "variants": ("fedavg", "fedavg+post"), "rounds": 2}
+    (folder / "tiny.json").write_text(to_json(tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), fields)))
+    done = command("train", f"--config={folder}/tiny.json", f"--workdir={folder}/run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run", folder / "tiny.json", done
+
+
+def test_train_writes_the_files_of_the_contract(trained):
+    folder, config, done = trained
+    assert load_config(folder / "config.json").to_dict() == load_config(config).to_dict()
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["round"] for entry in lines] == [0, 1]
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == {"config", "results", "replacements", "timing"}
+    assert set(results["results"][0]) == {"variant", "client", "task", "metric", "value"}
+    assert {row["variant"] for row in results["results"]} == {"fedavg", "fedavg+post"}
+    assert (folder / "report.md").is_file() and (folder / "checkpoints").is_dir() and (folder / "models").is_dir()
+    assert done.stderr == ""
+
+
+def test_train_says_what_it_does(trained):
+    folder, _, done = trained
+    text = done.stdout
+    assert "1 x cpu, float32" in text
+    assert "fedavg: 2 rounds, 2 of 2 clients in each" in text
+    assert "tasks: ag_news; data: synthetic" in text
+    assert re.search(r"parameters a client trains: [\d,]+ on average", text)
+    assert "round 2/2: loss federated" in text
+    assert re.search(r"ag_news Acc ↑ +\d", text)
+    assert f"in {folder}: results.json, report.md, metrics.jsonl" in text
+
+
+def test_evaluate_finds_the_same_scores(trained, command):
+    folder, _, _ = trained
+    before = json.loads((folder / "results.json").read_text())
+    done = command("evaluate", f"--workdir={folder}")
+    assert done.returncode == 0, done.stderr
+    after = json.loads((folder / "results.json").read_text())
+    assert after["results"] == before["results"]
+    assert "ag_news Acc" in done.stdout
+
+
+def test_bench_prints_one_json_line(trained, command):
+    _, config, _ = trained
+    # As many steps as the run took, and its cache, so that this test need not compile again.
+    done = command("bench", f"--config={config}", "--steps=3", f"--config.compilation_cache={command.cache}")
+    assert done.returncode == 0, done.stderr
+    (text,) = done.stdout.splitlines()
+    found = json.loads(text)
+    assert found["client_steps_per_s"] > 0
+    assert found["samples_per_s"] == pytest.approx(8 * found["client_steps_per_s"], rel=1e-3)
+    assert found["tflops"] is None and found["mfu"] is None
+    assert found["compile_s"] > 0 and found["peak_bytes"] > 1e6
+    assert (found["device"], found["clients"], found["steps"]) == ("cpu", 2, 3)
+    assert len(found["seconds"]) >= 5
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(trained, command, tmp_path):
+    folder, config, _ = trained
+    shutil.copytree(folder, tmp_path / "run")
+    parts = [path for path in (tmp_path / "run" / "checkpoints" / "2").rglob("*") if path.is_file()]
+    damaged = max(parts, key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])  # as a full disk or a kill leaves it
+    done = command("train", f"--config={config}", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint 2 passed over: " in done.stdout
+    assert "resuming after round 1 of 2" in done.stdout
+    results = [json.loads((run / "results.json").read_text())["results"] for run in (folder, tmp_path / "run")]
+    assert results[0] == results[1]
+
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(number) / "state")
+    before = snapshot(tmp_path / "run")
+    done = command("train", f"--config={config}", f"--workdir={tmp_path}/run")
+    assert done.returncode == 2
+    assert re.fullmatch(r"tap-jax: checkpoints in .*: none of 2 can be used .*\n", done.stderr)
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_evaluate_says_what_a_run_lacks(trained, tmp_path, capsys):
+    folder, _, _ = trained
+    assert cli.main(["evaluate", f"--workdir={tmp_path}/none"]) == 2
+    assert re.fullmatch("tap-jax: workdir: .*none holds no run .*; train one there first\n", capsys.readouterr().err)
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert cli.main(["evaluate", f"--workdir={tmp_path}/run"]) == 2
+    assert "the run has not finished; call train again" in capsys.readouterr().err
+
+
+def snapshot(folder):
+    """Every file's bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

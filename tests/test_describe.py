@@ -1,0 +1,122 @@
+"""`tap-jax describe`: Table 7 to the unit, sums that add up, and nothing allocated."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tap_jax.config import load_config
+from tap_jax.describe import MIB, describe, outline
+
+TABLE7 = {  # typed from the paper
+    "flava": "avg total 310,559,996.4 · avg trainable 36,862,998.0 · 10.3347 % · with TAP 347,422,994.4 · 18.1086 %",
+    "vilt": "avg total 585,627,611.8 · avg trainable 60,668,968.6 · 9.9788 % · with TAP 646,296,580.4 · 18.0053 %",
+}
+PATTERNS = {  # total and trainable of patterns 0..9 in millions, from the authors' counts
+    "flava": "178.67/7.26 201.69/7.18 201.69/7.18 181.49/10.08 375.15/63.55 375.15/63.55 331.81/61.74 382.04/11.41 "
+    "438.97/68.34 438.97/68.34",
+    "vilt": "370.14/27.70 395.15/29.11 395.15/29.11 370.14/27.70 576.62/85.43 576.62/85.43 750.62/82.35 774.41/47.08 "
+    "823.72/96.39 823.72/96.39",
+}
+
+
+def number(text):
+    return float(text.replace(",", ""))
+
+
+def section(text, title):
+    """The lines of a section, without its title."""
+    return next(part for part in text.split("\n\n") if part.startswith(title)).splitlines()[1:]
+
+
+@pytest.fixture(scope="module", params=["flava", "vilt"])
+def paper(request):
+    """(name, text) of the paper's two settings."""
+    before = len(jax.live_arrays())
+    text = describe(load_config(f"configs/{request.param}.py"))
+    assert len(jax.live_arrays()) == before
+    return request.param, text
+
+
+def test_table7(paper):
+    name, text = paper
+    assert TABLE7[name] in text
+
+
+def test_patterns(paper):
+    name, text = paper
+    rows = [line.split() for line in section(text, "The same per client pattern")[1:]]
+    assert [f"{number(row[2]) / 1e6:.2f}/{number(row[3]) / 1e6:.2f}" for row in rows] == PATTERNS[name].split()
+    assert [row[1] for row in rows[:2]] == ["0,10,20", "1,11,21"]
+
+
+def test_stored_and_counted_add_up(paper):
+    _, text = paper
+    lines = section(text, "Stored and counted")[:-1]
+    values = {line.rsplit(None, 1)[0].strip(): number(line.rsplit(None, 1)[1]) for line in lines}
+    total, stored = values.pop("= avg total"), values.pop("= stored")
+    assert sum(values.values()) == pytest.approx(total, abs=0.5)
+    assert sum(value for name, value in values.items() if "not stored" not in name) == pytest.approx(stored, abs=0.1)
+    assert f"{total:,.1f}" in text.split("·")[0]
+
+
+def test_map_shows_who_owns_what(paper):
+    name, text = paper
+    found = outline(load_config(f"configs/{name}.py"))
+    lines = section(text, "Blocks x client patterns")
+    assert lines[0].split()[-1] == "0123456789"
+    for block, line in zip(found.partition.names, lines[1:], strict=True):
+        shown, _, marks = line.split()
+        owners = found.partition.owned[:10, found.partition.names.index(block)]
+        assert shown == block
+        assert marks == "".join("#" if owns else "." for owns in owners)
+
+
+def test_memory_plan_of_a_federation_counted_by_hand(tiny):
+    rows = ({"ag_news": 0.5}, {"cifar100": 0.5}, {"ag_news": 0.5, "cifar100": 0.5})
+    config = tiny(rows, {"model.width": 64, "model.mlp": 128, "data.train_size": 500, "data.test_size": 100})
+    found = outline(config)
+    text = describe(config)
+    plan = {
+        line.rsplit(None, 1)[0].strip(): number(line.rsplit(None, 1)[1])
+        for line in section(text, "Memory per device")
+        if re.search(r"[\d,]+\.\d$", line)
+    }
+    like = jax.eval_shape(found.model.init, jax.random.key(0))[1]
+    sizes = np.array([sum(leaf.size for leaf in jax.tree.leaves(like[name])) for name in found.partition.names])
+    mine = found.partition.owned @ sizes
+    assert plan["server's blocks"] == pytest.approx(4 * sizes.sum() / MIB, abs=0.06)
+    # The two most demanding clients; a group's slots are bounded on their own, so the plan may be a little above.
+    cohort = 4 * np.sort(mine)[-2:].sum() / MIB
+    assert cohort - 0.06 <= plan["round, 2 clients: blocks in training"] <= 1.3 * cohort + 0.06
+    assert plan["round, 2 clients: AdamW's two moments"] == pytest.approx(
+        2 * plan["round, 2 clients: blocks in training"], abs=0.11
+    )
+    parts = [value for name, value in plan.items() if name.startswith("round,")]
+    fixed = sum(plan[name] for name in ("frozen weights (float32)", "server's blocks"))
+    data = plan["training and test data, at most"]
+    assert plan["= round, without activations"] == pytest.approx(sum(parts) + fixed + data, abs=0.5)
+    assert data == pytest.approx(600 * (64 * 64 * 3 + 4 + 4 * 16 + 4) / MIB, abs=0.06)
+    assert plan["personal models of all clients, only the blocks they own"] == pytest.approx(
+        4 * mine.sum() / MIB, abs=0.06
+    )
+
+
+def test_more_devices_share_the_cohort(tiny):
+    config = tiny(({"ag_news": 0.5}, {"ag_news": 0.5}))
+    assert "round, 2 clients: blocks in training" in describe(config, devices=1)
+    assert "round, 1 clients: blocks in training" in describe(config, devices=2)
+
+
+def test_unknown_sizes_are_said_to_be_unknown(tiny):
+    text = describe(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "data.root": "hub", "data.train_size": 0}))
+    assert "Neither are the data" in text
+    assert "an upper bound: the tokenizer is trained on the data" in text
+
+
+def test_local_needs_no_teacher_and_no_federated_blocks(tiny):
+    text = describe(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "method": "local"}))
+    assert "teacher" not in text
+    assert "federated blocks" not in text
+    assert "after the last, " not in text

@@ -1,0 +1,174 @@
+"""The engine against the literal oracle: a small heterogeneous federation, from round 0 to the end of Stage 2."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tap_jax import experiment as experiments
+from tap_jax.federation import KINDS
+from tests import oracle
+from tests.oracle import Oracle
+
+ROWS = (
+    {"ag_news": 0.25},  # 12 samples: two steps of three, the second one short
+    {"cifar100": 0.5, "ag_news": 0.7},
+    {"vqa": 0.5, "fashion_mnist": 0.4},
+    {"mmlu": 0.7},
+    {"mmlu": 0.3, "fashion_mnist": 0.6},
+)
+VARIANTS = ("tap", "tap-no-kd", "local", "fedavg+post")
+SETTINGS = {
+    "variants": VARIANTS,
+    "cohort_size": 3,
+    "rounds": 4,
+    **{f"margins.{kind}": 0.02 for kind in KINDS},
+    "optimizer.learning_rate_initial": 3e-4,
+    "optimizer.learning_rate": 1e-3,
+}
+TOLERANCE = 1e-4  # of the largest value in a block
+
+
+def alive(experiment):
+    """Frozen weights of a trained network's size and no zeros in the adapters, so that every path counts.
+
+    The image head's ReLUs are moved away from their kink: of a million pixels one would fall on its other side.
+    """
+
+    def louder(path, leaf):
+        return 8 * leaf if "kernel" in jax.tree_util.keystr(path) else leaf
+
+    experiment.engine.frozen = jax.tree_util.tree_map_with_path(louder, experiment.engine.frozen)
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(
+        lambda leaf: (leaf + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), dict(experiment.initial_blocks)
+    )
+    for name, head in noisy.get("head/image_generation", {}).items():
+        head["bias"] += 0.0 if name == "deconv_2" else 1.0
+    return dataclasses.replace(experiment, initial_blocks=noisy)
+
+
+def difference(blocks, expected, *, norm: float = np.inf) -> float:
+    """The largest difference in a block as a part of the block's largest value (or 2-norms of both); over all blocks.
+
+    Left out is the key bias of the text head: a softmax does not see it, its gradient is rounding noise around 0, and
+    AdamW makes steps of that.
+    """
+
+    def flat(name, tree):
+        if name == "head/text_generation":
+            bias = tree["block"]["attn_c_attn"]["bias"]
+            bias = np.concatenate([part for n, part in enumerate(np.split(np.asarray(bias), 3)) if n != 1])
+            attention = tree["block"]["attn_c_attn"] | {"bias": bias}
+            tree = tree | {"block": tree["block"] | {"attn_c_attn": attention}}
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+    assert set(blocks) == set(expected)
+    pairs = [(flat(name, blocks[name]), flat(name, expected[name])) for name in expected]
+    return max(np.linalg.norm(a - b, norm) / np.linalg.norm(b, norm) for a, b in pairs)
+
+
+def play(experiment):
+    """Every state and line of a run, and its finished models."""
+    state, played = experiment.init(), []
+    for _ in range(experiment.config.rounds):
+        state, line = experiment.round(state)
+        played.append((state.replace(server=experiment.engine.server_blocks(state.server)), line))
+    return played, experiment.finish(state)
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny):
+    return alive(experiments.build(tiny(ROWS, SETTINGS)))
+
+
+@pytest.fixture(scope="module")
+def run(experiment):
+    return play(experiment)
+
+
+def test_ownership(experiment):
+    """The blocks of each task are those of the routing table."""
+    for task, touches in zip(experiment.model.tasks, experiment.partition.touches, strict=True):
+        names = [name for name, touched in zip(experiment.partition.names, touches, strict=True) if touched]
+        assert sorted(names) == oracle.blocks_of_task(task)
+
+
+def test_engine_equals_oracle(experiment, run):
+    played, finished = run
+    reference, tasks = Oracle(experiment), [task.name for task in experiment.model.tasks]
+    kept = 0
+    for t, (state, line) in enumerate(played):
+        losses = reference.round(t, line["clients"])
+        for chain, found in line["losses"].items():
+            assert {int(i): set(by_task) for i, by_task in found.items()} == {i: set(x) for i, x in losses[chain].items()}
+            for i, by_task in losses[chain].items():
+                for o, loss in by_task.items():
+                    assert found[str(i)][o] == pytest.approx(loss, rel=TOLERANCE), (t, chain, i, o)
+        assert {(r["client"], r["task"]) for r in line["replacements"]} == set(reference.replaced[t])
+        kept += sum(map(len, losses["federated"].values())) - len(reference.replaced[t])
+        assert difference(state.server, reference.server) < TOLERANCE, t
+        for chain, expected in (("personal", reference.personal), ("local", reference.local)):
+            for i, blocks in enumerate(expected):
+                assert difference(state.chains[chain][i], blocks) < TOLERANCE, (t, chain, i)
+        for i, mine in enumerate(reference.mine):
+            for o in (task.name for task in mine):
+                k = tasks.index(o)
+                assert state.local_loss[i, k] == pytest.approx(reference.h_l[i].get(o, np.inf), rel=TOLERANCE)
+                assert state.personal_loss[i, k] == pytest.approx(reference.h_p[i][o], rel=TOLERANCE)
+                assert state.replacements[i, k] == sum((i, o) in pairs for pairs in reference.replaced)
+    assert kept > 0 and sum(map(len, reference.replaced)) > 5, "both outcomes of equation 3 must occur"
+
+    for i in range(len(ROWS)):
+        for variant, expected in reference.finish(i, len(played)).items():
+            assert difference(finished.models[variant][i], expected) < TOLERANCE, (variant, i)
+
+
+@pytest.mark.parametrize("fault", oracle.FAULTS)
+def test_the_comparison_notices(experiment, run, fault):
+    """One wrong line in the oracle, and it no longer agrees with the engine."""
+    wrong, worst = Oracle(experiment, fault), 0.0
+    for t, (state, line) in enumerate(run[0]):
+        wrong.round(t, line["clients"])
+        worst = max(worst, difference(state.server, wrong.server))
+        worst = max(worst, *(difference(a, b) for a, b in zip(state.chains["personal"], wrong.personal, strict=True)))
+        if worst > 10 * TOLERANCE:
+            return
+    raise AssertionError(f"difference {worst}")
+
+
+def test_devices_and_rows_change_nothing(tiny, run):
+    """Two devices, three rows side by side, minibatches cut into rows of three: the same numbers."""
+    split = {"mesh.clients": 2, "engine.rows_per_chunk": 3, "engine.microbatch": 3}
+    other = alive(experiments.build(tiny(ROWS, SETTINGS | split)))
+    assert len(other.engine.mesh.devices) == 2
+    played, finished = play(other)
+    for (state, line), (expected, expected_line) in zip(played, run[0], strict=True):
+        assert line["replacements"] == expected_line["replacements"]
+        for chain, by_client in expected_line["losses"].items():
+            for client, by_task in by_client.items():
+                assert line["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
+        assert difference(state.server, expected.server, norm=2) < 1e-5
+        for chain in expected.chains:
+            for mine, theirs in zip(state.chains[chain], expected.chains[chain], strict=True):
+                assert difference(mine, theirs, norm=2) < 1e-5
+    for variant in ("tap", "tap-no-kd", "fedavg+post"):
+        for mine, theirs in zip(finished.models[variant], run[1].models[variant], strict=True):
+            assert difference(mine, theirs, norm=2) < 1e-5
+
+    # The same engine, with one client whose parameters are not numbers: the others do not notice. Here client 2 shares
+    # a device with clients 0 and 1, none of whom has the other's first task, so rows of padding use foreign slots.
+    healthy = run[0][-1][0].chains["personal"]
+    for clients in ([0, 2, 3], [1, 2, 3]):
+        cohort = other.engine.cohort(clients, 0)
+        results = {}
+        for sick in (None, *clients):
+            chain = [jax.tree.map(lambda x: np.full_like(x, np.nan), m) if k == sick else m for k, m in enumerate(healthy)]
+            stack, losses = cohort.train(cohort.load(chain), "personal")
+            results[sick] = cohort.unload(stack), dict(zip(cohort.clients, np.asarray(losses.plain), strict=True))
+        for sick in clients:
+            assert not np.isfinite(results[sick][1][sick]).all()
+            for k in set(clients) - {sick}:
+                assert np.array_equal(results[None][1][k], results[sick][1][k])
+                jax.tree.map(np.testing.assert_array_equal, results[None][0][k], results[sick][0][k])
