@@ -171,7 +171,10 @@ def _main(argv: list[str]) -> int:
         print(usage(), end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if name == "--version":
-        print(importlib.metadata.version("tap-jax"))
+        try:
+            print(importlib.metadata.version("tap-jax"))
+        except importlib.metadata.PackageNotFoundError:
+            print("not installed")  # run from a checkout
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

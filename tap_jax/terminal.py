@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-PLAIN_LINES = 20  # lines of progress of a whole run, at most, where there is no terminal
+PLAIN_LINES = 20  # of progress in a whole run where there is no terminal, and one for the first round
 
 
 class Terminal:
@@ -45,14 +45,18 @@ class Terminal:
         done = line["round"] + 1
         if self._draw:
             if self._bar is None:
-                self._bar = tqdm(total=self.rounds, initial=line["round"], unit="round", dynamic_ncols=True)
+                # Not tqdm's own measure: in containers it may be 0 x 0, on which nothing would be drawn.
+                size = shutil.get_terminal_size((100, 24))
+                self._bar = tqdm(
+                    total=self.rounds, initial=line["round"], unit="round", ncols=size.columns, nrows=size.lines
+                )
             self._bar.set_postfix_str(losses(line), refresh=False)
             self._bar.update()
             if done == self.rounds:
                 self._close()
         else:
             self._times.append(line["seconds"])
-            if done % self._every == 0 or done == self.rounds:
+            if done % self._every == 0 or done == self.rounds or len(self._times) == 1:
                 replaced = f", {len(line['replacements'])} replaced" if "replacements" in line else ""
                 self.say(
                     f"round {done}/{self.rounds}: {losses(line)}{replaced}; {line['seconds']:.2g} s{self._left(done)}"

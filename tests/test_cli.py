@@ -1,6 +1,7 @@
 """The command line: what its arguments mean, what it prints and writes, and how it ends."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -234,8 +235,8 @@ def line(number, **more):
     return {"round": number, "losses": losses, "seconds": 2.0, "replacements": [{}, {}]} | more
 
 
-@pytest.mark.parametrize(("rounds", "most"), [(1, 1), (7, 7), (20, 20), (200, 20), (1001, 20)])
-def test_a_pipe_gets_at_most_20_lines_of_progress(rounds, most, capsys):
+@pytest.mark.parametrize(("rounds", "most"), [(1, 1), (7, 7), (20, 20), (200, 21), (1001, 21)])
+def test_a_pipe_gets_at_most_21_lines_of_progress(rounds, most, capsys):
     with terminal.Terminal(rounds, bar=False) as screen:
         for number in range(rounds):
             screen.progress(line(number))
@@ -375,3 +376,12 @@ def test_evaluate_says_what_a_run_lacks(trained, tmp_path, capsys):
 def snapshot(folder):
     """Every file's bytes."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_warnings_of_the_package_are_plain_lines_said_once(capsys):
+    with terminal.plain_logging():
+        for _ in range(2):
+            logging.getLogger("tap_jax.data.hub").warning("data: %s stands in for %s", "easy_vqa", "vqa")
+        logging.getLogger("tap_jax.data.hub").info("not shown")
+    assert capsys.readouterr().err == "data: easy_vqa stands in for vqa\n"
+    assert logging.getLogger("tap_jax").propagate

@@ -45,7 +45,8 @@ class Losses(Protocol):
 
     seen: Array
 
-    def mean(self, history: str = ...) -> Array: ...
+    def mean(self, history: str = ...) -> Array:
+        """Mean loss of every client and task."""
 
 
 class Cohort(Protocol):

@@ -47,7 +47,7 @@ class Path:
 
 
 def paths(modality: str, kind: str) -> tuple[Path, Path, Path, Path]:
-    """The four paths of one modality of a task of that kind: shared-shared, shared-task, modality-task, modality-shared.
+    """The four paths of one modality of a task: shared-shared, shared-task, modality-task, modality-shared.
 
     The last two enter the same stack with the same input, so they share its first attention.
     """

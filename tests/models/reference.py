@@ -1,0 +1,221 @@
+"""The server model in PyTorch, weight by weight: HF's FLAVA towers, and the routed backbone as the specification says.
+
+Weights come from our trees, whose layout is spelt out here once.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+from tests.oracle import routing_table
+
+
+def random_weights(shapes, rng):
+    """Values for a tree of shapes such that nothing hides behind a 0 or a 1; matrices keep the signal's size."""
+    import jax
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "scale" in name:
+            return (1 + 0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 10
+        return (rng.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def tensor(x) -> torch.Tensor:
+    """A torch copy."""
+    return torch.tensor(np.array(x))
+
+
+def fill(parameter: torch.nn.Parameter, value) -> None:
+    """Sets a parameter; shapes must agree."""
+    value = tensor(value)
+    assert parameter.shape == value.shape, (parameter.shape, value.shape)
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def fill_linear(linear: torch.nn.Linear, weights, layer=None) -> None:
+    """Kernel [in, out] and bias of a dense layer."""
+    at = (lambda x: x) if layer is None else (lambda x: x[layer])
+    fill(linear.weight, at(weights["kernel"]).T)
+    fill(linear.bias, at(weights["bias"]))
+
+
+def fill_norm(norm: torch.nn.LayerNorm, weights, layer=None) -> None:
+    """Scale and bias of a layer normalisation."""
+    at = (lambda x: x) if layer is None else (lambda x: x[layer])
+    fill(norm.weight, at(weights["scale"]))
+    fill(norm.bias, at(weights["bias"]))
+
+
+def fill_tower(tower, weights) -> None:
+    """The layers and the final norm of a FLAVA tower; ours carry a leading layer axis."""
+    layers = weights["layers"]
+    for i, layer in enumerate(tower.encoder.layer):
+        fill_norm(layer.layernorm_before, layers["norm1"], i)
+        fill_norm(layer.layernorm_after, layers["norm2"], i)
+        attention = layer.attention.attention
+        for linear, name in ((attention.query, "query"), (attention.key, "key"), (attention.value, "value")):
+            fill_linear(linear, layers[name], i)
+        fill_linear(layer.attention.output.dense, layers["out"], i)
+        fill_linear(layer.intermediate.dense, layers["fc1"], i)
+        fill_linear(layer.output.dense, layers["fc2"], i)
+    fill_norm(tower.layernorm, weights["norm"])
+
+
+def text_tower(c, weights) -> transformers.FlavaTextModel:
+    """HF's text model with our frozen weights, no adapters."""
+    config = transformers.FlavaTextConfig(
+        vocab_size=c.vocab,
+        hidden_size=c.width,
+        num_hidden_layers=c.text_layers,
+        num_attention_heads=c.heads,
+        intermediate_size=c.mlp,
+        max_position_embeddings=weights["positions"].shape[0],
+        pad_token_id=0,
+    )
+    tower = transformers.FlavaTextModel(config, add_pooling_layer=False).eval()
+    fill(tower.embeddings.word_embeddings.weight, weights["words"])
+    fill(tower.embeddings.position_embeddings.weight, weights["positions"])
+    fill(tower.embeddings.token_type_embeddings.weight, weights["types"])
+    fill_norm(tower.embeddings.LayerNorm, weights["embedding_norm"])
+    fill_tower(tower, weights)
+    return tower
+
+
+def image_tower(c, weights) -> transformers.FlavaImageModel:
+    """HF's image model with our frozen weights, no adapters."""
+    config = transformers.FlavaImageConfig(
+        hidden_size=c.width,
+        num_hidden_layers=c.image_layers,
+        num_attention_heads=c.heads,
+        intermediate_size=c.mlp,
+        image_size=c.image_size,
+        patch_size=c.patch,
+    )
+    tower = transformers.FlavaImageModel(config, add_pooling_layer=False).eval()
+    embeddings = tower.embeddings
+    fill(embeddings.cls_token, weights["cls"][None, None])
+    fill(embeddings.position_embeddings, weights["positions"][None])
+    kernel = np.asarray(weights["patch"]["kernel"])
+    fill(embeddings.patch_embeddings.projection.weight, kernel.T.reshape(c.width, 3, c.patch, c.patch))
+    fill(embeddings.patch_embeddings.projection.bias, weights["patch"]["bias"])
+    fill_tower(tower, weights)
+    return tower
+
+
+def merge_lora(tower, adapters, ratio: float) -> None:
+    """Adds alpha / rank · A B to query and value of every layer."""
+    for i, layer in enumerate(tower.encoder.layer):
+        for name in ("query", "value"):
+            a, b = (tensor(adapters["layers"][name]["lora"][x][i]) for x in "ab")
+            with torch.no_grad():
+                getattr(layer.attention.attention, name).weight += ratio * (a @ b).T
+
+
+def adaptor(c, weights, images: torch.Tensor) -> torch.Tensor:
+    """The trainable input adaptor, [B, 3, 64, 64] -> [B, 3, image_size, image_size]."""
+    size = round(images.shape[-1] * c.upsample)
+    x = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    x = F.gelu(F.conv2d(x, tensor(weights["conv3"]).permute(3, 2, 0, 1), padding=1))
+    x = F.interpolate(x, size=(c.image_size, c.image_size), mode="bilinear", align_corners=False)
+    return F.conv2d(x, tensor(weights["conv1"]).T[:, :, None, None], tensor(weights["bias1"]))
+
+
+def output(weights, x: torch.Tensor) -> torch.Tensor:
+    """The trainable Linear + LayerNorm behind an encoder."""
+    x = dense(weights["linear"], x)
+    return F.layer_norm(x, x.shape[-1:], tensor(weights["scale"]), tensor(weights["bias"]), 1e-5)
+
+
+def encode(c, frozen, blocks, modality: str, batch) -> torch.Tensor:
+    """Encoder tokens [B, T, D], without padding in the batch: HF's tower, LoRA merged in."""
+    weights, adapters = frozen[f"encoder/{modality}"], blocks[f"encoder/{modality}"]
+    if modality == "image":
+        tower = image_tower(c, weights)
+        images = adaptor(c, adapters["adaptor"], tensor(batch["images"]).permute(0, 3, 1, 2))
+        inputs = {"pixel_values": images}
+    else:
+        tower = text_tower(c, weights)
+        inputs = {"input_ids": tensor(batch["tokens"]).long()}
+    merge_lora(tower, adapters, c.lora_alpha_ratio)
+    with torch.no_grad():
+        return output(adapters["output"], tower(**inputs).last_hidden_state)
+
+
+def dense(weights, x: torch.Tensor) -> torch.Tensor:
+    """Kernel [in, out] and bias."""
+    return x @ tensor(weights["kernel"]) + tensor(weights["bias"])
+
+
+def represent(c, frozen, blocks, task, domain: str, batch) -> torch.Tensor:
+    """The specification's routing table, path by path, for one sample without padding: [1, D]."""
+    vectors = []
+    for m in task.modalities:
+        x = encode(c, frozen, blocks, m, batch)
+        s = dense(blocks["shared_proj"], x)
+        for path, (mote, mote_expert, mome, mome_expert) in enumerate(routing_table(m, task.kind)):
+            h = s if path < 2 else x
+            depth = 0
+            for stage, stack, (first, second), layers in (
+                ("mote", mote, mote_expert, c.backbone_layers[0]),
+                ("mome", mome, mome_expert, c.backbone_layers[1]),
+            ):
+                for i in range(layers):
+                    h = layer(
+                        c,
+                        at(frozen["backbone"], depth),
+                        at(blocks[f"{stage}/{stack}/attention"], i),
+                        at(blocks[f"{stage}/{stack}/domain/{domain}"], i),
+                        at(blocks[f"{stage}/{first}/expert/{second}"], i),
+                        h,
+                    )
+                    depth += 1
+            vectors.append(h.mean(1))
+    assert len(vectors) == 4 * len(task.modalities)
+    return sum(vectors) / len(vectors)
+
+
+def at(tree, i: int):
+    """One layer of a tree whose leaves have a leading layer axis."""
+    return {name: at(value, i) if isinstance(value, dict) else value[i] for name, value in tree.items()}
+
+
+def layer(c, weights, adapters, domain, expert, x: torch.Tensor) -> torch.Tensor:
+    """One layer of a stack.
+
+    n = LN1(x);  q = Wq(n + E_q(n)), k = Wk n, v = Wv(n + E_v(n));  x += Wo attention(q, k, v);  x += Expert(LN2(x))
+    """
+    n = norm(c, weights["norm1"], x)
+    e_q, e_v = (feed_forward(c, weights, at(domain, which), n) for which in (0, 1))
+    q, v = (
+        (n + e) @ adapted(c, at(weights["query_value"], which), at(adapters, which))
+        + tensor(weights["query_value"]["bias"][which])
+        for which, e in ((0, e_q), (1, e_v))
+    )
+    k = dense(weights["key"], n)
+    q, k, v = (y.unflatten(-1, (c.heads, -1)).transpose(1, 2) for y in (q, k, v))
+    attended = torch.softmax(q @ k.transpose(-1, -2) / np.sqrt(q.shape[-1]), -1) @ v
+    x = x + dense(weights["out"], attended.transpose(1, 2).flatten(-2))
+    return x + feed_forward(c, weights, expert, norm(c, weights["norm2"], x))
+
+
+def norm(c, weights, x: torch.Tensor) -> torch.Tensor:
+    """Frozen layer normalisation."""
+    return F.layer_norm(x, x.shape[-1:], tensor(weights["scale"]), tensor(weights["bias"]), 1e-12)
+
+
+def adapted(c, weights, adapter) -> torch.Tensor:
+    """W + alpha / rank · A B (+ delta), [in, out]."""
+    w = tensor(weights["kernel"]) + c.lora_alpha_ratio * tensor(adapter["a"]) @ tensor(adapter["b"])
+    return w + tensor(adapter["delta"]) if "delta" in adapter else w
+
+
+def feed_forward(c, weights, adapter, x: torch.Tensor) -> torch.Tensor:
+    """The pre-trained FFN with an expert's LoRA on both linears; exact GELU."""
+    x = F.gelu(x @ adapted(c, weights["fc1"], adapter["fc1"]) + tensor(weights["fc1"]["bias"]))
+    return x @ adapted(c, weights["fc2"], adapter["fc2"]) + tensor(weights["fc2"]["bias"])

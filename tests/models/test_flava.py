@@ -1,0 +1,114 @@
+"""Encoders, adaptors and the resize against HF's FLAVA, PEFT and torch: values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tap_jax.models import flava
+from tap_jax.models.layers import InputAdaptor, ModelConfig, resize
+from tests.models import reference
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+# No two sizes agree: width, inner width, rank, tokens (odd), vocabulary.
+CONFIG = ModelConfig(
+    width=12, heads=3, mlp=20, image_layers=2, text_layers=3, image_size=32, patch=8, upsample=0.75, vocab=37, max_text=11,
+    encoder_rank=5, lora_alpha_ratio=1.5, lora_dropout=0.3,
+)  # fmt: skip
+
+
+def variables(encoder, *example):
+    shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), *example, deterministic=True))
+    return jax.device_get(reference.random_weights(shapes, np.random.default_rng(1)))
+
+
+def close(ours, theirs, tolerance=1e-4):
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
+def text_batch():
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, CONFIG.vocab, (3, 7)).astype(np.int32)
+    tokens[0, 4:], tokens[2, 2:] = 0, 0
+    return tokens, tokens != 0
+
+
+def test_image_encoder_is_hf_flava():
+    images = np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    encoder = flava.ImageEncoder(CONFIG)
+    weights = variables(encoder, images, None)
+    ours = jax.jit(lambda w: encoder.apply(w, images, None, deterministic=True))(weights)
+    batch = {"images": images}
+    frozen, blocks = ({"encoder/image": weights[kind]} for kind in ("frozen", "params"))
+    assert ours.shape == (2, 17, CONFIG.width)
+    close(ours, reference.encode(CONFIG, frozen, blocks, "image", batch))
+
+
+def test_text_encoder_is_hf_flava_with_peft():
+    """LoRA unmerged, through PEFT itself: values, and gradients of A and B."""
+    tokens, mask = text_batch()
+    encoder = flava.TextEncoder(CONFIG)
+    weights = variables(encoder, tokens, mask)
+    frozen, params = weights["frozen"], weights["params"]
+    upstream = np.random.default_rng(3).standard_normal((3, 7, CONFIG.width)).astype(np.float32) * mask[..., None]
+
+    @jax.jit
+    def run(params):
+        apply = lambda p: encoder.apply({"params": p, "frozen": frozen}, tokens, mask, deterministic=True)  # noqa: E731
+        ours, pullback = jax.vjp(apply, params)
+        return ours, pullback(jnp.asarray(upstream))[0]
+
+    ours, gradient = run(params)
+
+    rank = CONFIG.encoder_rank
+    lora = peft.LoraConfig(
+        r=rank, lora_alpha=CONFIG.lora_alpha_ratio * rank, target_modules=["query", "value"], lora_dropout=0.3
+    )
+    tower = peft.get_peft_model(reference.text_tower(CONFIG, frozen), lora).eval()
+    adapters = {}
+    for i, layer in enumerate(tower.base_model.model.encoder.layer):
+        for name in ("query", "value"):
+            module = getattr(layer.attention.attention, name)
+            for letter, linear in (("a", module.lora_A["default"]), ("b", module.lora_B["default"])):
+                reference.fill(linear.weight, params["layers"][name]["lora"][letter][i].T)
+                adapters[i, name, letter] = linear.weight
+    states = tower(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
+    theirs = reference.output(params["output"], states)
+    close(np.asarray(ours)[mask], theirs.detach().numpy()[mask])
+    (theirs * torch.tensor(upstream)).sum().backward()
+    for (i, name, letter), weight in adapters.items():
+        assert weight.grad.abs().max() > 1e-3
+        close(gradient["layers"][name]["lora"][letter][i], weight.grad.T)
+
+
+def test_padding_does_not_reach_the_text():
+    tokens, mask = text_batch()
+    encoder = flava.TextEncoder(CONFIG)
+    weights = variables(encoder, tokens, mask)
+    whole = encoder.apply(weights, tokens, mask, deterministic=True)
+    alone = encoder.apply(weights, tokens[2:, :2], mask[2:, :2], deterministic=True)
+    np.testing.assert_allclose(whole[2, :2], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "target"), [(64, 128), (128, 224), (64, 16), (24, 32), (7, 7), (5, 13), (13, 5)])
+def test_resize_is_torch_interpolate(size, target):
+    images = np.random.default_rng(size).standard_normal((2, size, size, 3)).astype(np.float32)
+    theirs = F.interpolate(  # in float64: torch's float32 coordinates are off by 1e-5 themselves
+        torch.tensor(images).double().permute(0, 3, 1, 2), size=(target, target), mode="bilinear", align_corners=False
+    )
+    close(np.asarray(resize(jnp.asarray(images), target)), theirs.permute(0, 2, 3, 1), 1e-5)
+
+
+def test_input_adaptor_is_torch_conv2d():
+    images = np.random.default_rng(4).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    module = InputAdaptor(CONFIG)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), images))
+    weights = jax.device_get(reference.random_weights(shapes, np.random.default_rng(5)))
+    theirs = reference.adaptor(CONFIG, weights["params"], torch.tensor(images).permute(0, 3, 1, 2))
+    close(np.asarray(module.apply(weights, images)), theirs.permute(0, 2, 3, 1))
