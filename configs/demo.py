@@ -17,23 +17,23 @@ def get_config(argument: str = "") -> ConfigDict:
     """The demo; `argument` changes fields, e.g. "seed=42,rounds=5"."""
     config = default_config()
     config.variants = ("tap", "local", "fedavg", "fedavg+post")
-    config.rounds = 60
+    config.rounds = 36
     config.cohort_size = 6
     config.local_steps = 10
     config.batch_size = 16
     config.post_steps = 20
-    config.checkpoint_every = 20
+    config.checkpoint_every = 12
     optimizer = config.optimizer
     optimizer.learning_rate_initial = 1e-3
-    optimizer.learning_rate = 3e-3
+    optimizer.learning_rate = 4e-3
     optimizer.warmup_rounds = 5
-    optimizer.post_learning_rate = 1e-3
+    optimizer.post_learning_rate = 2e-3
 
     model = config.model
     model.width = 32
     model.heads = 4
-    model.mlp = 64
-    model.image_layers = model.text_layers = 2
+    model.mlp = 32
+    model.image_layers = model.text_layers = 1
     model.image_size = 32
     model.patch = 8
     model.upsample = 0.5
@@ -47,8 +47,8 @@ def get_config(argument: str = "") -> ConfigDict:
     model.text_heads = model.text_cond_heads = 4
     model.text_inner = 64
 
-    config.data.train_size = 600
+    config.data.train_size = 900
     config.data.test_size = 100
     config.data.image_classes = 10
-    config.engine.microbatch = 16
+    config.engine.microbatch = 8
     return override(config, argument)

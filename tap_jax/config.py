@@ -131,7 +131,7 @@ def default_config() -> ConfigDict:
     data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
     data.image_classes = 0  # keep only labels below this in image classification; 0: all
     data.tokenizer = "train"  # word pieces trained on the run's own texts | hub id | folder
-    data.cache_dir = ""  # of downloads and prepared arrays; "": the libraries' own
+    data.cache_dir = ""  # of downloads and prepared arrays; "": tap_jax/data in the user's cache folder
 
     config.metrics = metrics = ConfigDict()
     metrics.bertscore_model = "auto"  # bert-base-uncased, or the offline package without network | hub id | folder
@@ -341,6 +341,12 @@ def federation_of(config: ConfigDict) -> Federation:
 def variants_of(config: ConfigDict) -> tuple[str, ...]:
     """The results a run is to make: `config.variants`, or the method itself."""
     return tuple(config.variants) or VARIANTS[config.method][:1]
+
+
+def data_cache(config: ConfigDict) -> str:
+    """The folder that keeps converted data sets and trained tokenizers."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return config.data.cache_dir or os.path.join(home, "tap_jax", "data")
 
 
 def margins_of(config: ConfigDict) -> dict[str, float]:

@@ -191,7 +191,7 @@ def build(config: ConfigDict) -> Experiment:
         sizes={"train": config.data.train_size, "test": config.data.test_size},
         image_classes=config.data.image_classes,
         folders=dict(config.data.folders),
-        cache_dir=config.data.cache_dir or None,
+        cache_dir=configuration.data_cache(config),
         split=config.federation.split,
         alpha=config.federation.alpha,
         personal_test=config.data.test_split == "personal",
@@ -324,7 +324,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
         reporter.say(note)
     state = experiment.init()
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(configuration.to_json(config))
+    partial = workdir / "config.json.tmp"
+    partial.write_text(configuration.to_json(config))
+    partial.replace(workdir / "config.json")
     if experiment.data.tokenizer is not None:
         experiment.data.tokenizer.save(workdir / "tokenizer")
     checkpoints = Checkpoints(workdir / "checkpoints", report=reporter.say)
