@@ -19,7 +19,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The small real run; `argument` changes fields, e.g. "seed=42,rounds=5"."""
     config = default_config()
     config.variants = ("tap", "tap-no-kd", "local", "fedavg", "fedavg+post")
-    config.rounds = 50
+    config.rounds = 40
     config.cohort_size = 6
     config.local_steps = 10
     config.batch_size = 16
@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
     model = config.model
     model.width = 48
     model.heads = 4
-    model.mlp = 96
+    model.mlp = 48
     model.image_layers = model.text_layers = 2
     model.image_size = 64
     model.patch = 8
@@ -49,7 +49,7 @@ def get_config(argument: str = "") -> ConfigDict:
     model.text_heads = model.text_cond_heads = 4
     model.text_inner = 96
 
-    config.data.test_size = 200
+    config.data.test_size = 150
     config.data.image_classes = 50
-    config.engine.microbatch = 16
+    config.engine.microbatch = 8
     return override(config, argument)

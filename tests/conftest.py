@@ -8,6 +8,10 @@ over the models, as everywhere in JAX; code that keeps to equal ranks is tested 
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# The tests compile much and run little: unoptimised code without the new fusion emitters compiles five times faster.
+# TAP_TEST_XLA_FLAGS="" runs them with the compiler's defaults.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {os.environ.get('TAP_TEST_XLA_FLAGS', FAST_COMPILE)}"
 
 import jax
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from tap_jax.data import sampling
 from tap_jax.data.federated import ClientData
 
+torch.set_num_threads(1)  # tiny tensors
 MEAN, STD = np.array([0.5071, 0.4865, 0.4409]), np.array([0.2673, 0.2564, 0.2762])  # spec 6
 FAULTS = ("lambda", "clip", "experts", "uniform", "mean of means", "all blocks")
 

@@ -10,6 +10,8 @@ import transformers
 
 from tests.oracle import routing_table
 
+torch.set_num_threads(1)  # tiny tensors
+
 
 def random_weights(shapes, rng):
     """Values for a tree of shapes such that nothing hides behind a 0 or a 1; matrices keep the signal's size."""

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 # No two sizes agree: width, inner width, rank, tokens (odd), vocabulary.
 CONFIG = ModelConfig(
-    width=12, heads=3, mlp=20, image_layers=2, text_layers=3, image_size=32, patch=8, upsample=0.75, vocab=37, max_text=11,
-    encoder_rank=5, lora_alpha_ratio=1.5, lora_dropout=0.3,
+    width=12, heads=3, mlp=20, image_layers=2, text_layers=3, image_size=32, patch=8, upsample=0.75, vocab=37,
+    max_text=11, encoder_rank=5, lora_alpha_ratio=1.5, lora_dropout=0.3,
 )  # fmt: skip
 
 
