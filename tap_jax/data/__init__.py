@@ -1,0 +1,1 @@
+"""Reading, drawing, tokenising, dealing out and cutting of data."""

@@ -1,0 +1,1 @@
+"""The compiled federated round, the loop around it, and checkpoints."""

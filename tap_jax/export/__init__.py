@@ -1,0 +1,1 @@
+"""Client models for PyTorch (arrives with the conversion of pre-trained weights)."""

@@ -1,0 +1,1 @@
+"""The server model; the only place that knows Flax modules."""

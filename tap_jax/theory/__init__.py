@@ -1,0 +1,1 @@
+"""The convergence bound (arrives with its experiment)."""
