@@ -27,10 +27,12 @@ SETTINGS = {
     "post_steps": 3,
     "engine.microbatch": 6,
     **{f"margins.{kind}": 0.02 for kind in KINDS},
-    "optimizer.learning_rate_initial": 3e-4,
-    "optimizer.learning_rate": 1e-3,
+    # AdamW makes whole steps of gradients that are rounding noise around 0: one such step must stay below TOLERANCE.
+    "optimizer.learning_rate_initial": 5e-5,
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.post_learning_rate": 1e-4,
 }
-TOLERANCE = 1e-4  # of the largest value in a block
+TOLERANCE = 1e-4
 
 
 def alive(experiment):
@@ -52,24 +54,34 @@ def alive(experiment):
     return dataclasses.replace(experiment, initial_blocks=noisy)
 
 
-def difference(blocks, expected, *, norm: float = np.inf) -> float:
-    """The largest difference in a block as a part of the block's largest value (or 2-norms of both); over all blocks.
+def difference(blocks, expected, start=None) -> float:
+    """‖a - b‖ / ‖b‖ of the worst block; with `start` (before any training), as a part of the change: / ‖b - start‖.
 
-    Left out is the key bias of the text head: a softmax does not see it, its gradient is rounding noise around 0, and
-    AdamW makes steps of that.
+    A block that has not changed must be the same to the bit. Left out is the key bias of the text head: a softmax does
+    not see it, so its whole gradient is rounding noise.
     """
 
     def flat(name, tree):
         if name == "head/text_generation":
             bias = tree["block"]["attn_c_attn"]["bias"]
             bias = np.concatenate([part for n, part in enumerate(np.split(np.asarray(bias), 3)) if n != 1])
-            attention = tree["block"]["attn_c_attn"] | {"bias": bias}
-            tree = tree | {"block": tree["block"] | {"attn_c_attn": attention}}
+            tree = tree | {"block": tree["block"] | {"attn_c_attn": tree["block"]["attn_c_attn"] | {"bias": bias}}}
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
     assert set(blocks) == set(expected)
-    pairs = [(flat(name, blocks[name]), flat(name, expected[name])) for name in expected]
-    return max(np.linalg.norm(a - b, norm) / np.linalg.norm(b, norm) for a, b in pairs)
+    worst = 0.0
+    for name in expected:
+        ours, theirs = flat(name, blocks[name]), flat(name, expected[name])
+        gap, size = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
+        if start is not None:
+            size = np.linalg.norm(theirs - flat(name, start[name]))
+        worst = max(worst, np.inf if gap > 0 and size == 0 else gap / max(size, 1e-30))
+    return worst
+
+
+def agree(blocks, expected, start) -> bool:
+    """To 1e-4 of the parameters, and to 5 % of what training did to them."""
+    return difference(blocks, expected) < TOLERANCE and difference(blocks, expected, start) < 0.05
 
 
 def play(experiment):
@@ -101,7 +113,7 @@ def test_ownership(experiment):
 def test_engine_equals_oracle(experiment, run):
     played, finished = run
     reference, tasks = Oracle(experiment), [task.name for task in experiment.model.tasks]
-    kept = 0
+    start, kept = experiment.initial_blocks, 0
     for t, (state, line) in enumerate(played):
         losses = reference.round(t, line["clients"])
         for chain, found in line["losses"].items():
@@ -113,10 +125,10 @@ def test_engine_equals_oracle(experiment, run):
                     assert found[str(i)][o] == pytest.approx(loss, rel=TOLERANCE), (t, chain, i, o)
         assert {(r["client"], r["task"]) for r in line["replacements"]} == set(reference.replaced[t])
         kept += sum(map(len, losses["federated"].values())) - len(reference.replaced[t])
-        assert difference(state.server, reference.server) < TOLERANCE, t
+        assert agree(state.server, reference.server, start), t
         for chain, expected in (("personal", reference.personal), ("local", reference.local)):
             for i, blocks in enumerate(expected):
-                assert difference(state.chains[chain][i], blocks) < TOLERANCE, (t, chain, i)
+                assert agree(state.chains[chain][i], blocks, start), (t, chain, i)
         for i, mine in enumerate(reference.mine):
             for o in (task.name for task in mine):
                 k = tasks.index(o)
@@ -127,20 +139,21 @@ def test_engine_equals_oracle(experiment, run):
 
     for i in range(len(ROWS)):
         for variant, expected in reference.finish(i, len(played)).items():
-            assert difference(finished.models[variant][i], expected) < TOLERANCE, (variant, i)
+            assert agree(finished.models[variant][i], expected, start), (variant, i)
 
 
 @pytest.mark.parametrize("fault", oracle.FAULTS)
 def test_the_comparison_notices(experiment, run, fault):
     """One wrong line in the oracle, and it no longer agrees with the engine."""
-    wrong, worst = Oracle(experiment, fault), 0.0
+    wrong, start = Oracle(experiment, fault), experiment.initial_blocks
     for t, (state, line) in enumerate(run[0]):
-        wrong.round(t, line["clients"])
-        worst = max(worst, difference(state.server, wrong.server))
-        worst = max(worst, *(difference(a, b) for a, b in zip(state.chains["personal"], wrong.personal, strict=True)))
-        if worst > 10 * TOLERANCE:
+        losses = wrong.round(t, line["clients"])
+        found = [line["losses"]["federated"][str(i)][o] for i, by_task in losses["federated"].items() for o in by_task]
+        same = found == pytest.approx([loss for x in losses["federated"].values() for loss in x.values()], rel=TOLERANCE)
+        chains = zip(state.chains["personal"], wrong.personal, strict=True)
+        if not (same and agree(state.server, wrong.server, start) and all(agree(*pair, start) for pair in chains)):
             return
-    raise AssertionError(f"difference {worst}")
+    raise AssertionError("not noticed")
 
 
 def test_devices_and_rows_change_nothing(tiny, run):
@@ -154,13 +167,13 @@ def test_devices_and_rows_change_nothing(tiny, run):
         for chain, by_client in expected_line["losses"].items():
             for client, by_task in by_client.items():
                 assert line["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
-        assert difference(state.server, expected.server, norm=2) < 1e-5
+        assert difference(state.server, expected.server) < 1e-5
         for chain in expected.chains:
             for mine, theirs in zip(state.chains[chain], expected.chains[chain], strict=True):
-                assert difference(mine, theirs, norm=2) < 1e-5
+                assert difference(mine, theirs) < 1e-5
     for variant in ("tap", "tap-no-kd", "fedavg+post"):
         for mine, theirs in zip(finished.models[variant], run[1].models[variant], strict=True):
-            assert difference(mine, theirs, norm=2) < 1e-5
+            assert difference(mine, theirs) < 1e-5
 
     # The same engine, with one client whose parameters are not numbers: the others do not notice. Here client 2 shares
     # a device with clients 0 and 1, none of whom has the other's first task, so rows of padding use foreign slots.

@@ -1,0 +1,117 @@
+"""Plans: every drawn sample once, weights and shares as in equation 2, pure functions of their seeds."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tap_jax.data.families import Family
+from tap_jax.data.sampling import ClientData, capacities, draw_plan, minibatches, sample_cohort
+from tap_jax.federation import TASKS
+
+NEWS, MMLU, GEN = TASKS["ag_news"], TASKS["mmlu"], TASKS["common_gen"]
+FAMILIES = (Family((NEWS,)), Family((MMLU, GEN)))
+STARTS = {"ag_news": 0, "mmlu": 0, "common_gen": 1000}
+
+
+def client(rng, sizes):
+    streams = {name: rng.choice(1000, size, replace=False) for name, size in sizes.items() if size}
+    tokens = {name: rng.integers(1, 9, len(ids)) for name, ids in streams.items()}
+    return ClientData(streams, tokens)
+
+
+def plan_of(data, clients, *, batch=16, microbatch=4, steps=5, passes=1, purpose="federated", seed=3, round_=2):
+    rows = capacities(data, FAMILIES, positions=len(clients), batch=batch, microbatch=microbatch)
+    return draw_plan(
+        data,
+        np.array(clients),
+        FAMILIES,
+        seed=seed,
+        round_=round_,
+        purpose=purpose,
+        batch=batch,
+        microbatch=microbatch,
+        steps=steps,
+        capacities=rows,
+        starts=STARTS,
+        passes=passes,
+    )
+
+
+def drawn(plan, position):
+    """Per step: [(family, stream name, id, weight, share)] of a position."""
+    out = []
+    for step in range(len(plan.active)):
+        found = []
+        for family in FAMILIES:
+            rows = plan.rows[family.name]
+            for n in range(rows.count[step]):
+                if rows.table.client[step, n] == position:
+                    real = rows.table.weights[step, n] > 0
+                    stream = family.streams[rows.table.variant[step, n]]
+                    for id_, weight in zip(rows.table.ids[step, n][real], rows.table.weights[step, n][real], strict=True):
+                        found.append((stream, int(id_) - STARTS[stream.task.name], weight, rows.table.share[step, n]))
+        out.append(found)
+    return out
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "ag_news": st.integers(0, 40),
+        "mmlu/law": st.integers(0, 20),
+        "mmlu/moral": st.integers(1, 20),
+        "common_gen": st.integers(0, 30),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(sizes, min_size=1, max_size=4), st.integers(0, 10**6))
+def test_a_pass_uses_every_sample_at_most_once_and_weighs_it_as_equation_2(all_sizes, seed):
+    rng = np.random.default_rng(seed)
+    data = [client(rng, found) for found in all_sizes]
+    plan = plan_of(data, range(len(data)), steps=20)
+    for position, mine in enumerate(data):
+        steps = drawn(plan, position)
+        used = [(stream.name, id_) for found in steps for stream, id_, *_ in found]
+        assert len(used) == len(set(used)) == mine.samples  # 20 steps of 16 are more than anybody has
+        assert set(used) == {(name, int(id_)) for name, ids in mine.streams.items() for id_ in ids}
+        for step, found in enumerate(steps):
+            assert plan.active[step, position] == bool(found)
+            for task in {stream.task for stream, *_ in found}:
+                rows = [row for row in found if row[0].task == task]
+                lengths = {
+                    (name, int(id_)): n
+                    for name in mine.streams
+                    for id_, n in zip(mine.streams[name], mine.tokens[name], strict=True)
+                }
+                total = sum(lengths[stream.name, id_] for stream, id_, *_ in rows)
+                for stream, id_, weight, share in rows:
+                    assert np.isclose(weight, lengths[stream.name, id_] / total)  # a mean over the task's tokens
+                    assert np.isclose(share, len(rows) / len(found))  # λ_o
+
+
+def test_a_small_client_takes_fewer_steps_and_a_long_phase_reuses_its_data():
+    rng = np.random.default_rng(0)
+    data = [client(rng, {"ag_news": 20}), client(rng, {"ag_news": 100})]
+    assert plan_of(data, [0, 1]).active.sum(0).tolist() == [2, 5]
+    again = plan_of(data, [0, 1], passes=None)
+    assert again.active.sum(0).tolist() == [5, 5] and again.steps == 5
+    ids = [[id_ for _, id_, *_ in found] for found in drawn(again, 0)]
+    assert sorted(ids[0] + ids[1]) == sorted(ids[2] + ids[3]) == sorted(data[0].streams["ag_news"].tolist())
+
+
+def test_a_client_draws_the_same_whoever_is_with_it_and_otherwise_for_every_seed_round_and_purpose():
+    rng = np.random.default_rng(1)
+    data = [client(rng, {"ag_news": 60, "mmlu/law": 9, "common_gen": 30}) for _ in range(3)]
+    alone = drawn(plan_of(data, [2]), 0)
+    assert drawn(plan_of(data, [0, -1, 2]), 2) == alone == drawn(plan_of(data, [2]), 0)
+    for change in ({"seed": 4}, {"round_": 3}, {"purpose": "personal"}):
+        assert drawn(plan_of(data, [2], **change), 0) != alone
+
+
+def test_minibatches_and_cohorts():
+    parts = minibatches(np.random.default_rng(0), 10, batch=4, steps=9, passes=1)
+    assert [len(part) for part in parts] == [4, 4, 2] and sorted(np.concatenate(parts)) == list(range(10))
+    cohorts = {tuple(sample_cohort(0, round_, 30, 2)) for round_ in range(400)}
+    assert len(cohorts) > 200 and all(a < b for a, b in cohorts)
+    assert {k for pair in cohorts for k in pair} == set(range(30))

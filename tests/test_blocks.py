@@ -1,0 +1,137 @@
+"""Properties of blocks: what aggregation and replacement may touch, and what they must leave alone."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tap_jax import blocks
+from tap_jax.blocks import Partition
+
+CLIENTS, TASKS = 4, 3
+NAMES = ("encoder/text", "head/a", "head/b", "mote/text/attention", "mote/shared/attention", "mote/image/attention")
+GROUPS = ("encoder/text", "head", "head", "mote/attention", "mote/attention", "mote/attention")
+SHAPES = {"encoder/text": {"w": (2, 3), "b": (3,)}, "head": {"w": (4,)}, "mote/attention": {"a": (1, 2), "d": (2, 2)}}
+LIKE = {
+    name: {leaf: jax.ShapeDtypeStruct(shape, np.float32) for leaf, shape in SHAPES[group].items()}
+    for name, group in zip(NAMES, GROUPS, strict=True)
+}
+
+masks = st.lists(st.lists(st.booleans(), min_size=len(NAMES), max_size=len(NAMES)), min_size=TASKS, max_size=TASKS)
+owners = st.lists(st.lists(st.booleans(), min_size=TASKS, max_size=TASKS), min_size=CLIENTS, max_size=CLIENTS)
+seeds = st.integers(0, 2**31)
+
+
+def partition(touches, tasks) -> Partition:
+    return Partition(NAMES, GROUPS, np.array(touches), np.array(tasks))
+
+
+def draw(rng, names=NAMES):
+    return {
+        name: {leaf: rng.normal(size=like.shape).astype(np.float32) for leaf, like in LIKE[name].items()}
+        for name in names
+    }
+
+
+def cohort(p: Partition, rng):
+    """Server and clients with random blocks, as stacks and by name."""
+    server, seats_of_server = draw(rng), blocks.server_seats(p)
+    seats = blocks.seat(p, p.owned)
+    clients = [draw(rng, p.blocks_of(k)) for k in range(CLIENTS)]
+    stacks = blocks.pack(p, seats_of_server, [server], LIKE), blocks.pack(p, seats, clients, LIKE)
+    return server, clients, stacks, seats_of_server, seats
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, owners, seeds)
+def test_pack_and_unpack_are_inverse(touches, tasks, seed):
+    p = partition(touches, tasks)
+    server, clients, (server_stack, stack), server_seats, seats = cohort(p, np.random.default_rng(seed))
+    jax.tree.map(np.testing.assert_array_equal, blocks.unpack(p, seats, stack, LIKE), clients)
+    jax.tree.map(np.testing.assert_array_equal, blocks.unpack(p, server_seats, server_stack, LIKE), [server])
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, owners, seeds)
+def test_broadcast_gives_every_client_its_blocks_of_the_server(touches, tasks, seed):
+    p = partition(touches, tasks)
+    server, _, (server_stack, _), server_seats, seats = cohort(p, np.random.default_rng(seed))
+    sent = blocks.unpack(p, seats, blocks.broadcast(server_stack, server_seats, seats), LIKE)
+    for client, mine in enumerate(sent):
+        assert set(mine) == set(p.blocks_of(client))
+        jax.tree.map(np.testing.assert_array_equal, mine, {name: server[name] for name in mine})
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, owners, seeds, st.booleans())
+def test_aggregation_is_a_weighted_mean_per_block(touches, tasks, seed, silence):
+    p, rng = partition(touches, tasks), np.random.default_rng(seed)
+    server, clients, (server_stack, stack), server_seats, seats = cohort(p, rng)
+    samples = rng.integers(1, 50, CLIENTS).astype(np.float32)
+    if silence:  # a client without a say may hold anything
+        samples[0] = 0
+        clients[0] = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), clients[0])
+        stack = blocks.pack(p, seats, clients, LIKE)
+    weights = np.where(p.owned, samples[:, None], 0).astype(np.float32)
+    new = blocks.unpack(p, server_seats, blocks.aggregate(server_stack, stack, server_seats, seats, weights), LIKE)[0]
+    for r, name in enumerate(NAMES):
+        senders = [k for k in range(CLIENTS) if weights[k, r] > 0]
+        if not senders:  # nobody sent it: the same bits
+            jax.tree.map(np.testing.assert_array_equal, new[name], server[name])
+            continue
+        for leaf in LIKE[name]:
+            sent = np.stack([clients[k][name][leaf] for k in senders])
+            mean = np.average(sent.astype(np.float64), axis=0, weights=weights[senders, r])
+            np.testing.assert_allclose(new[name][leaf], mean, rtol=1e-5, atol=1e-6)
+            assert (new[name][leaf] <= sent.max(0) + 1e-5).all() and (new[name][leaf] >= sent.min(0) - 1e-5).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(masks, owners, seeds)
+def test_aggregation_does_not_care_for_the_order_of_clients(touches, tasks, seed):
+    p, rng = partition(touches, tasks), np.random.default_rng(seed)
+    _, clients, (server_stack, stack), server_seats, seats = cohort(p, rng)
+    weights = np.where(p.owned, rng.integers(1, 9, CLIENTS)[:, None], 0).astype(np.float32)
+    order = rng.permutation(CLIENTS)
+    shuffled_seats = blocks.seat(p, p.owned[order])
+    shuffled = blocks.pack(p, shuffled_seats, [clients[k] for k in order], LIKE)
+    one = blocks.aggregate(server_stack, stack, server_seats, seats, weights)
+    other = blocks.aggregate(server_stack, shuffled, server_seats, shuffled_seats, weights[order])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, owners, seeds, st.sampled_from(["task", "exclusive"]))
+def test_replacement_takes_exactly_the_blocks_of_the_replaced_tasks(touches, tasks, seed, scope):
+    p, rng = partition(touches, tasks), np.random.default_rng(seed)
+    _, personal, (_, stack), _, seats = cohort(p, rng)
+    federated = [draw(rng, p.blocks_of(k)) for k in range(CLIENTS)]
+    replaced = rng.random((CLIENTS, TASKS)) < 0.5
+    chosen = blocks.chosen_blocks(replaced, p.replaceable(scope))
+    out = blocks.replace(stack, blocks.pack(p, seats, federated, LIKE), seats, chosen)
+    for k, mine in enumerate(blocks.unpack(p, seats, out, LIKE)):
+        taken = set()
+        for o in range(TASKS):
+            if replaced[k, o] and p.task_mask[k, o]:
+                of_task = {r for r in range(len(NAMES)) if p.touches[o, r]}
+                if scope == "exclusive":
+                    others = [q for q in range(TASKS) if q != o and p.task_mask[k, q]]
+                    of_task -= {r for q in others for r in range(len(NAMES)) if p.touches[q, r]}
+                taken |= {NAMES[r] for r in of_task}
+        for name in p.blocks_of(k):
+            expected = federated[k][name] if name in taken else personal[k][name]
+            jax.tree.map(np.testing.assert_array_equal, mine[name], expected)
+
+
+def test_the_indicator_is_equation_3():
+    local = np.array([[0.50, 0.50, 0.50, np.nan, 0.1]])
+    personal = np.array([[0.52, 0.505, np.inf, 9.0, 0.2]])
+    seen = np.array([[True, True, True, True, False]])
+    assert blocks.replacement_indicator(local, personal, 0.01, seen).tolist() == [[True, False, True, False, False]]
+
+
+def test_more_holders_than_slots_is_an_error():
+    p = partition([[True] * len(NAMES)] * TASKS, [[True] * TASKS] * CLIENTS)
+    with pytest.raises(ValueError, match="holders"):
+        blocks.seat(p, p.owned, dict.fromkeys(GROUPS, 1))
