@@ -19,10 +19,19 @@ class Program:
     Args:
       function: pure.
       jit: further arguments of `jax.jit`.
+
+    Attributes:
+      traces: how often the function has been traced; 1 as long as one program serves all calls.
     """
 
     def __init__(self, function: Callable, **jit: Any):
-        self._jitted = jax.jit(function, **jit)
+        self.traces = 0
+
+        def counted(*args):
+            self.traces += 1
+            return function(*args)
+
+        self._jitted = jax.jit(counted, **jit)
         self._ready: dict[Any, concurrent.futures.Future] = {}
 
     def prepare(self, *args: Any) -> None:
@@ -35,11 +44,6 @@ class Program:
         """The function's result; arguments must lie where `prepare` was told they would."""
         ready = self._ready.get(_signature(args))
         return self._jitted(*args) if ready is None else ready.result()(*args)
-
-    @property
-    def traces(self) -> int:
-        """How many different programs there are."""
-        return len(self._ready) or self._jitted._cache_size()
 
 
 def _signature(args: Any) -> Any:

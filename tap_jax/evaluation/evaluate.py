@@ -178,7 +178,12 @@ class Evaluator:
         ]
 
     def evaluate(self, variant: str, models: Sequence[Blocks], finite: np.ndarray | None = None) -> list[Row]:
-        """All clients' own models: `models` holds every client's blocks; `finite` bool [K, O]."""
+        """All clients' own models: `models` holds every client's blocks; `finite` bool [K, O].
+
+        A model that holds a value that is no number gets no value either: an argmax over NaN would be one.
+        """
+        whole = [all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dict(mine))) for mine in models]
+        finite = np.array(whole)[:, None] & (self.engine.partition.task_mask if finite is None else finite)
         rows = []
         for cohort in self.engine.passes(0):
             stack = cohort.load(models)

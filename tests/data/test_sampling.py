@@ -48,7 +48,9 @@ def drawn(plan, position):
                 if rows.table.client[step, n] == position:
                     real = rows.table.weights[step, n] > 0
                     stream = family.streams[rows.table.variant[step, n]]
-                    for id_, weight in zip(rows.table.ids[step, n][real], rows.table.weights[step, n][real], strict=True):
+                    for id_, weight in zip(
+                        rows.table.ids[step, n][real], rows.table.weights[step, n][real], strict=True
+                    ):
                         found.append((stream, int(id_) - STARTS[stream.task.name], weight, rows.table.share[step, n]))
         out.append(found)
     return out

@@ -133,7 +133,7 @@ def test_trained_tokenizer_is_cached_and_a_damaged_cache_is_rebuilt(tokenizer, t
 )
 def test_user_errors(source, corpus, size, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="data\\.(tokenizer|vocab_size)"):
+    with pytest.raises(UserError, match=r"data\.tokenizer|model\.vocab"):
         load_tokenizer(source, corpus, vocab_size=size)
 
 

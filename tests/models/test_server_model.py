@@ -34,7 +34,9 @@ def built(request):
 
 @functools.lru_cache
 def represent(model, stream):
-    return jax.jit(lambda frozen, blocks, batch: model.represent(frozen, model.collect(blocks, stream), stream.task, batch))
+    return jax.jit(
+        lambda frozen, blocks, batch: model.represent(frozen, model.collect(blocks, stream), stream.task, batch)
+    )
 
 
 @functools.lru_cache

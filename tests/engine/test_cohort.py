@@ -1,0 +1,148 @@
+"""One program for every cohort, no arithmetic for tasks nobody has, and nothing that is not a number gets out."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+
+from tap_jax import experiment as experiments
+from tap_jax.engine.local_training import Losses
+from tests.oracle import minibatches
+
+ROWS = ({"ag_news": 0.2}, {"ag_news": 0.7, "cifar100": 0.5}, {"cifar100": 0.3}, {"fashion_mnist": 1.0})
+SETTINGS = {"variants": ("tap", "fedavg"), "batch_size": 6, "engine.microbatch": 4, "post_steps": 4}
+
+
+class Counting:
+    """A model whose forward passes are counted: when they are traced, and when they run."""
+
+    def __init__(self, model):
+        self.apply = model.apply
+        self.traced, self.executed = collections.Counter(), collections.Counter()
+
+    def __call__(self, frozen, parts, task, batch, *, key=None):
+        self.traced[task.name] += 1
+        jax.debug.callback(lambda: self.executed.update([task.name]))
+        return self.apply(frozen, parts, task, batch, key=key)
+
+    def run(self, function):
+        """Forward passes that ran, by the first task of their family."""
+        self.executed.clear()
+        jax.block_until_ready(function())
+        jax.effects_barrier()
+        return dict(self.executed)
+
+
+@pytest.fixture(scope="module")
+def counted(tiny):
+    experiment = experiments.build(tiny(ROWS, SETTINGS))
+    experiment.model.apply = Counting(experiment.model)
+    return experiment, experiment.model.apply
+
+
+def rows_needed(experiment, clients, purpose, round_=0, *, post=False) -> dict[str, int]:
+    """How many rows of at most 4 samples the clients' minibatches make."""
+    config, needed = experiment.config, collections.Counter()
+    steps, passes = (config.post_steps, None) if post else (config.local_steps, 1)
+    for i in clients:
+        data = experiment.data.clients[i]
+        for minibatch in minibatches(data, experiment.model.streams, config, i, round_, purpose, steps, passes):
+            for task, samples in minibatch.items():
+                needed[task] += -(-len(samples) // 4)
+    return dict(needed)
+
+
+def train(experiment, clients, purpose="federated", round_=0, **kwargs):
+    cohort = experiment.engine.cohort(clients, round_)
+    return cohort.train(cohort.broadcast(experiment.init().server), purpose, **kwargs)
+
+
+def test_one_program_and_only_useful_rows(counted):
+    """Cohorts, batch mixes, data sizes, phases, with and without a teacher."""
+    experiment, counter = counted
+    train(experiment, [0, 1])
+    traced = dict(counter.traced)
+    for clients in ([0, 1], [0, 3], [2, 3], [1, 2], [0], [3]):
+        for round_ in (0, 5):
+            ran = counter.run(lambda c=clients, r=round_: train(experiment, c, round_=r))
+            assert ran == rows_needed(experiment, clients, "federated", round_)
+    # A client without the task adds nothing for it, and the other way round.
+    rows = [rows_needed(experiment, clients, "federated") for clients in ([0], [3], [0, 3])]
+    assert set(rows[0]) == {"ag_news"} and set(rows[1]) == {"fashion_mnist"} and rows[2] == rows[0] | rows[1]
+
+    ran = counter.run(lambda: train(experiment, [1, 3], "post", 3, post=True))
+    assert ran == rows_needed(experiment, [1, 3], "post", 3, post=True)
+    cohort = experiment.engine.cohort([1, 3], 3)
+    server = experiment.init().server
+    ran = counter.run(
+        lambda: cohort.train(cohort.broadcast(server), "distil", post=True, teacher=cohort.broadcast(server))
+    )
+    needed = rows_needed(experiment, [1, 3], "distil", 3, post=True)
+    assert ran == {task: 2 * count for task, count in needed.items()}, "the teacher's pass, and no other"
+
+    assert dict(counter.traced) == traced
+    engine = experiment.engine
+    assert engine._train.traces == 1
+
+
+def test_a_small_client_stops_earlier(counted):
+    experiment, _ = counted
+    assert experiment.data.clients[0].samples == 10
+    cohort = experiment.engine.cohort([0, 3], 0)
+    _, losses = cohort.train(cohort.broadcast(experiment.init().server), "federated")
+    steps = dict(zip(cohort.clients, np.asarray(losses.steps).sum(1), strict=True))
+    assert steps == {0: 2, 3: 3}
+
+
+@pytest.mark.parametrize("where", ["before training", "in the last step"])
+def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
+    experiment, _ = counted
+    engine, state = experiment.engine, experiment.init()
+    cohort = engine.cohort([0, 1], 0)
+    before = engine.server_blocks(state.server)
+    personal = cohort.unload(cohort.broadcast(state.server))
+    sick = {k: jax.tree.map(lambda x, k=k: np.full_like(x, np.nan) if k == 1 else x, personal[k]) for k in (0, 1)}
+    stack, losses = cohort.train(
+        cohort.load([sick[0] if where == "before training" else personal[0], sick[1]]), "local"
+    )
+    if where == "in the last step":
+        _, losses = cohort.train(cohort.load([personal[0], personal[1]]), "local")
+        assert np.isfinite(losses.plain).all()
+    after = engine.server_blocks(cohort.aggregate(state.server, stack, losses))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    # What only client 1 has is as it was; what both have is client 0's.
+    trained = cohort.unload(stack)[0]
+    for name, block in after.items():
+        jax.tree.map(np.testing.assert_array_equal, block, trained[name] if name in trained else before[name])
+
+
+def test_a_diverged_task_is_flagged_and_has_no_result(counted, monkeypatch):
+    experiment, _ = counted
+    state = experiment.init()
+    monkeypatch.setattr(Losses, "mean", lambda self, history="plain": self.plain.at[:, 0].set(np.nan))
+    while True:
+        state, line = experiment.round(state)
+        if "ag_news" in {task for by_task in line["losses"]["personal"].values() for task in by_task}:
+            break
+    monkeypatch.undo()
+    tasks = [task.name for task in experiment.model.tasks]
+    hit = {int(k) for k, losses in line["losses"]["personal"].items() if "ag_news" in losses}
+    assert all(line["losses"]["personal"][str(k)]["ag_news"] is None for k in hit)
+    for k in hit:
+        assert not state.finite["personal"][k, tasks.index("ag_news")]
+    rows = experiment.evaluate(state)
+    for row in rows:
+        if row["variant"] == "personal":
+            assert (row["value"] is None) == (row["client"] in hit and row["task"] == "ag_news")
+
+
+def test_a_model_with_a_nan_has_no_result(counted):
+    """As after a last phase that diverged: an argmax over NaN would look like a result."""
+    experiment, _ = counted
+    state = experiment.init()
+    chain = list(state.chains["personal"])
+    chain[0] = jax.tree.map(lambda x: np.full_like(x, np.nan), chain[0])
+    rows = experiment.evaluate(state.replace(chains={"personal": tuple(chain)}))
+    assert {row["client"] for row in rows if row["value"] is None} == {0}
+    assert {row["variant"] for row in rows if row["value"] is None} == {"personal"}
