@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 
-from tap_jax.config import load_config, to_json
-from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine import rounds
 from tap_jax import experiment as experiments
+from tap_jax.config import load_config, to_json
+from tap_jax.engine import rounds
+from tap_jax.engine.checkpointing import Checkpoints
 
-ROWS = ({"ag_news": 0.5}, {"ag_news": 0.5, "cifar100": 0.5}, {"cifar100": 0.5})
+ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3}, {"ag_news": 0.4})
 SETTINGS = {"variants": ("tap", "local", "fedavg+post"), "rounds": 6, "checkpoint_every": 2, "model.lora_dropout": 0.2}
 
 PROGRAM = """
@@ -39,11 +40,6 @@ def run(config: pathlib.Path, workdir: pathlib.Path, kill_in: int = -1) -> subpr
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-c", PROGRAM, str(config), str(workdir), str(kill_in)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def final_state(config: pathlib.Path, workdir: pathlib.Path):
-    experiment = experiments.build(load_config(config))
-    return rounds.resume(Checkpoints(workdir / "checkpoints"), experiment.init())
 
 
 def without_time(workdir: pathlib.Path):
@@ -71,9 +67,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path):
     assert "resuming after round 4 of 6" in resumed.stdout
 
     assert without_time(tmp_path / "killed") == without_time(tmp_path / "whole")
-    import jax
-
-    states = [jax.device_get(final_state(config, tmp_path / name)) for name in ("whole", "killed")]
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    models = [sorted((tmp_path / name / "models").rglob("*")) for name in ("whole", "killed")]
-    assert len(models[0]) == len(models[1]) > 0
+    initial = experiments.build(load_config(config)).init()
+    states = [rounds.resume(Checkpoints(tmp_path / name / "checkpoints"), initial) for name in ("whole", "killed")]
+    assert states[0].round == 6
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))

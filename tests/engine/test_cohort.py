@@ -119,18 +119,17 @@ def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
 
 def test_a_diverged_task_is_flagged_and_has_no_result(counted, monkeypatch):
     experiment, _ = counted
-    state = experiment.init()
-    monkeypatch.setattr(Losses, "mean", lambda self, history="plain": self.plain.at[:, 0].set(np.nan))
+    state, news = experiment.init(), [task.name for task in experiment.model.tasks].index("ag_news")
+    monkeypatch.setattr(Losses, "mean", lambda self, history="plain": self.plain.at[:, news].set(np.nan))
     while True:
         state, line = experiment.round(state)
         if "ag_news" in {task for by_task in line["losses"]["personal"].values() for task in by_task}:
             break
     monkeypatch.undo()
-    tasks = [task.name for task in experiment.model.tasks]
     hit = {int(k) for k, losses in line["losses"]["personal"].items() if "ag_news" in losses}
     assert all(line["losses"]["personal"][str(k)]["ag_news"] is None for k in hit)
     for k in hit:
-        assert not state.finite["personal"][k, tasks.index("ag_news")]
+        assert not state.finite["personal"][k, news]
     rows = experiment.evaluate(state)
     for row in rows:
         if row["variant"] == "personal":
