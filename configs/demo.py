@@ -5,7 +5,7 @@ method at work: Local, FedAvg, FedAvg + Post-train and TAP from one run.
 
     tap-jax train --config=configs/demo.py --workdir=runs/demo
 
-Needs no network, no accelerator, and under 4 GB; about three minutes on two CPU cores.
+Needs no network, no accelerator, and under 4 GB; some five minutes of CPU time in all, half of it compiling.
 """
 
 from ml_collections import ConfigDict

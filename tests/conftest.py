@@ -15,7 +15,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_
 FAST_COMPILE = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {os.environ.get('TAP_TEST_XLA_FLAGS', FAST_COMPILE)}"
+_flags = os.environ.get("XLA_FLAGS", ""), os.environ.get("TAP_TEST_XLA_FLAGS", FAST_COMPILE)
+os.environ["XLA_FLAGS"] = " ".join(filter(None, _flags))
 
 import jax
 
