@@ -1,7 +1,6 @@
 """From a configuration's data section to what the engine trains on: arrays per task, samples per client."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,8 +14,6 @@ from tap_jax.errors import UserError
 from tap_jax.federation import Federation, Task
 
 SYNTHETIC_SIZES = {"train": 900, "test": 150}  # samples per task where the configuration names none
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
