@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from tap_jax.compiling import compiler_options
+
 _WORKERS = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
 
 
@@ -31,7 +33,7 @@ class Program:
             self.traces += 1
             return function(*args)
 
-        self._jitted = jax.jit(counted, **jit)
+        self._jitted = jax.jit(counted, compiler_options=compiler_options(), **jit)
         self._ready: dict[Any, concurrent.futures.Future] = {}
 
     def prepare(self, *args: Any) -> None:

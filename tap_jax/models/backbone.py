@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tap_jax.models.layers import ModelConfig, attention, layer_norm
+from tap_jax.models.layers import ModelConfig, attention, gelu, layer_norm
 from tap_jax.models.lora import Tree, init_lora, lora
 
 SHARED = "shared"
@@ -136,7 +136,7 @@ def _expert(config: ModelConfig, ffn: Tree, hidden: Array, x: Array, adapter: Tr
     keys = (None, None) if key is None else jax.random.split(key)
     scale, rate = config.lora_alpha_ratio, config.lora_dropout
     hidden = hidden + lora(x, adapter["fc1"], scale=scale, rate=rate, key=keys[0])
-    hidden = jax.nn.gelu(hidden, approximate=False)
+    hidden = gelu(hidden)
     return _dense(hidden, ffn["fc2"]) + lora(hidden, adapter["fc2"], scale=scale, rate=rate, key=keys[1])
 
 

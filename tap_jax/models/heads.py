@@ -20,11 +20,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from tap_jax.errors import UserError
+from tap_jax.models.layers import gelu
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": gelu}
 CONDITIONS = ("pooled", "paths")
 
 # Uniform in +-1/sqrt(fan in): torch.nn.Linear's weight.

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from tap_jax.blocks import Blocks, Partition
+from tap_jax.compiling import compiler_options
 from tap_jax.errors import UserError
 from tap_jax.federation import Stream, Task
 from tap_jax.models import backbone, flava, vilt
@@ -27,8 +28,21 @@ ENCODERS = {
 }
 PAD = 0  # BERT's [PAD]
 
-_init_frozen = jax.jit(backbone.init_frozen, static_argnums=(1, 2))
-_init_block = jax.jit(backbone.init_block, static_argnums=(1, 2, 3))
+
+def _once(function, *args, static: tuple[int, ...]):
+    """Calls a function as a program of its own; inside another program (shapes alone are wanted) it is part of it."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+        return function(*args)
+    return _compiled(function, static)(*args)
+
+
+@functools.cache
+def _compiled(function, static: tuple[int, ...]):
+    return jax.jit(function, static_argnums=static, compiler_options=compiler_options(once=True))
+
+
+def _init_module(module, key, *args):
+    return module.init(key, *args, deterministic=True)
 
 
 class ServerModel:
@@ -127,14 +141,17 @@ class ServerModel:
         """
         c = self.config
         # Small programs of their own, because all in one would take longer to compile than to train with.
-        frozen: Tree = {"backbone": _init_frozen(_fold(key, "backbone"), c, sum(c.backbone_layers))}
+        frozen: Tree = {
+            "backbone": _once(backbone.init_frozen, _fold(key, "backbone"), c, sum(c.backbone_layers), static=(1, 2))
+        }
         blocks = {}
         for name in self.block_names:
             block_key = _fold(key, name)
             kind, *rest = name.split("/")
             if kind == "encoder":
-                init = jax.jit(functools.partial(self._encoders[rest[0]].init, deterministic=True))
-                variables = init(block_key, *self._example(rest[0]))
+                variables = _once(
+                    _init_module, self._encoders[rest[0]], block_key, *self._example(rest[0]), static=(0,)
+                )
                 blocks[name], frozen[name] = variables["params"], variables["frozen"]
             elif kind == "shared_proj":
                 blocks[name] = self._shared.init(block_key, jnp.zeros((1, c.width)))["params"]
@@ -142,7 +159,7 @@ class ServerModel:
                 blocks[name] = self._init_head(block_key, rest[0])
             else:
                 depth = c.backbone_layers[0 if kind == "mote" else 1]
-                blocks[name] = _init_block(block_key, c, depth, rest[1])
+                blocks[name] = _once(backbone.init_block, block_key, c, depth, rest[1], static=(1, 2, 3))
         return frozen, blocks
 
     def _example(self, modality: str):
@@ -156,7 +173,7 @@ class ServerModel:
             args = (vectors[:, None], jnp.zeros((1, 2), jnp.int32))
         else:
             args = (vectors,)
-        return jax.jit(functools.partial(head.init, deterministic=True))(key, *args)["params"]
+        return _once(_init_module, head, key, *args, static=(0,))["params"]
 
     def represent(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
         """Path vectors of a batch, [B, 4·|modalities|, D]: modalities in the task's order, paths as in `backbone`.
