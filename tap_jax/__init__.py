@@ -11,8 +11,8 @@
     rows = experiment.evaluate(finished)        # [{"variant", "client", "task", "metric", "value"}, ...]
 
 The paper's pieces by themselves: `Federation` (who has which task), `aggregate` (component-wise FedAvg),
-`replacement_indicator` and `replace` (equations 3 and 4), `distillation_loss` (equation 5). From the shell:
-`tap-jax --help`.
+`replacement_indicator` and `replace` (equations 3 and 4), `distillation_loss` (equation 5). `export_client` writes
+a client's model of a finished run for PyTorch. From the shell: `tap-jax --help`.
 
 Names are loaded when first used, so that `import tap_jax` is instant and starts no JAX backend.
 """
@@ -24,6 +24,7 @@ if typing.TYPE_CHECKING:
     from tap_jax.blocks import aggregate, replace, replacement_indicator
     from tap_jax.config import load_config
     from tap_jax.experiment import build
+    from tap_jax.exporting import export_client
     from tap_jax.federation import Federation
     from tap_jax.methods.losses import distillation_loss
 
@@ -32,6 +33,7 @@ __all__ = [
     "aggregate",
     "build",
     "distillation_loss",
+    "export_client",
     "load_config",
     "replace",
     "replacement_indicator",
@@ -42,6 +44,7 @@ _HOMES = {
     "aggregate": "blocks",
     "build": "experiment",
     "distillation_loss": "methods.losses",
+    "export_client": "exporting",
     "load_config": "config",
     "replace": "blocks",
     "replacement_indicator": "blocks",

@@ -72,6 +72,30 @@ def evaluate(workdir: str) -> None:
         _finish(screen, rows, folder)
 
 
+def export(workdir: str, client: str, format: str, out: str, model: str, variant: str, tasks: str) -> None:
+    """`tap-jax export`."""
+    if client and not client.isdecimal():
+        raise UserError(f"client: '{client}' is no number of a client; the first is 0")
+    path = pathlib.Path(workdir) / "config.json"
+    if path.is_file():  # else what follows says so
+        startup.start_jax(configuration.load_config(path))
+    from tap_jax import exporting
+
+    difference = exporting.export_client(
+        workdir,
+        out,
+        client=int(client) if client else None,
+        format=format,
+        model=model,
+        variant=variant,
+        tasks=tuple(filter(None, map(str.strip, tasks.split(",")))),
+        say=lambda line: print(line, flush=True),
+    )
+    files = sorted(path.name for path in pathlib.Path(out).iterdir())
+    print(f"read again: outputs differ from the JAX model's by at most {difference:.2g} of the largest")
+    print(f"in {out}: {', '.join(files)}", flush=True)
+
+
 def describe(config: ConfigDict) -> None:
     """`tap-jax describe`."""
     startup.start_jax(config)
@@ -106,6 +130,22 @@ COMMANDS = {
         (Flag("workdir", "DIR", "of a finished run"),),
         "scores the models of a finished run again",
         "Rewrites results.json and report.md.\nExample: tap-jax evaluate --workdir=runs/demo",
+    ),
+    "export": Command(
+        export,
+        (
+            Flag("workdir", "DIR", "of a finished run"),
+            Flag("client", "N", "whose model, from 0; --model=server may do without", ""),
+            Flag("format", "FORMAT", "torch (all of it), or of the encoders: peft, huggingface", "torch"),
+            Flag("out", "DIR", "where the files go, a new or empty folder"),
+            Flag("model", "MODEL", "personal, federated (what the client last received) or server", "personal"),
+            Flag("variant", "NAME", "of the personal model; default: the run's first", ""),
+            Flag("tasks", "NAME,...", "only these; default: all that the client has", ""),
+        ),
+        "writes a trained model for PyTorch, PEFT or Hugging Face",
+        "What was written is loaded again and compared with the JAX model before the command says done;\n"
+        "tap_export.json keeps the largest difference. README.md in the folder says how to use it.\n"
+        "Example: tap-jax export --workdir=runs/demo --client=3 --format=torch --out=exports/client3",
     ),
     "describe": Command(
         describe,
@@ -209,7 +249,14 @@ def usage(name: str | None = None) -> str:
     width = max(len(shown) for shown, _ in rows)
     listed = "\n".join(f"  {shown:{width}}  {about}" for shown, about in rows)
     return "\n".join(
-        [" ".join(line), "", textwrap.fill(command.about[0].upper() + command.about[1:] + ".", 100), "", listed, ""]
+        [
+            textwrap.fill(" ".join(line), 100, subsequent_indent="  ", break_on_hyphens=False),
+            "",
+            textwrap.fill(command.about[0].upper() + command.about[1:] + ".", 100),
+            "",
+            listed,
+            "",
+        ]
     ) + (f"\n{command.details}\n")
 
 

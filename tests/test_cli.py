@@ -122,7 +122,7 @@ def test_a_wrong_argument_is_named(argv, message):
         (["train", "--workdir=x"], "--config=FILE"),
         (["train", "--workdir"], "workdir"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
-        (["report"], "unknown command 'report'; there are train, evaluate, describe, bench"),
+        (["report"], "unknown command 'report'; .*there are train, evaluate, export, describe, bench"),
         (["evaluate", "--workdir=w", "--config=x"], "unknown argument '--config'"),
         (["bench", f"--config={DEMO}", "--steps=few"], "steps"),
         (["bench", f"--config={DEMO}", "--steps=-1"], "steps: -1; use at least 1"),

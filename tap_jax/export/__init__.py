@@ -1,1 +1,1 @@
-"""Client models for PyTorch (arrives with the conversion of pre-trained weights)."""
+"""Client models for PyTorch, PEFT and Hugging Face; `tap_jax.export_client` chooses among them."""

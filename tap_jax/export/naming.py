@@ -1,0 +1,106 @@
+"""Our trees <-> the state dict of `torch_model.Model`: one table of names and axes, used in both directions.
+
+A weight's key is "frozen." or "blocks.", the block's name, and the path in the block with PyTorch's names. Our trees
+stack layers, and query and value, on leading axes; there every layer has tensors of its own. Nothing but the order
+of axes changes, so that a round trip is bit-identical.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Tree = Any
+
+# End of our path -> PyTorch's name, and the order of our axes in it; what is not here keeps its name and axes.
+TABLE = (
+    (r"(^|\.)(lora\.)?a$", r"\1lora_A", (1, 0)),  # [inputs, R] -> [R, inputs]
+    (r"(^|\.)(lora\.)?b$", r"\1lora_B", (1, 0)),
+    (r"(^|\.)delta$", r"\1delta", (1, 0)),
+    (r"\bconv3$", "conv3.weight", (3, 2, 0, 1)),  # [3, 3, in, out] -> Conv2d
+    (r"\bconv1$", "conv1.weight", (1, 0)),
+    (r"\bbias1$", "conv1.bias", None),
+    (r"\b(deconv_\d+)\.kernel$", r"\1.weight", (0, 3, 1, 2)),  # [in, 4, 4, out] -> ConvTranspose2d
+    (r"\bin_proj_kernel$", "in_proj_weight", (1, 0)),
+    (r"^output$", "output.weight", (1, 0)),  # of the text head: no bias, so no tree of its own
+    (r"(^|\.)kernel$", r"\1weight", (1, 0)),
+    (r"(^|\.)scale$", r"\1weight", None),
+)
+
+
+class Entry(NamedTuple):
+    """A tensor of the state dict: its key, where it lies in our leaf, and the order of that part's axes."""
+
+    key: str
+    index: tuple[int, ...]
+    axes: tuple[int, ...] | None
+
+
+def entries(part: str, name: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Entry]:
+    """The tensors of one leaf.
+
+    Args:
+      part: "frozen" or "blocks". name: of the block, or of the frozen tree.
+      path: of the leaf in it. shape: its shape.
+    """
+    stacked = name == "backbone" or name.startswith(("mote/", "mome/"))
+    paired = path[0] == "query_value" or (stacked and name != "backbone" and "/expert/" not in name)
+    own = [step for step in path if step not in ("query_value", "layers")]
+    layered = stacked or "layers" in path
+    place = ("layers",) if "layers" in path else ()
+    for index in np.ndindex(shape[: layered + paired]):
+        which = (("query", "value")[index[1]],) if paired else ()
+        yield Entry(*_translate(f"{part}.{name}", (*place, *map(str, index[:1]), *which), ".".join(own), index))
+
+
+def _translate(start: str, lead: tuple[str, ...], ours: str, index: tuple[int, ...]):
+    for pattern, theirs, axes in TABLE:
+        renamed, found = re.subn(pattern, theirs, ours)
+        if found:
+            return ".".join((start, *lead, renamed)), index, axes
+    return ".".join((start, *lead, ours)), index, None
+
+
+def to_torch(frozen: Tree, blocks: Mapping[str, Tree]) -> dict[str, np.ndarray]:
+    """The state dict, float32 and contiguous: safetensors would write a transposed array wrongly."""
+    out = {}
+    for part, name, path, leaf in leaves(frozen, blocks):
+        leaf = np.asarray(leaf, np.float32)
+        for key, index, axes in entries(part, name, path, leaf.shape):
+            out[key] = np.ascontiguousarray(leaf[index] if axes is None else leaf[index].transpose(axes))
+    return out
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], frozen: Tree, blocks: Mapping[str, Tree]) -> tuple[Tree, dict]:
+    """The inverse of `to_torch`.
+
+    Args:
+      tensors: key -> float32 array; keys of no given tree are not looked at.
+      frozen, blocks: shapes of the trees to fill.
+
+    Raises:
+      KeyError: a tensor that is missing. ValueError: one of another shape. Both name it.
+    """
+    out: dict[str, dict] = {"frozen": {}, "blocks": {}}
+    for part, name, path, like in leaves(frozen, blocks):
+        leaf = np.empty(like.shape, np.float32)
+        for key, index, axes in entries(part, name, path, like.shape):
+            tensor, target = tensors[key], leaf[index] if axes is None else leaf[index].transpose(axes)
+            if tensor.shape != target.shape:
+                raise ValueError(f"{key} is {list(tensor.shape)}, not {list(target.shape)}")
+            target[...] = tensor
+        tree = out[part].setdefault(name, {})
+        for step in path[:-1]:
+            tree = tree.setdefault(step, {})
+        tree[path[-1]] = leaf
+    return out["frozen"], out["blocks"]
+
+
+def leaves(frozen: Tree, blocks: Mapping[str, Tree]) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
+    """Every leaf: "frozen" or "blocks", the tree's name, the path in it, the leaf."""
+    for part, trees in (("frozen", frozen), ("blocks", blocks)):
+        for name, tree in trees.items():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                yield part, name, tuple(str(entry.key) for entry in path), leaf

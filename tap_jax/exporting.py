@@ -1,0 +1,151 @@
+"""`tap-jax export`: a model of a finished run as files for others.
+
+from tap_jax.exporting import export_client
+export_client("runs/demo", "exports/client3", client=3)
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+
+from tap_jax import blocks
+from tap_jax import config as configuration
+from tap_jax.blocks import Blocks
+from tap_jax.config import ConfigDict
+from tap_jax.engine import rounds
+from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.errors import UserError
+from tap_jax.experiment import Experiment, build, stored_model
+from tap_jax.export.staging import check_free
+from tap_jax.federation import Federation
+from tap_jax.models.server_model import ServerModel
+
+FORMATS = ("torch", "peft", "huggingface")
+MODELS = ("personal", "federated", "server")
+
+
+def export_client(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    client: int | None = None,
+    format: str = "torch",
+    model: str = "personal",
+    variant: str = "",
+    tasks: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> float:
+    """Exports one model and compares what was written with the JAX model, in float32.
+
+    Args:
+      workdir: of a finished run. The run's data must be at hand as for `evaluate`.
+      out: a new or empty folder.
+      client: whose; may be left out for model="server", which is then of all tasks.
+      format: "torch": a folder for `export.torch_model`, with every task. "peft": the encoders' LoRA as PEFT adapters
+        for FlavaModel or ViltModel, the rest beside them. "huggingface": a FlavaModel or ViltModel, LoRA merged.
+      model: "personal": X[i] as `variant` leaves it. "federated": W̃[i], what client i got after the last round.
+        "server": W̃.
+      variant: of a personal model; "" for the run's first.
+      tasks: only these; () for all that the client has.
+      say: is told what is going on.
+
+    Returns:
+      The largest difference between the outputs of the export and of the JAX model, relative to the largest output.
+
+    Raises:
+      UserError: no finished run, an unknown client, task, variant, format or model, a folder in use, or an export
+        that does not reproduce the model. Nothing is written then.
+    """
+    workdir = pathlib.Path(workdir)
+    _one_of("format", format, FORMATS)
+    _one_of("model", model, MODELS)
+    config = _finished(workdir)
+    federation = configuration.federation_of(config)
+    names = _tasks(federation, client, model, tasks)
+    variant = _variant(config, model, variant)
+    check_free(out)
+    experiment = build(config)
+    trained, step = _blocks(experiment, workdir, model, client, variant, say)
+    restricted = ServerModel(experiment.model.config, [task for task in experiment.model.tasks if task.name in names])
+    origin = {
+        "model": model,
+        "client": None if client is None else federation.clients[client].name,
+        "variant": variant or None,
+        "round": step,
+        "tasks": names,
+        "seed": config.seed,
+    }
+    # The checkpoint that the frozen weights come from, for what our model does not store of it.
+    source = None if config.model.start_from else config.model.weights or None
+    frozen = jax.device_get(experiment.engine.frozen)
+    if format == "torch":
+        from tap_jax.export.folder import write_torch
+
+        return write_torch(restricted, frozen, trained, out, tokenizer=experiment.data.tokenizer, origin=origin)
+    if format == "peft":
+        from tap_jax.export.peft import write_peft
+
+        return write_peft(restricted, frozen, trained, out, source=source, origin=origin)
+    from tap_jax.export.huggingface import write_huggingface
+
+    return write_huggingface(restricted, frozen, trained, out, source=source, origin=origin)
+
+
+def _finished(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration of a finished run, in float32: exports are not rounded to the run's compute type."""
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"workdir: {workdir} holds no run (config.json is missing); train one there first")
+    if not (workdir / "results.json").is_file():
+        raise UserError(f"workdir: the run in {workdir} has not finished (results.json is missing); call train again")
+    return configuration.load_config(workdir / "config.json", {"compute_dtype": "float32"})
+
+
+def _tasks(federation: Federation, client: int | None, model: str, wanted: Sequence[str]) -> list[str]:
+    """The names of the tasks to export, in the federation's order."""
+    clients = len(federation.clients)
+    if client is None:
+        if model != "server":
+            raise UserError(f"client: missing; a {model} model is some client's, name one of 0 to {clients - 1}")
+        owner, mine = "the federation", federation.tasks
+    elif not 0 <= client < clients:
+        raise UserError(f"client: no number {client}; the run has clients 0 to {clients - 1}")
+    else:
+        owner, mine = f"client {client}", federation.tasks_of(client)
+    names = [task.name for task in mine]
+    for task in wanted:
+        if task not in names:
+            raise UserError(f"tasks: {owner} does not have '{task}'; it has {', '.join(names)}")
+    return [name for name in names if name in wanted or not wanted]
+
+
+def _variant(config: ConfigDict, model: str, variant: str) -> str:
+    """The variant of a personal model; "" for models that come before the last phase."""
+    variants = configuration.variants_of(config)
+    if model == "personal":
+        if variant:
+            _one_of("variant", variant, variants)
+        return variant or variants[0]
+    if variant:
+        raise UserError(f"variant: a {model} model is of no variant; drop it or use model=personal")
+    return ""
+
+
+def _blocks(
+    experiment: Experiment, workdir: pathlib.Path, model: str, client: int | None, variant: str, say
+) -> tuple[Blocks, int]:
+    """The trained blocks, and after how many rounds."""
+    if model == "personal" and variant != "fedavg":  # which has no phase of its own: W̃[i]
+        return stored_model(experiment, workdir, variant, client), experiment.config.rounds
+    state = rounds.resume(Checkpoints(workdir / "checkpoints", report=say), experiment.init())
+    if state is None:
+        raise UserError(f"workdir: no checkpoint in {workdir}; train again")
+    server = experiment.engine.server_blocks(state.server)
+    owned = server if client is None else experiment.partition.blocks_of(client)
+    return blocks.take(server, list(owned)), state.round
+
+
+def _one_of(field: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{field}: unknown '{value}'; use one of {', '.join(known)}")
