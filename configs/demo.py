@@ -17,12 +17,12 @@ def get_config(argument: str = "") -> ConfigDict:
     """The demo; `argument` changes fields, e.g. "seed=42,rounds=5"."""
     config = default_config()
     config.variants = ("tap", "local", "fedavg", "fedavg+post")
-    config.rounds = 36
+    config.rounds = 30
     config.cohort_size = 6
     config.local_steps = 10
     config.batch_size = 16
     config.post_steps = 20
-    config.checkpoint_every = 12
+    config.checkpoint_every = 10
     optimizer = config.optimizer
     optimizer.learning_rate_initial = 1e-3
     optimizer.learning_rate = 4e-3

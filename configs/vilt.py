@@ -8,8 +8,9 @@ The tables average over the seeds 41 to 44:
       tap-jax train --config=configs/vilt.py:seed=$seed --workdir=runs/vilt-$seed
     done
 
-Not yet the tables' numbers: the frozen weights are random stand-ins of the right shapes until the pre-trained ones can
-be loaded. What is exact already is the parameter accounting (Table 7), which needs neither data nor network:
+The frozen weights are dandelin/vilt-b32-mlm's, from the hub or from a folder (`--config.model.weights=DIR`); random
+stand-ins of the same shapes: `--config.model.weights= --config.data.tokenizer=train`. The parameter accounting
+(Table 7) needs neither data nor weights nor network:
 
     tap-jax describe --config=configs/vilt.py
 
@@ -17,7 +18,7 @@ The baseline Local: `configs/vilt.py:method=local,variants=()`. Data from a fold
 hub: `--config.data.root=DIR`. No data at hand: `--config.data.root=synthetic`.
 
 Hardware: one GPU with 80 GB in bfloat16, or several through `mesh.clients`; `describe` prints the memory plan. Needs
-the network (or a filled cache) for the data and for BERT's tokenizer.
+the network (or a filled cache) for the data, the weights and their tokenizer (BERT's).
 """
 
 from ml_collections import ConfigDict
@@ -52,5 +53,6 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.federation.table = "vilt"
     config.data.root = "hub"
-    config.data.tokenizer = "bert-base-uncased"
+    config.data.tokenizer = "dandelin/vilt-b32-mlm"
+    config.model.weights = "dandelin/vilt-b32-mlm"
     return override(config, argument)

@@ -34,7 +34,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 IMAGE_SIDE = 64  # pixels a side of every stored image (spec.md 6)
 FLAVA_POSITIONS = 512  # of the text encoder, in every published FLAVA
-VILT_GRID = 12  # positions a side of dandelin/vilt-*: 384 pixels in patches of 32
 
 
 def default_config() -> ConfigDict:
@@ -85,6 +84,11 @@ def default_config() -> ConfigDict:
     # --- The server model: spec.md 2, Tables 18-21 -----------------------------------------------------------------
     config.model = model = ConfigDict()
     model.name = "flava"  # | "vilt"
+    # Frozen weights (and ViLT's first CLS and positions): hub id or folder of a checkpoint that Hugging Face's FLAVA or
+    # ViLT classes write | "": random stand-ins of the right shapes. The sizes below must be the checkpoint's.
+    model.weights = ""
+    # An export of --format=torch: its frozen weights and blocks take the place of the initial ones of the same names.
+    model.start_from = ""
     model.width = 768  # D
     model.heads = 12  # attention heads of encoders and backbone
     model.mlp = 3072  # inner width of every feed-forward
@@ -95,6 +99,7 @@ def default_config() -> ConfigDict:
     model.upsample = 2.0  # factor of the input adaptor's first resize
     model.vocab = 30522  # V, word pieces
     model.max_text = 256  # input tokens
+    model.text_positions = 0  # rows of the text position table; 0: FLAVA's 512 for max_text > 128, else max_text
     model.max_answer = 256  # ⚙ target tokens; shorter where a task's data allow
     model.backbone_layers = (1, 1)  # L of MoTE and MoME
     model.qv_delta = True  # ⚙ dense trainable delta on W_q and W_v of the backbone, as Table 7 counts
@@ -113,7 +118,9 @@ def default_config() -> ConfigDict:
     model.text_inner = 1536  # its feed-forward
     model.text_dropout = 0.1
     model.condition = "pooled"  # ⚙ condition answers on the pooled vector | "paths": on all path vectors
-    model.position = "interpolate"  # ⚙ ViLT's 12x12 position table to the grid | "slice" its corner
+    model.position = "interpolate"  # ⚙ ViLT's position table to the grid in use | "slice" its corner
+    model.position_grid = 12  # positions a side of that table; 12 in dandelin/vilt-*: 384 pixels in patches of 32
+    model.layer_norm_eps = 1e-12  # of the pre-trained LayerNorms
 
     # --- Clients and data: spec.md 4 and 6 -------------------------------------------------------------------------
     config.federation = federation = ConfigDict()
@@ -185,7 +192,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 # Every other number is > 0; tuples of numbers elementwise.
 _MAY_BE_ZERO = (
-    "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients",
+    "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients", "model.text_positions",
     "optimizer.learning_rate_initial", "optimizer.warmup_rounds", "optimizer.weight_decay", "optimizer.clip_norm",
     "data.train_size", "data.test_size", "data.image_classes",
     "engine.microbatch", "engine.rows_per_chunk", "engine.clients_per_pass",
@@ -297,9 +304,10 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"model.{field}: {model[field]} does not divide model.width {model.width}")
     if model.image_size % model.patch:
         raise UserError(f"model.patch: {model.patch} does not divide model.image_size {model.image_size}")
-    if model.name == "vilt" and model.position == "slice" and model.image_size // model.patch > VILT_GRID:
+    grid = model.position_grid
+    if model.name == "vilt" and model.position == "slice" and model.image_size // model.patch > grid:
         raise UserError(
-            f"model.position: 'slice' has {VILT_GRID}x{VILT_GRID} positions, too few for {model.image_size} pixels in"
+            f"model.position: 'slice' has {grid}x{grid} positions, too few for {model.image_size} pixels in"
             f" patches of {model.patch}; use 'interpolate' or larger patches"
         )
     if not (IMAGE_SIDE * model.upsample).is_integer():
@@ -310,7 +318,12 @@ def validate(config: ConfigDict) -> None:
     for field in ("max_text", "max_answer"):
         if model[field] < 3:
             raise UserError(f"model.{field}: {model[field]} leaves no room between [CLS] and [SEP]; use at least 3")
-    if model.name == "flava" and model.max_text > FLAVA_POSITIONS:
+    if model.text_positions and model.max_text > model.text_positions:
+        raise UserError(
+            f"model.max_text: {model.max_text}, but the text side has model.text_positions = {model.text_positions};"
+            f" use at most {model.text_positions}"
+        )
+    if model.name == "flava" and not model.text_positions and model.max_text > FLAVA_POSITIONS:
         raise UserError(
             f"model.max_text: {model.max_text}, but FLAVA's text encoder has {FLAVA_POSITIONS} positions;"
             f" use at most {FLAVA_POSITIONS}"

@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,8 +27,9 @@ from tap_jax.data import federated
 from tap_jax.data.federated import FederatedData
 from tap_jax.engine import parallel, rounds
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.cohort import Engine, EngineSettings
+from tap_jax.engine.cohort import Cohort, Engine, EngineSettings
 from tap_jax.engine.local_training import TrainingSettings
+from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.evaluation.metrics import TextScorer, text_scorer
@@ -39,8 +40,9 @@ from tap_jax.methods.fedavg import fedavg
 from tap_jax.methods.local import local
 from tap_jax.methods.losses import distillation_loss, task_loss
 from tap_jax.methods.tap import tap
+from tap_jax.models import checkpoints
 from tap_jax.models.layers import ModelConfig
-from tap_jax.models.server_model import ServerModel, to_compute_dtype
+from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
 
 # variant -> the trained chain whose divergence it inherits
 _CHAIN = {"tap": "personal", "tap-no-kd": "personal", "local": "local"}
@@ -69,6 +71,7 @@ class Experiment:
       engine: the compiled side.
       variants: which results `finish` makes.
       initial_blocks: W̃ before round 0, by name, on the host.
+      notes: what the user should know about how it was built, one line each.
     """
 
     config: ConfigDict
@@ -80,6 +83,7 @@ class Experiment:
     engine: Engine
     variants: tuple[str, ...]
     initial_blocks: Blocks
+    notes: tuple[str, ...] = ()
 
     def init(self) -> State:
         """The state before round 0."""
@@ -92,11 +96,20 @@ class Experiment:
     def finish(self, state: State) -> Finished:
         """Stage 2 and the other variants' last phases, over all clients in passes."""
         found: dict[str, dict[int, Blocks]] = {}
-        for cohort in self.engine.passes(int(state.round)):
-            for variant, models in self.method.finish(cohort, state, self.variants).items():
-                found.setdefault(variant, {}).update(models)
+        for _, models in self.finish_in_passes(state):
+            for variant, mine in models.items():
+                found.setdefault(variant, {}).update(mine)
         clients = range(len(self.federation.clients))
         return Finished(state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants})
+
+    def finish_in_passes(self, state: State) -> Iterator[tuple[Cohort, dict[str, dict[int, Blocks]]]]:
+        """`finish` for `clients_per_pass` clients at a time, so that nobody need hold all models at once.
+
+        Yields:
+          (the cohort, variant -> client number -> blocks on the host); variants of the server's blocks are left out.
+        """
+        for cohort in self.engine.passes(int(state.round)):
+            yield cohort, self.method.finish(cohort, state, self.variants)
 
     def prepare(self) -> None:
         """Starts compiling all that a whole run needs, in the background; optional."""
@@ -109,9 +122,7 @@ class Experiment:
     @functools.cached_property
     def scorer(self) -> TextScorer | None:
         """Scores generated text; None where no task generates any."""
-        if all(task.kind != "text_generation" for task in self.model.tasks):
-            return None
-        return text_scorer(self.config.metrics.bertscore_model, self.config.metrics.bertscore_layer)
+        return scorer_of(self.config, self.model.tasks)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
@@ -131,15 +142,30 @@ class Experiment:
         """
         if isinstance(models, State):
             models = Finished(models, {**models.chains, "fedavg": None})
-        rows = []
+        cohorts, rows = self.engine.passes(int(models.state.round)), []
         for variant, found in models.models.items():
-            chain = variant if variant in models.state.finite else _CHAIN.get(variant, "federated")
-            finite = models.state.finite.get(chain)
             if found is None:
-                rows += self.evaluator.evaluate_server(variant, models.state.server, finite)
+                rows += self.evaluate_server(variant, models.state)
             else:
-                rows += self.evaluator.evaluate(variant, found, finite)
-        return rows
+                for cohort in cohorts:
+                    mine = {int(k): found[k] for k in cohort.clients if k >= 0}
+                    rows += self.evaluate_cohort(variant, cohort, mine, models.state)
+        return self.in_order(rows)
+
+    def evaluate_cohort(self, variant: str, cohort: Cohort, models: Mapping[int, Blocks], state: State) -> list[Row]:
+        """Result rows of the models of one pass's clients, client number -> blocks."""
+        chain = variant if variant in state.finite else _CHAIN.get(variant, "federated")
+        return self.evaluator.evaluate(variant, cohort, models, state.finite.get(chain))
+
+    def evaluate_server(self, variant: str, state: State) -> list[Row]:
+        """Result rows of the server's blocks, for every client."""
+        return self.evaluator.evaluate_server(variant, state.server, state.finite.get("federated"))
+
+    def in_order(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows by variant, client and task, in the order in which the configuration and the federation name them."""
+        variants = [*self.variants, *{row["variant"]: None for row in rows}]
+        tasks = [task.name for task in self.model.tasks]
+        return sorted(rows, key=lambda row: (variants.index(row["variant"]), row["client"], tasks.index(row["task"])))
 
 
 def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:
@@ -179,6 +205,10 @@ def build(config: ConfigDict) -> Experiment:
     tasks = tasks_of(config, federation)
     variants = configuration.variants_of(config)
     mesh = parallel.client_mesh(config.mesh.clients)
+    # What cannot be had or does not fit is said before the data are read.
+    if config.metrics.bertscore_model != "auto":
+        scorer_of(config, tasks)
+    pretrained = pretrained_weights(config, tasks)
     data = federated.build(
         federation,
         tasks,
@@ -199,7 +229,13 @@ def build(config: ConfigDict) -> Experiment:
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
     model = ServerModel(model_config(config, vocab=vocab), tasks)
     partition = model.partition(federation.task_mask)
-    frozen, initial = model.init(jax.random.key(config.seed))
+    frozen, initial = model.init(jax.random.key(config.seed), pretrained)
+    notes: tuple[str, ...] = ()
+    if config.model.start_from:
+        from tap_jax.export.start import read_torch  # and with it PyTorch
+
+        start = read_torch(config.model.start_from, model, tokenizer=data.tokenizer)
+        frozen, initial, notes = {**frozen, **start.frozen}, {**initial, **start.blocks}, start.notes
     engine = Engine(
         model,
         partition,
@@ -213,8 +249,34 @@ def build(config: ConfigDict) -> Experiment:
     )
     method = method_of(config, tasks, variants)
     return Experiment(
-        config, federation, model, data, method, partition, engine, variants, jax.device_get(dict(initial))
+        config, federation, model, data, method, partition, engine, variants, jax.device_get(dict(initial)), notes
     )
+
+
+def pretrained_weights(config: ConfigDict, tasks: Sequence[Task]) -> Pretrained | None:
+    """The weights that `model.weights` names, or None for random stand-ins.
+
+    Raises:
+      UserError: a checkpoint that cannot be read or does not fit, or word pieces that are not its own.
+    """
+    if not config.model.weights:
+        return None
+    if config.data.tokenizer == "train" and any("text" in task.modalities for task in tasks):
+        raise UserError(
+            "data.tokenizer: 'train' makes word pieces that model.weights do not know; name the checkpoint's tokenizer"
+        )
+    folder = os.path.join(configuration.data_cache(config), "weights")
+    return checkpoints.load(config.model.weights, ServerModel(model_config(config), tasks), cache_dir=folder)
+
+
+_text_scorer = functools.cache(text_scorer)  # one BERT per process
+
+
+def scorer_of(config: ConfigDict, tasks: Sequence[Task]) -> TextScorer | None:
+    """The scorer of generated text; None where no task generates any."""
+    if all(task.kind != "text_generation" for task in tasks):
+        return None
+    return _text_scorer(config.metrics.bertscore_model, config.metrics.bertscore_layer)
 
 
 def method_of(config: ConfigDict, tasks: Sequence[Task], variants: Sequence[str]) -> Method:
@@ -320,7 +382,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     _check_workdir(workdir, identity)
     experiment = build(config)
     reporter.built(experiment)
-    for note in experiment.scorer.notes if experiment.scorer else ():
+    for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
         reporter.say(note)
     state = experiment.init()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -351,18 +413,23 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     reporter.say(
         f"after the last round: {', '.join(experiment.variants)} for {len(experiment.federation.clients)} clients"
     )
-    finished = experiment.finish(state)
-    post = time.monotonic()
-    rows = experiment.evaluate(finished)
+    rows: list[Row] = []
+    for cohort, models in experiment.finish_in_passes(state):
+        for variant, mine in models.items():
+            for client, found in mine.items():
+                write_model(workdir / "models", variant, client, found, config.rounds)
+            rows += experiment.evaluate_cohort(variant, cohort, mine, state)
+    for variant in experiment.variants:
+        if not any(row["variant"] == variant for row in rows):
+            rows += experiment.evaluate_server(variant, state)
+    rows = experiment.in_order(rows)
     timing = {
         "build_seconds": built - started,
         "rounds_seconds": trained - built,
-        "post_seconds": post - trained,
-        "evaluation_seconds": time.monotonic() - post,
+        "post_and_evaluation_seconds": time.monotonic() - trained,
         "total_seconds": time.monotonic() - started,
         "device": f"{len(experiment.engine.mesh.devices)} x {jax.devices()[0].device_kind}",
     }
-    save_models(experiment, finished, workdir, identity)
     notes = experiment.scorer.notes if experiment.scorer else ()
     replacements = [
         entry for line in rounds.read_lines(workdir / "metrics.jsonl") for entry in line.get("replacements", [])
@@ -371,12 +438,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     return rows
 
 
-def save_models(experiment: Experiment, finished: Finished, workdir: pathlib.Path, identity: str) -> None:
-    """The finished clients' models, for `tap-jax evaluate` and exports: workdir/models, one orbax checkpoint."""
-    tree = {variant: models for variant, models in finished.models.items() if models is not None}
-    if tree:
-        state = finished.state
-        Checkpoints(workdir / "models", keep=1).save(int(state.round), jax.device_get(tree), {"config": identity})
+def stored_model(experiment: Experiment, workdir: pathlib.Path, variant: str, client: int) -> Blocks:
+    """One client's finished blocks, as `run` left them.
+
+    Raises:
+      UserError: there are none, or they cannot be read.
+    """
+    like = blocks.take(experiment.initial_blocks, experiment.partition.blocks_of(client))
+    return read_model(workdir / "models", variant, client, like, experiment.config.rounds)
 
 
 def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
@@ -396,16 +465,15 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)
     if state is None:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
-    stored = tuple(variant for variant in experiment.variants if variant != "fedavg")
-    clients = tuple(
-        blocks.take(experiment.initial_blocks, experiment.partition.blocks_of(k))
-        for k in range(len(experiment.federation.clients))
-    )
-    found = Checkpoints(workdir / "models", report=reporter.say).restore_latest(dict.fromkeys(stored, clients))
-    if stored and found is None:
-        raise UserError(f"workdir: no models in {workdir}; train again")
-    models = {v: found[1][v] if v in stored else None for v in experiment.variants}
-    rows = experiment.evaluate(Finished(state, models))
+    rows = []
+    for variant in experiment.variants:
+        if variant == "fedavg":
+            rows += experiment.evaluate_server(variant, state)
+            continue
+        for cohort in experiment.engine.passes(state.round):
+            models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
+            rows += experiment.evaluate_cohort(variant, cohort, models, state)
+    rows = experiment.in_order(rows)
     notes = experiment.scorer.notes if experiment.scorer else ()
     write_results(workdir, config, rows, results["replacements"], results["timing"], notes=notes)
     return rows

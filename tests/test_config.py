@@ -1,5 +1,6 @@
 """`tap_jax.config`: the defaults are the paper's, and every mistake is one clear line."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -26,7 +27,6 @@ from tap_jax.config import (
 from tap_jax.data import examples
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS
-from tap_jax.models import flava, vilt
 from tap_jax.models.layers import ModelConfig
 
 FLAVA, VILT = "configs/flava.py", "configs/vilt.py"
@@ -89,9 +89,11 @@ def test_paper_configs_hold_tables_21_and_22(field):
 
 def test_sizes_that_are_typed_twice_agree():
     assert config_module.IMAGE_SIDE == examples.IMAGE_SIDE
-    assert config_module.VILT_GRID == vilt.PRETRAINED_GRID
     wide = ModelConfig(max_text=config_module.FLAVA_POSITIONS)
-    assert flava.text_positions(wide) == config_module.FLAVA_POSITIONS
+    assert wide.text_rows == config_module.FLAVA_POSITIONS
+    config = default_config().model
+    for field in dataclasses.fields(ModelConfig):
+        assert field.name in ("attention", "dtype", "remat") or config[field.name] == field.default
 
 
 def test_paper_configs_describe_30_clients():

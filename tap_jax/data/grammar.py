@@ -2,7 +2,7 @@
 
 Each function draws one record with the columns of the data set it stands in for, so that templates and metrics
 treat both alike. Fewer than 300 words in all. A rule decides every answer; which words belong to which topic,
-crime or illness is fixed, never seeded, so that all clients face the same world.
+offence or illness is fixed, never seeded, so that all clients face the same world.
 """
 
 from collections.abc import Mapping
@@ -52,64 +52,52 @@ def news(rng: np.random.Generator, label: int) -> dict:
     return {"text": text, "label": label}
 
 
-# Offence families: two names each, of which a question offers exactly one, and the acts that count as it.
-_CRIMES = (
-    (("theft", "robbery"), ("takes a car", "keeps a coin", "takes a coat")),
-    (("assault", "battery"), ("hits a guard", "kicks a clerk", "pushes a guest")),
-    (("fraud", "deceit"), ("sells a fake coin", "signs a false paper", "lies to a clerk")),
-    (("arson", "damage"), ("burns a boat", "breaks a window", "burns a car")),
-    (("trespass", "intrusion"), ("enters a boat", "climbs a fence", "enters a garden")),
-    (("bribery", "corruption"), ("pays a guard", "pays a judge", "gives a judge a coat")),
-)
-_PERSONS = ("man", "woman", "boy", "girl", "player", "farmer", "teacher", "driver")
+# What a question may be about, by domain: (how it is put, answer -> the cues that call for it).
+_QUESTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
+    "law": (
+        "A {who} {a}, {b} and {c} {when}. Guilty of?",
+        {
+            "assault": ("hits a guard", "kicks a clerk", "pushes a guest", "slaps a player"),
+            "damage": ("burns a boat", "breaks a window", "cuts a fence", "scratches a car"),
+            "fraud": ("sells a fake coin", "signs a false paper", "cheats a bank", "lies to a judge"),
+            "theft": ("takes a coat", "steals a car", "keeps a coin", "robs a market"),
+        },
+    ),
+    "medicine": (
+        "A {who} has {a}, {b} and {c} {when}. Best treatment?",
+        {
+            "antibiotic": ("fever", "chills", "headache", "a sore throat"),
+            "aspirin": ("chest pain", "sweat", "a weak pulse", "a numb arm"),
+            "insulin": ("thirst", "sugar", "hunger", "weak sight"),
+            "lotion": ("a rash", "itch", "red skin", "dry spots"),
+        },
+    ),
+    "moral": (
+        "I {a}, {b} and {c} a {who} {when}. That is?",
+        {
+            "cruel": ("hurt", "scare", "insult", "starve"),
+            "dishonest": ("trick", "cheat", "mislead", "betray"),
+            "kind": ("help", "thank", "feed", "teach"),
+            "lazy": ("ignore", "forget", "delay", "avoid"),
+        },
+    ),
+}
+QUESTION_DOMAINS = tuple(_QUESTIONS)
+_PERSONS = ("man", "woman", "boy", "girl", "child", "player", "farmer", "teacher", "driver", "guest")
 _TIMES = ("today", "tonight", "at school", "in the park")
-# Illness families: two treatments each, of which a question offers exactly one, and the signs.
-_ILLNESSES = (
-    (("insulin", "diet"), ("thirst", "sugar", "hunger")),
-    (("aspirin", "surgery"), ("chest pain", "sweat", "weak pulse")),
-    (("inhaler", "steam"), ("cough", "wheeze", "weak breath")),
-    (("antibiotic", "fluids"), ("fever", "chills", "headache")),
-    (("cast", "splint"), ("bent arm", "red leg", "sharp pain")),
-    (("lotion", "cream"), ("rash", "itch", "red skin")),
-)
-_GOOD_ACTS = ("help", "thank", "feed", "teach", "save")
-_BAD_ACTS = ("rob", "hurt", "insult", "trick", "scare")
-_OTHERS = ("a friend", "a guest", "a child", "a farmer", "a man", "a teacher", "a dog", "a girl")
-_VERDICTS = ("wrong, wrong", "wrong, fine", "fine, wrong", "fine, fine")
 
 
-def law(rng: np.random.Generator) -> dict:
-    """What is X guilty of? The act decides, unless the owner or victim agreed: then it is "nothing"."""
-    family = rng.integers(len(_CRIMES))
-    agreed = rng.random() < 0.25
-    act = _pick(rng, _CRIMES[family][1])
-    question = f"A {_pick(rng, _PERSONS)} {act} {_pick(rng, _TIMES)}{' with consent' if agreed else ''}. Guilty of?"
-    true_name, *others = _one_per_family(rng, _CRIMES, family)
-    if agreed:
-        return _choice("law", question, "nothing", [true_name, *others[:2]])
-    return _choice("law", question, true_name, others if rng.random() < 0.7 else ["nothing", *others[:2]])
+def question(rng: np.random.Generator, domain: str) -> dict:
+    """One question of `domain`, {question, subject, choices, answer}: three of an answer's four cues decide.
 
-
-def medicine(rng: np.random.Generator) -> dict:
-    """Which treatment? Two of the illness's three signs are named; one of its two treatments is on offer."""
-    family = rng.integers(len(_ILLNESSES))
-    first, second = rng.permutation(len(_ILLNESSES[family][1]))[:2]
-    signs = _ILLNESSES[family][1]
-    question = f"A {_pick(rng, _PERSONS)} has {signs[first]} and {signs[second]} {_pick(rng, _TIMES)}. Best treatment?"
-    answer, *others = _one_per_family(rng, _ILLNESSES, family)
-    return _choice("medicine", question, answer, others)
-
-
-def moral(rng: np.random.Generator) -> dict:
-    """Two acts, each wrong or fine: the verb decides, but nothing done by accident is wrong."""
-    wrong, parts = [], []
-    for _ in range(2):
-        bad, accident = rng.random() < 0.6, rng.random() < 0.2
-        verb = _pick(rng, _BAD_ACTS if bad else _GOOD_ACTS)
-        parts.append(f"I {verb} {_pick(rng, _OTHERS)}{' by accident' if accident else ''}.")
-        wrong.append(bad and not accident)
-    answer = 2 * (not wrong[0]) + (not wrong[1])
-    return {"question": " Then ".join(parts), "subject": "moral", "choices": list(_VERDICTS), "answer": answer}
+    Options come in alphabetical order, so that the letter, too, can be learned from the words.
+    """
+    frame, cues = _QUESTIONS[domain]
+    choices = sorted(cues)
+    answer = rng.integers(len(choices))
+    a, b, c = rng.permutation(cues[choices[answer]])[:3]
+    text = frame.format(a=a, b=b, c=c, who=_pick(rng, _PERSONS), when=_pick(rng, _TIMES))
+    return {"question": text, "subject": domain, "choices": choices, "answer": int(answer)}
 
 
 # Who does what to what, where: transitive verbs with their own objects.
@@ -171,15 +159,3 @@ def _third_person(verb: str) -> str:
 
 def _pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
-
-
-def _one_per_family(rng: np.random.Generator, families, first: int) -> list[str]:
-    """One name of family `first`, then one each of three other families."""
-    rest = rng.permutation([f for f in range(len(families)) if f != first])[:3]
-    return [_pick(rng, families[f][0]) for f in (first, *rest)]
-
-
-def _choice(subject: str, question: str, answer: str, others: list[str]) -> Mapping:
-    # Options in alphabetical order: then the letter, too, can be learned from the words.
-    choices = sorted([answer, *others])
-    return {"question": question, "subject": subject, "choices": choices, "answer": choices.index(answer)}

@@ -106,17 +106,16 @@ def _news(task: Task, split: str, rng: np.random.Generator, size: int) -> Exampl
 
 def _multiple_choice(task: Task, split: str, rng: np.random.Generator, size: int) -> Examples:
     """mmlu: questions on the task's domains, as many on each."""
-    rules = {"law": grammar.law, "medicine": grammar.medicine, "moral": grammar.moral}
-    unknown = [domain for domain in task.domains if domain not in rules]
+    known = grammar.QUESTION_DOMAINS
+    unknown = [domain for domain in task.domains if domain not in known]
     if unknown:
-        raise UserError(f"task {task.name}: no synthetic questions on {', '.join(unknown)}; use {', '.join(rules)}")
+        raise UserError(f"task {task.name}: no synthetic questions on {', '.join(unknown)}; use {', '.join(known)}")
 
     def draw(number: int):
         domain = number % len(task.domains)
-        record = rules[task.domains[domain]](rng)
+        record = grammar.question(rng, task.domains[domain])
         source, target = templates.mmlu_text(record)
-        # The question alone decides the split: with other options it must not sit in both.
-        return record["question"], source, (domain, source, target)
+        return source, source, (domain, source, target)
 
     records = _collect(draw, task, split, size)
     domains, inputs, targets = zip(*(records[i] for i in rng.permutation(size)), strict=True)

@@ -174,7 +174,7 @@ class Cohort:
         """W̃[i] for every client, [D, G, n]."""
         return self.engine._broadcast(server, self.seats)
 
-    def load(self, chain: Sequence[Blocks]) -> Stack:
+    def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks]) -> Stack:
         """The clients' blocks from host memory, [D, G, n]."""
         holders = [chain[k] if k >= 0 else {} for k in self.clients]
         flat = blocks.pack(self.engine.partition, self.flat_seats, holders, self.engine.like)
@@ -321,10 +321,7 @@ def _broadcast(server_seats: Seats, server: Stack, seats: Seats) -> Stack:
 
 def _aggregate(server_seats: Seats, server: Stack, stack: Stack, seats: Seats, weights: Array, losses: Losses) -> Stack:
     # A client that took no step has nothing to say; one whose loss or blocks are not numbers must not be heard.
-    broken = jnp.zeros(len(weights) + 1, jnp.int32)
-    for group, matrix in _flat(stack).items():
-        broken = broken.at[seats.client[group]].add(~jnp.isfinite(matrix).all(1))
-    heard = jnp.isfinite(losses.plain).all(1) & losses.seen.any(1) & (broken[:-1] == 0)
+    heard = jnp.isfinite(losses.plain).all(1) & losses.seen.any(1)
     weights = jnp.where(heard[:, None], weights, 0)
     return blocks.aggregate(server, _flat(stack), server_seats, seats, weights)
 

@@ -225,9 +225,24 @@ def local_training(
             return stack, state, losses
 
         stack, _, losses = jax.lax.fori_loop(0, plan.steps, step, (stack, optimizer.init(stack), losses))
-        return stack, losses
+        return stack, without_broken(losses, stack, seats)
 
     return train
+
+
+def without_broken(losses: Losses, stack: Stack, seats: Seats) -> Losses:
+    """The losses, NaN for clients that hold a value that is no number.
+
+    The last step can break blocks without any loss having shown it. Whoever decides by losses (aggregation, replacement,
+    results) then sees it as well.
+    """
+    broken = jnp.zeros(seats.slot.shape[0] + 1, bool)
+    for group, matrix in stack.items():
+        broken = broken.at[seats.client[group]].max(~jnp.isfinite(matrix).all(1))
+    lost = broken[:-1, None] & losses.seen
+    return losses.replace(
+        plain=jnp.where(lost, jnp.nan, losses.plain), weighted=jnp.where(lost, jnp.nan, losses.weighted)
+    )
 
 
 def clip_per_client(grads: Stack, seats: Seats, bound: float) -> dict[str, Array]:

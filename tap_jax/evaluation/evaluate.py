@@ -177,26 +177,30 @@ class Evaluator:
             for metric, value in values.items()
         ]
 
-    def evaluate(self, variant: str, models: Sequence[Blocks], finite: np.ndarray | None = None) -> list[Row]:
-        """All clients' own models: `models` holds every client's blocks; `finite` bool [K, O].
+    def evaluate(
+        self, variant: str, cohort: Cohort, models: Mapping[int, Blocks], finite: np.ndarray | None = None
+    ) -> list[Row]:
+        """The own models of a cohort's clients: client number -> blocks; `finite` bool [K, O].
 
         A model that holds a value that is no number gets no value either: an argmax over NaN would be one.
         """
-        whole = [all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dict(mine))) for mine in models]
-        finite = np.array(whole)[:, None] & (self.engine.partition.task_mask if finite is None else finite)
-        rows = []
-        for cohort in self.engine.passes(0):
-            stack = cohort.load(models)
-            wanted = {
-                task.name: {int(k) for k in cohort.clients if k >= 0 and self.engine.partition.task_mask[k, o]}
-                for o, task in enumerate(self.engine.tasks)
-            }
-            rows += self._score_all(variant, self.predict(cohort, stack, wanted), finite)
-        return rows
+        mask = self.engine.partition.task_mask
+        finite = np.array(mask if finite is None else finite)
+        for client, mine in models.items():
+            finite[client] &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dict(mine)))
+        wanted = {task.name: {k for k in models if mask[k, o]} for o, task in enumerate(self.engine.tasks)}
+        return self._score_all(variant, self.predict(cohort, cohort.load(models), wanted), finite)
 
     def evaluate_server(self, variant: str, server: Stack, finite: np.ndarray | None = None) -> list[Row]:
-        """The server's blocks for every client; with common test sets each task is predicted once."""
+        """The server's blocks for every client; with common test sets each task is predicted once.
+
+        Args:
+          finite: bool [K, O], of the clients' training. A task counts as diverged where it did for all its owners: as
+            long as one was heard, the server's blocks are that one's.
+        """
         mask = self.engine.partition.task_mask
+        if finite is not None:
+            finite = mask & (finite & mask).any(0)
         rows = []
         owners = {task.name: np.flatnonzero(mask[:, o]) for o, task in enumerate(self.engine.tasks)}
         wanted = {name: {int(k) for k in (found if self.personal else found[:1])} for name, found in owners.items()}

@@ -41,7 +41,10 @@ class State(struct.PyTreeNode):
 
 
 class Losses(Protocol):
-    """Losses of a phase: `mean(history)` float32 [P, O] over the steps that saw the task, `seen` bool [P, O]."""
+    """Losses of a phase: `mean(history)` float32 [P, O] over the steps that saw the task, `seen` bool [P, O].
+
+    A client whose blocks are not all numbers at the end has NaN for every task it saw.
+    """
 
     seen: Array
 
@@ -61,7 +64,7 @@ class Cohort(Protocol):
     def broadcast(self, server: Stack) -> Stack:
         """W̃[i] for every client."""
 
-    def load(self, chain: Sequence[Blocks]) -> Stack:
+    def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks]) -> Stack:
         """The clients' blocks from a chain of the state."""
 
     def unload(self, stack: Stack) -> dict[int, Blocks]:

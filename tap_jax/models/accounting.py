@@ -14,7 +14,6 @@ import numpy as np
 
 from tap_jax.blocks import count
 from tap_jax.federation import Task
-from tap_jax.models import vilt
 from tap_jax.models.backbone import SHARED
 from tap_jax.models.server_model import ServerModel
 
@@ -96,7 +95,7 @@ def _unused(model: ServerModel, modalities: Sequence[str]) -> dict[str, int]:
         return {}
     # ViLT's embedding module is one: the text side counts its image parts as well.
     patch = 3 * model.config.patch**2 * d + d
-    positions = (1 + vilt.PRETRAINED_GRID**2) * d
+    positions = (1 + model.config.position_grid**2) * d
     return {"text side: patch projection": patch, "text side: CLS, positions, modality types": d + positions + 2 * d}
 
 

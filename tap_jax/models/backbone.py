@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tap_jax.models.layers import ModelConfig, attention, gelu, layer_norm
-from tap_jax.models.lora import Tree, init_lora, lora
+from tap_jax.models.lora import Tree, init_lora, lora, stand_in
 
 SHARED = "shared"
 
@@ -75,15 +75,14 @@ def roles(modality: str, kind: str, domain: str) -> dict[str, tuple[str, ...]]:
 def init_frozen(key: Array, config: ModelConfig, layers: int) -> Tree:
     """Stand-in for pre-trained weights of `layers` layers: every leaf has a leading layer axis.
 
-    Matrices are N(0, 0.02²) as in BERT's initialisation; a checkpoint replaces them. "query_value" has a second
-    axis of two.
+    See `lora.stand_in`. "query_value" has a second axis of two.
     """
     d, f = config.width, config.mlp
     keys = iter(jax.random.split(key, 5))
 
     def dense(inputs, outputs, *axes):
         return {
-            "kernel": 0.02 * jax.random.normal(next(keys), (layers, *axes, inputs, outputs), jnp.float32),
+            "kernel": stand_in(d)(next(keys), (layers, *axes, inputs, outputs), jnp.float32),
             "bias": jnp.zeros((layers, *axes, outputs), jnp.float32),
         }
 

@@ -16,7 +16,7 @@ from tap_jax.models.layers import (
     encoder_layers,
     patches,
 )
-from tap_jax.models.lora import FrozenDense, frozen
+from tap_jax.models.lora import FrozenDense, frozen, stand_in_positions
 
 _normal = nn.initializers.normal(0.02)
 
@@ -40,7 +40,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D]; T <= max(512, max_text) positions are stored."""
+    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D]; T <= text_rows, the positions stored."""
 
     config: ModelConfig
 
@@ -49,15 +49,10 @@ class TextEncoder(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         words = frozen(self, "words", _normal, (c.vocab, c.width))
-        positions = frozen(self, "positions", _normal, (text_positions(c), c.width))
-        types = frozen(self, "types", _normal, (2, c.width))
+        positions = frozen(self, "positions", stand_in_positions, (c.text_rows, c.width))
+        types = frozen(self, "types", stand_in_positions, (2, c.width))
         x = (words[tokens] + positions[: tokens.shape[1]] + types[0]).astype(dtype)
         x = FrozenLayerNorm(c.layer_norm_eps, name="embedding_norm")(x)
         x, _ = encoder_layers(c, c.text_layers, deterministic=deterministic)(x, mask)
         x = FrozenLayerNorm(c.layer_norm_eps, name="norm")(x)
         return OutputProjection(name="output")(x)
-
-
-def text_positions(config: ModelConfig) -> int:
-    """Rows of the position table: 512 in every published FLAVA, as many as needed in a smaller model."""
-    return 512 if config.max_text > 128 else config.max_text

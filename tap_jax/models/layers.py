@@ -20,7 +20,8 @@ class ModelConfig:
     """Sizes of the server model; field by field the `model` section of a configuration (spec: Sec. 5.1, App. D).
 
     `rank` fields are LoRA ranks; alpha = lora_alpha_ratio · rank. `backbone_layers` are the depths of the MoTE
-    and the MoME stage. Lengths are in word pieces, sizes in pixels.
+    and the MoME stage. Lengths are in word pieces, sizes in pixels. `text_positions` are the rows of the text side's
+    position table (0: as `text_rows` says), `position_grid` the positions a side of ViLT's.
     """
 
     name: str = "flava"
@@ -34,6 +35,7 @@ class ModelConfig:
     upsample: float = 2.0
     vocab: int = 30522
     max_text: int = 256
+    text_positions: int = 0
     max_answer: int = 256
     backbone_layers: tuple[int, int] = (1, 1)
     qv_delta: bool = True
@@ -53,10 +55,20 @@ class ModelConfig:
     text_dropout: float = 0.1
     condition: str = "pooled"
     position: str = "interpolate"
+    position_grid: int = 12
     layer_norm_eps: float = 1e-12
     attention: str = "auto"
     remat: bool = False
     dtype: str = "float32"
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of the text position table: `text_positions`, or else as many as max_text needs.
+
+        Every published FLAVA has 512, so one that reads long texts is given those.
+        """
+        long_flava = self.name == "flava" and self.max_text > 128
+        return self.text_positions or (512 if long_flava else self.max_text)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
@@ -164,9 +176,15 @@ def encoder_layers(config: ModelConfig, depth: int, *, deterministic: bool) -> n
 
 
 @functools.lru_cache
-def bilinear_matrix(size: int, target: int) -> np.ndarray:
-    """float32 [target, size]: 1-D bilinear resampling as torch's `interpolate(align_corners=False)` does it."""
-    source = np.maximum((np.arange(target) + 0.5) * size / target - 0.5, 0)
+def bilinear_matrix(size: int, target: int, *, align_corners: bool = False) -> np.ndarray:
+    """float32 [target, size]: 1-D bilinear resampling as torch's `interpolate` does it.
+
+    With `align_corners` the first and last samples keep their places, else the edges of their cells do.
+    """
+    if align_corners:
+        source = np.arange(target) * (size - 1) / max(target - 1, 1)
+    else:
+        source = np.maximum((np.arange(target) + 0.5) * size / target - 0.5, 0)
     low = np.minimum(source.astype(np.int64), size - 1)
     high = np.minimum(low + 1, size - 1)
     matrix = np.zeros((target, size), np.float32)

@@ -42,6 +42,19 @@ def lora(x: Array, adapter: Tree, *, scale: float, rate: float = 0.0, key: Array
     return (dropout(x, rate, key) @ a) @ b * scale
 
 
+def stand_in(width: int) -> nn.initializers.Initializer:
+    """Random matrices in place of pre-trained ones: N(0, 0.02²) at width 768, as BERT's, and as strong at any other.
+
+    A product sums over about `width` entries, so the deviation grows with 1/√width; at a fixed 0.02 a narrow model's
+    frozen layers would hardly change their input.
+    """
+    return nn.initializers.normal(0.02 * math.sqrt(768 / width))
+
+
+# Of positions and types: a quarter of the words', since in a trained model words outweigh them.
+stand_in_positions = nn.initializers.normal(0.005)
+
+
 def frozen(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
     """A frozen weight of `module`: declared like a parameter, stored in the `frozen` collection."""
     return module.variable("frozen", name, lambda: init(module.make_rng("params"), shape, jnp.float32)).value
@@ -57,7 +70,8 @@ class FrozenDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, deterministic: bool = True) -> Array:
-        kernel = frozen(self, "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        shape = (x.shape[-1], self.features)
+        kernel = frozen(self, "kernel", stand_in(min(shape)), shape)
         bias = frozen(self, "bias", nn.initializers.zeros, (self.features,))
         y = x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
         if self.rank:

@@ -4,6 +4,7 @@
 stream's forward pass touches the blocks of B_o and no others.
 """
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from tap_jax.errors import UserError
 from tap_jax.federation import Stream, Task
 from tap_jax.models import backbone, flava, vilt
 from tap_jax.models.heads import ClassificationHead, ImageHead, TextHead
-from tap_jax.models.layers import ModelConfig, TrainableDense
+from tap_jax.models.layers import InputAdaptor, ModelConfig, TrainableDense
 from tap_jax.models.lora import Tree
 
 ENCODERS = {
@@ -43,6 +44,24 @@ def _compiled(function, static: tuple[int, ...]):
 
 def _init_module(module, key, *args):
     return module.init(key, *args, deterministic=True)
+
+
+def _init_trainable(module, key, *args):
+    """`_init_module` without its frozen part, which the compiler then leaves out."""
+    return module.init(key, *args, deterministic=True)["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Weights from a checkpoint, as host arrays.
+
+    Attributes:
+      frozen: Ŵ, all of it.
+      blocks: block name -> initial values of some of its leaves (ViLT: CLS and positions).
+    """
+
+    frozen: Tree
+    blocks: Mapping[str, Tree]
 
 
 class ServerModel:
@@ -134,25 +153,33 @@ class ServerModel:
             return f"head/{head.classes}" if isinstance(head, ClassificationHead) else name
         return f"{stage}/{rest[1]}" if stage in ("mote", "mome") else name
 
-    def init(self, key: Array) -> tuple[Tree, dict[str, Tree]]:
+    def init(self, key: Array, pretrained: Pretrained | None = None) -> tuple[Tree, dict[str, Tree]]:
         """Fresh (frozen, blocks), all float32; each block's values depend on the key and its own name only.
 
-        The frozen part is a random stand-in with the shapes of the pre-trained weights.
+        Args:
+          pretrained: the weights of a checkpoint; without them the frozen part is a random stand-in of the same
+            shapes.
         """
         c = self.config
+        frozen: Tree = {}
         # Small programs of their own, because all in one would take longer to compile than to train with.
-        frozen: Tree = {
-            "backbone": _once(backbone.init_frozen, _fold(key, "backbone"), c, sum(c.backbone_layers), static=(1, 2))
-        }
+        if pretrained is None:
+            backbone_key = _fold(key, "backbone")
+            frozen["backbone"] = _once(backbone.init_frozen, backbone_key, c, sum(c.backbone_layers), static=(1, 2))
+        else:
+            frozen = jax.tree.map(jnp.asarray, dict(pretrained.frozen))
         blocks = {}
         for name in self.block_names:
             block_key = _fold(key, name)
             kind, *rest = name.split("/")
-            if kind == "encoder":
-                variables = _once(
-                    _init_module, self._encoders[rest[0]], block_key, *self._example(rest[0]), static=(0,)
-                )
+            if kind == "encoder" and pretrained is None:
+                encoder = self._encoders[rest[0]]
+                variables = _once(_init_module, encoder, block_key, *self._example(rest[0]), static=(0,))
                 blocks[name], frozen[name] = variables["params"], variables["frozen"]
+            elif kind == "encoder":
+                encoder = self._encoders[rest[0]]
+                fresh = _once(_init_trainable, encoder, block_key, *self._example(rest[0]), static=(0,))
+                blocks[name] = fresh | jax.tree.map(jnp.asarray, dict(pretrained.blocks.get(name, {})))
             elif kind == "shared_proj":
                 blocks[name] = self._shared.init(block_key, jnp.zeros((1, c.width)))["params"]
             elif kind == "head":
@@ -175,6 +202,33 @@ class ServerModel:
             args = (vectors,)
         return _once(_init_module, head, key, *args, static=(0,))["params"]
 
+    def encode(
+        self, modality: str, frozen: Tree, block: Tree, inputs: Array, mask: Array | None, *, key: Array | None = None
+    ) -> Array:
+        """Encoder tokens [B, T, D] of images [B, 64, 64, 3] or of word pieces int32 [B, T], mask bool [B, T].
+
+        Args:
+          modality: "image" (its mask is None) or "text".
+          frozen: Ŵ as `init` returns it.
+          block: the trainables "encoder/<modality>".
+          key: dropout key; None in evaluation.
+        """
+        return self._encoders[modality].apply(
+            {"params": block, "frozen": frozen[f"encoder/{modality}"]},
+            inputs,
+            mask,
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+        )
+
+    def adapt(self, block: Tree, images: Array) -> Array:
+        """What the image tower sees of images [B, 64, 64, 3]: [B, image_size, image_size, 3].
+
+        Args:
+          block: the trainables "encoder/image".
+        """
+        return InputAdaptor(self.config).apply({"params": block["adaptor"]}, images)
+
     def represent(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
         """Path vectors of a batch, [B, 4·|modalities|, D]: modalities in the task's order, paths as in `backbone`.
 
@@ -191,13 +245,7 @@ class ServerModel:
                 inputs, mask = batch["images"].astype(self.config.dtype), None
             else:
                 inputs, mask = batch["tokens"], batch["tokens"] != PAD
-            x = self._encoders[modality].apply(
-                {"params": parts[f"{modality}/encoder"], "frozen": frozen[f"encoder/{modality}"]},
-                inputs,
-                mask,
-                deterministic=key is None,
-                rngs=None if key is None else {"dropout": encoder_key},
-            )
+            x = self.encode(modality, frozen, parts[f"{modality}/encoder"], inputs, mask, key=encoder_key)
             vectors.append(
                 backbone.run_paths(
                     self.config,

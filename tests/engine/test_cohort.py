@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
-from tap_jax.engine.local_training import Losses
+from tap_jax.blocks import replacement_indicator
+from tap_jax.engine.local_training import Losses, without_broken
 from tests.oracle import minibatches
 
 ROWS = ({"ag_news": 0.2}, {"ag_news": 0.7, "cifar100": 0.5}, {"cifar100": 0.3}, {"fashion_mnist": 1.0})
@@ -109,6 +110,12 @@ def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
     if where == "in the last step":
         _, losses = cohort.train(cohort.load([personal[0], personal[1]]), "local")
         assert np.isfinite(losses.plain).all()
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), dict(stack))
+        losses = without_broken(losses, flat, cohort.flat_seats)
+    # Nor does it reach the personal blocks.
+    indicator = replacement_indicator(losses.mean(), np.inf, 0.0, losses.seen)
+    healthy = (cohort.clients == 0)[:, None] & np.asarray(losses.seen)
+    np.testing.assert_array_equal(indicator, healthy)
     after = engine.server_blocks(cohort.aggregate(state.server, stack, losses))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     # What only client 1 has is as it was; what both have is client 0's.

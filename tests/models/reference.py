@@ -1,4 +1,4 @@
-"""The server model in PyTorch, weight by weight: HF's FLAVA towers, and the routed backbone as the specification says.
+"""The server model in PyTorch, weight by weight: HF's own encoders, and the routed backbone as the specification says.
 
 Weights come from our trees, whose layout is spelt out here once.
 """
@@ -110,6 +110,57 @@ def image_tower(c, weights) -> transformers.FlavaImageModel:
     return tower
 
 
+def vilt_embeddings(c, frozen, blocks) -> transformers.models.vilt.modeling_vilt.ViltEmbeddings:
+    """HF's ViLT embeddings with our weights, of both modalities, without adapters."""
+    config = transformers.ViltConfig(
+        hidden_size=c.width,
+        num_attention_heads=c.heads,
+        intermediate_size=c.mlp,
+        num_hidden_layers=1,
+        image_size=c.position_grid * c.patch,
+        patch_size=c.patch,
+        vocab_size=c.vocab,
+        max_position_embeddings=c.text_rows,
+    )
+    embeddings = transformers.ViltModel(config, add_pooling_layer=False).embeddings.eval()
+    image, text = frozen.get("encoder/image"), frozen.get("encoder/text")
+    if image and "encoder/image" in blocks:
+        kernel = np.asarray(image["patch"]["kernel"])
+        fill(embeddings.patch_embeddings.projection.weight, kernel.T.reshape(c.width, 3, c.patch, c.patch))
+        fill(embeddings.patch_embeddings.projection.bias, image["patch"]["bias"])
+        fill(embeddings.cls_token, blocks["encoder/image"]["cls"][None, None])
+        fill(embeddings.position_embeddings, blocks["encoder/image"]["positions"][None])
+    if text:
+        fill(embeddings.text_embeddings.word_embeddings.weight, text["words"])
+        fill(embeddings.text_embeddings.position_embeddings.weight, text["positions"])
+        fill(embeddings.text_embeddings.token_type_embeddings.weight, text["types"])
+        fill_norm(embeddings.text_embeddings.LayerNorm, text["embedding_norm"])
+    return embeddings
+
+
+def visual_embed(embeddings, pixels: torch.Tensor) -> torch.Tensor:
+    """HF's embeddings of images [B, 3, H, H] with the patches, which it shuffles, put back in raster order."""
+    states, mask, (index, (_, columns)) = embeddings.visual_embed(pixels, torch.ones_like(pixels[:, 0]), -1)
+    assert bool(mask.all())
+    order = (index[..., 0] * columns + index[..., 1]).argsort(1)
+    patches = torch.gather(states[:, 1:], 1, order[..., None].expand(-1, -1, states.shape[-1]))
+    return torch.cat([states[:, :1], patches], 1)
+
+
+def encode_vilt(c, frozen, blocks, modality: str, batch) -> torch.Tensor:
+    """As `encode`: HF's embeddings, LoRA on the patch projection merged in."""
+    embeddings = vilt_embeddings(c, frozen, blocks)
+    adapters = blocks[f"encoder/{modality}"]
+    with torch.no_grad():
+        if modality == "text":
+            return output(adapters["output"], embeddings.text_embeddings(tensor(batch["tokens"]).long()))
+        projection = embeddings.patch_embeddings.projection
+        a, b = (tensor(adapters["patch"]["lora"][x]) for x in "ab")
+        projection.weight += c.lora_alpha_ratio * (a @ b).T.reshape(projection.weight.shape)
+        pixels = adaptor(c, adapters["adaptor"], tensor(batch["images"]).permute(0, 3, 1, 2))
+        return output(adapters["output"], visual_embed(embeddings, pixels))
+
+
 def merge_lora(tower, adapters, ratio: float) -> None:
     """Adds alpha / rank · A B to query and value of every layer."""
     for i, layer in enumerate(tower.encoder.layer):
@@ -136,6 +187,8 @@ def output(weights, x: torch.Tensor) -> torch.Tensor:
 
 def encode(c, frozen, blocks, modality: str, batch) -> torch.Tensor:
     """Encoder tokens [B, T, D], without padding in the batch: HF's tower, LoRA merged in."""
+    if c.name == "vilt":
+        return encode_vilt(c, frozen, blocks, modality, batch)
     weights, adapters = frozen[f"encoder/{modality}"], blocks[f"encoder/{modality}"]
     if modality == "image":
         tower = image_tower(c, weights)

@@ -25,9 +25,15 @@ TASKS = tuple(map(find_task, ("cifar100", "fashion_mnist", "ag_news", "mmlu", "v
 LENGTHS = (9, 4, 7)
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["one layer a stage", "two layers a stage"])
+@pytest.fixture(
+    scope="module",
+    params=[("flava", (1, 1)), ("flava", (2, 2)), ("vilt", (2, 1))],
+    ids=["FLAVA, one layer a stage", "FLAVA, two layers a stage", "ViLT, two and one"],
+)
 def built(request):
-    model = ServerModel(dataclasses.replace(CONFIG, backbone_layers=request.param), TASKS)
+    name, layers = request.param
+    config = dataclasses.replace(CONFIG, name=name, backbone_layers=layers, position_grid=4)
+    model = ServerModel(config, TASKS)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return model, *reference.random_weights(shapes, np.random.default_rng(3))
 
