@@ -233,8 +233,8 @@ def local_training(
 def without_broken(losses: Losses, stack: Stack, seats: Seats) -> Losses:
     """The losses, NaN for clients that hold a value that is no number.
 
-    The last step can break blocks without any loss having shown it. Whoever decides by losses (aggregation, replacement,
-    results) then sees it as well.
+    The last step can break blocks without any loss having shown it. Whoever decides by losses (aggregation,
+    replacement, results) then sees it as well.
     """
     broken = jnp.zeros(seats.slot.shape[0] + 1, bool)
     for group, matrix in stack.items():
