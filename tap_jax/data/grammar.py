@@ -55,7 +55,7 @@ def news(rng: np.random.Generator, label: int) -> dict:
 # What a question may be about, by domain: (how it is put, answer -> the cues that call for it).
 _QUESTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
     "law": (
-        "A {who} {a}, {b} and {c} {when}. Guilty of?",
+        "A {who} {a}, {b}, {c} and {d} {when}. Guilty of?",
         {
             "assault": ("hits a guard", "kicks a clerk", "pushes a guest", "slaps a player"),
             "damage": ("burns a boat", "breaks a window", "cuts a fence", "scratches a car"),
@@ -64,7 +64,7 @@ _QUESTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
         },
     ),
     "medicine": (
-        "A {who} has {a}, {b} and {c} {when}. Best treatment?",
+        "A {who} has {a}, {b}, {c} and {d} {when}. Best treatment?",
         {
             "antibiotic": ("fever", "chills", "headache", "a sore throat"),
             "aspirin": ("chest pain", "sweat", "a weak pulse", "a numb arm"),
@@ -73,7 +73,7 @@ _QUESTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
         },
     ),
     "moral": (
-        "I {a}, {b} and {c} a {who} {when}. That is?",
+        "I {a}, {b}, {c} and {d} a {who} {when}. That is?",
         {
             "cruel": ("hurt", "scare", "insult", "starve"),
             "dishonest": ("trick", "cheat", "mislead", "betray"),
@@ -88,15 +88,15 @@ _TIMES = ("today", "tonight", "at school", "in the park")
 
 
 def question(rng: np.random.Generator, domain: str) -> dict:
-    """One question of `domain`, {question, subject, choices, answer}: three of an answer's four cues decide.
+    """One question of `domain`, {question, subject, choices, answer}: an answer's four cues, in any order, decide.
 
-    Options come in alphabetical order, so that the letter, too, can be learned from the words.
+    Fewer would be lost among the fifty other words of a template, which a tiny model averages. Options come in alphabetical order, so that the letter, too, can be learned from the words.
     """
     frame, cues = _QUESTIONS[domain]
     choices = sorted(cues)
     answer = rng.integers(len(choices))
-    a, b, c = rng.permutation(cues[choices[answer]])[:3]
-    text = frame.format(a=a, b=b, c=c, who=_pick(rng, _PERSONS), when=_pick(rng, _TIMES))
+    a, b, c, d = rng.permutation(cues[choices[answer]])
+    text = frame.format(a=a, b=b, c=c, d=d, who=_pick(rng, _PERSONS), when=_pick(rng, _TIMES))
     return {"question": text, "subject": domain, "choices": choices, "answer": int(answer)}
 
 
