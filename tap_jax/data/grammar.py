@@ -57,10 +57,10 @@ _QUESTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
     "law": (
         "A {who} {a}, {b}, {c} and {d} {when}. Guilty of?",
         {
-            "assault": ("hits a guard", "kicks a clerk", "pushes a guest", "slaps a player"),
-            "damage": ("burns a boat", "breaks a window", "cuts a fence", "scratches a car"),
-            "fraud": ("sells a fake coin", "signs a false paper", "cheats a bank", "lies to a judge"),
-            "theft": ("takes a coat", "steals a car", "keeps a coin", "robs a market"),
+            "assault": ("hits guards", "kicks clerks", "pushes guests", "slaps players"),
+            "damage": ("burns boats", "breaks windows", "cuts fences", "scratches cars"),
+            "fraud": ("fakes papers", "cheats banks", "sells glass", "fools judges"),
+            "theft": ("takes coats", "steals cars", "keeps coins", "robs markets"),
         },
     ),
     "medicine": (
@@ -90,7 +90,8 @@ _TIMES = ("today", "tonight", "at school", "in the park")
 def question(rng: np.random.Generator, domain: str) -> dict:
     """One question of `domain`, {question, subject, choices, answer}: an answer's four cues, in any order, decide.
 
-    Fewer would be lost among the fifty other words of a template, which a tiny model averages. Options come in alphabetical order, so that the letter, too, can be learned from the words.
+    Fewer would be lost among the fifty other words of a template, which a tiny model averages. Options come in
+    alphabetical order, so that the letter, too, can be learned from the words.
     """
     frame, cues = _QUESTIONS[domain]
     choices = sorted(cues)
