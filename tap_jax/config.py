@@ -64,6 +64,7 @@ def default_config() -> ConfigDict:
     optimizer.warmup_rounds = 20  # rounds of linear rise between the two; 0: none
     optimizer.post_learning_rate = 1e-4  # constant, in Stage 2 and post-training
     optimizer.weight_decay = 0.01  # decoupled
+    optimizer.state = "fresh"  # ⚙ AdamW's, at every local training | "persist": a client goes on with its own
     optimizer.clip_norm = 1.0  # ⚙ largest global gradient norm of a client; 0: no clipping
 
     config.aggregation = "samples"  # ⚙ weigh clients by sample count | "uniform"
@@ -176,6 +177,7 @@ NEUTRAL_FIELDS = (
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(VARIANTS),
     "aggregation": ("samples", "uniform"),
+    "optimizer.state": ("fresh", "persist"),
     "replacement.history": ("plain", "weighted"),
     "replacement.scope": ("task", "exclusive"),
     "replacement.first": ("replace", "keep"),

@@ -209,7 +209,10 @@ def _memory(found: Outline, devices: int) -> str:
     chains = experiment.method_of(config, model.tasks, variants).chains
     made = sum(variant != "fedavg" for variant in variants)
     host = [(f"{name} models of all clients, only the blocks they own", owned) for name in chains]
-    host += [(f"finished models, after the last round ({made} variants)", made * owned)] if made else []
+    if config.optimizer.state == "persist":
+        host += [(f"AdamW's two moments of {name} models", 2 * owned) for name in ("federated", *chains)]
+    part = min(1.0, settings.clients_per_pass / len(partition.owned))
+    host += [(f"finished models, a pass at a time ({made} variants)", round(made * owned * part))] if made else []
     notes = ["Activations are not estimated: `tap-jax bench` reports the peak."]
     if data is None:
         notes.append("Neither are the data, whose size is known once they are read (data.train_size bounds it).")

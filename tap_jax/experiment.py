@@ -108,7 +108,7 @@ class Experiment:
         Yields:
           (the cohort, variant -> client number -> blocks on the host); variants of the server's blocks are left out.
         """
-        for cohort in self.engine.passes(int(state.round)):
+        for cohort in self.engine.passes(int(state.round), state.moments):
             yield cohort, self.method.finish(cohort, state, self.variants)
 
     def prepare(self) -> None:
@@ -331,6 +331,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         rows_per_chunk=config.engine.rows_per_chunk or (1 if cpu else 8),
         clip_norm=optimizer.clip_norm,
         weight_decay=optimizer.weight_decay,
+        persist=optimizer.state == "persist",
     )
 
     def rate(round_: int) -> float:

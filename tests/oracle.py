@@ -7,6 +7,7 @@ gives a sample's outputs and pulls their gradient back. Shared with the engine a
 Faults can be put in on purpose, to see that a comparison with the oracle would notice them.
 """
 
+import copy
 import functools
 
 import jax
@@ -68,6 +69,7 @@ class Oracle:
         self.h_l = [{} for _ in self.mine]
         self.h_p = [{task.name: np.inf for task in tasks} for tasks in self.mine]
         self.replaced: list[list[tuple[int, str]]] = []
+        self.optimizers: dict[tuple[int, str], dict] = {}  # with optimizer.state = "persist"
 
     def round(self, t: int, cohort) -> dict:
         """Round t; returns the losses by chain, client and task."""
@@ -76,21 +78,30 @@ class Oracle:
         self.replaced.append([])
         for i in cohort:
             federated = {b: self.server[b] for b in self.owned[i]}
-            federated, mean = self.train(federated, i, t, "federated")
-            sent[i], losses["federated"][i] = federated, mean
+            federated, losses["federated"][i], mean = self.train(federated, i, t, "federated")
+            sent[i] = federated
             self.h_l[i] |= mean
             for o in mean:
+                if self.config.replacement.first == "keep" and self.h_p[i][o] == np.inf:
+                    continue
                 if self.h_l[i][o] + self.margin(o) < self.h_p[i][o]:
                     self.replaced[-1].append((i, o))
-                    taken = self.owned[i] if self.fault == "all blocks" else blocks_of_task(self.tasks[o])
-                    for b in taken:
+                    for b in self.taken(i, o):
                         self.personal[i][b] = federated[b]
-            self.personal[i], mean = self.train(self.personal[i], i, t, "personal")
+            self.personal[i], losses["personal"][i], mean = self.train(self.personal[i], i, t, "personal")
             self.h_p[i] |= mean
-            losses["personal"][i] = mean
-            self.local[i], losses["local"][i] = self.train(self.local[i], i, t, "local")
+            self.local[i], losses["local"][i], _ = self.train(self.local[i], i, t, "local")
         self.aggregate(sent)
         return losses
+
+    def taken(self, i: int, o: str) -> list[str]:
+        """The blocks that a replacement for task o takes."""
+        if self.fault == "all blocks":
+            return self.owned[i]
+        if self.config.replacement.scope == "task":
+            return blocks_of_task(self.tasks[o])
+        others = {b for task in self.mine[i] if task.name != o for b in blocks_of_task(task)}
+        return [b for b in blocks_of_task(self.tasks[o]) if b not in others]
 
     def aggregate(self, sent: dict[int, dict]) -> None:
         """Every block is averaged over the clients that sent it, weighted by |D_i|."""
@@ -98,7 +109,8 @@ class Oracle:
             owners = [i for i in sent if b in sent[i]]
             if not owners:
                 continue
-            size = {i: 1 if self.fault == "uniform" else self.data.clients[i].samples for i in owners}
+            uniform = (self.config.aggregation == "uniform") != (self.fault == "uniform")
+            size = {i: 1 if uniform else self.data.clients[i].samples for i in owners}
             total = sum(size.values())
             self.server[b] = jax.tree.map(
                 lambda *leaves, size=size, total=total: sum(
@@ -109,31 +121,39 @@ class Oracle:
 
     def finish(self, i: int, t: int) -> dict[str, dict]:
         """Stage 2 of client i: variant -> its blocks."""
-        teacher, _ = self.train({b: self.server[b] for b in self.owned[i]}, i, t, "post", post=True)
-        student, _ = self.train(self.personal[i], i, t, "distil", post=True, teacher=teacher)
-        alone, _ = self.train(self.personal[i], i, t, "distil", post=True)
+        teacher, *_ = self.train({b: self.server[b] for b in self.owned[i]}, i, t, "post", post=True)
+        student, *_ = self.train(self.personal[i], i, t, "distil", post=True, teacher=teacher)
+        alone, *_ = self.train(self.personal[i], i, t, "distil", post=True)
         return {"fedavg+post": teacher, "tap": student, "tap-no-kd": alone, "local": self.local[i]}
 
     def train(self, blocks: dict, i: int, t: int, purpose: str, *, post: bool = False, teacher: dict | None = None):
-        """Local training on D_i -> (blocks, mean loss of each task seen)."""
+        """Local training on D_i -> (blocks, mean loss of each task seen, the same for the history)."""
         leaves, structure = jax.tree.flatten(blocks)
         params = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in leaves]
         optimizer = torch.optim.AdamW(
             params, lr=self.rate(t, post), betas=(0.9, 0.999), eps=1e-8, weight_decay=self.config.optimizer.weight_decay
         )
+        continued = {"post": "federated", "distil": "personal"}.get(purpose, purpose)
+        if self.config.optimizer.state == "persist" and (i, continued) in self.optimizers:
+            optimizer.load_state_dict(copy.deepcopy(self.optimizers[i, continued]))
+            optimizer.param_groups[0]["lr"] = self.rate(t, post)
         seen: dict[str, list[float]] = {}
         for minibatch in self.minibatches(i, t, purpose, post):
             blocks = structure.unflatten([p.detach().numpy().copy() for p in params])
             losses, gradient = self.gradient(blocks, minibatch, teacher)
             for o, loss in losses.items():
-                seen.setdefault(o, []).append(loss)
+                share = len(minibatch[o]) / sum(map(len, minibatch.values()))
+                seen.setdefault(o, []).append((loss, share))
             for p, g in zip(params, jax.tree.leaves(gradient), strict=True):
                 p.grad = torch.tensor(g)
             if self.fault != "clip":
                 torch.nn.utils.clip_grad_norm_(params, self.config.optimizer.clip_norm)
             optimizer.step()
+        self.optimizers[i, purpose] = copy.deepcopy(optimizer.state_dict())
         blocks = structure.unflatten([p.detach().numpy().copy() for p in params])
-        return blocks, {o: float(np.mean(values)) for o, values in seen.items()}
+        plain = {o: float(np.mean([loss for loss, _ in pairs])) for o, pairs in seen.items()}
+        weighted = {o: float(np.mean([loss * share for loss, share in pairs])) for o, pairs in seen.items()}
+        return blocks, plain, weighted if self.config.replacement.history == "weighted" else plain
 
     def minibatches(self, i: int, t: int, purpose: str, post: bool) -> list[dict[str, list]]:
         """Each minibatch: task -> (domain, id) of its samples, in no particular order."""

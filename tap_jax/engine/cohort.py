@@ -34,6 +34,9 @@ from tap_jax.engine.local_training import (
 from tap_jax.engine.programs import Program, abstract
 from tap_jax.federation import Task
 
+# Phase -> the phase with whose optimizer states it goes on, where they persist; the others go on with their own.
+CONTINUES = {"post": "federated", "post_again": "post", "distil": "personal"}
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
@@ -100,6 +103,9 @@ class Engine:
         self.arrays = device_arrays(self.families, arrays, self.shared)
         self.server_seats = blocks.server_seats(partition)
         self.like = blocks_like(model)
+        self.moments_like = {
+            name: jax.ShapeDtypeStruct((1 + 2 * blocks.count(tree),), np.float32) for name, tree in self.like.items()
+        }
         self.tables = {f.name: part_table(f, model.roles, partition, self.like) for f in self.families}
         self.distils = distillation_loss is not None
         self._blank: dict[tuple, Stack] = {}
@@ -112,25 +118,26 @@ class Engine:
         self._shape: Callable[[int], _Shape] = functools.cache(
             lambda clients: _shape(self.data, self.families, partition, settings, mesh.size, clients, rows)
         )
-        # (frozen, data, stack, teacher, seats, plan, rate, key); the stack is donated.
+        # (frozen, data, stack, moments, teacher, seats, plan, rate, key); the stack is donated. The moments are not:
+        # two phases may start from the same ones.
         program = local_training(
             sample_loss, self.tasks, self.families, self.tables, settings.training, distillation_loss
         )
-        by_client = (False, False, True, True, True, True, False, False)
+        by_client = (False, False, True, True, True, True, True, False, False)
         sharded = parallel.over_clients(program, mesh, by_client)
         self._train = Program(functools.partial(_train, sharded), donate_argnums=(2,))
         self._broadcast = jax.jit(functools.partial(_broadcast, self.server_seats), out_shardings=self.by_client)
         self._aggregate = jax.jit(functools.partial(_aggregate, self.server_seats), out_shardings=self.shared)
         self._replace = jax.jit(_replace, donate_argnums=(0,), out_shardings=self.by_client)
 
-    def cohort(self, clients: Sequence[int], round_: int) -> "Cohort":
-        """The clients of round `round_` (0-based)."""
-        return Cohort(self, clients, round_, size=self.settings.cohort_size)
+    def cohort(self, clients: Sequence[int], round_: int, moments: Mapping | None = None) -> "Cohort":
+        """The clients of round `round_` (0-based); `moments` as in `State`, where optimizer states persist."""
+        return Cohort(self, clients, round_, size=self.settings.cohort_size, moments=moments)
 
-    def passes(self, round_: int) -> list["Cohort"]:
+    def passes(self, round_: int, moments: Mapping | None = None) -> list["Cohort"]:
         """All clients, `clients_per_pass` at a time."""
         size, everyone = self.settings.clients_per_pass, range(len(self.data))
-        return [Cohort(self, everyone[first : first + size], round_, size=size) for first in everyone[::size]]
+        return [Cohort(self, everyone[i : i + size], round_, size=size, moments=moments) for i in everyone[::size]]
 
     def _nobody(self, shapes: Stack) -> Stack:
         """Stands in for a teacher where there is none; never read, made once per shape."""
@@ -153,8 +160,11 @@ class Engine:
 class Cohort:
     """See `methods.base.Cohort`; made by `Engine.cohort` and `Engine.passes`."""
 
-    def __init__(self, engine: Engine, clients: Sequence[int], round_: int, *, size: int):
+    def __init__(
+        self, engine: Engine, clients: Sequence[int], round_: int, *, size: int, moments: Mapping | None = None
+    ):
         self.engine, self.round = engine, round_
+        self._before, self._moments = moments or {}, {}
         self._shape = engine._shape(size)
         table = parallel.deal(
             clients,
@@ -176,16 +186,27 @@ class Cohort:
 
     def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks]) -> Stack:
         """The clients' blocks from host memory, [D, G, n]."""
+        return self._put(chain, self.engine.like)
+
+    def _put(self, chain: Sequence[Blocks] | Mapping[int, Blocks], like: Blocks) -> Stack:
         holders = [chain[k] if k >= 0 else {} for k in self.clients]
-        flat = blocks.pack(self.engine.partition, self.flat_seats, holders, self.engine.like)
+        flat = blocks.pack(self.engine.partition, self.flat_seats, holders, like)
         shards = len(self._table)
         split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), flat)
         return jax.device_put(split, self.engine.by_client)
 
     def unload(self, stack: Stack) -> dict[int, Blocks]:
         """Client number -> its blocks, in host memory."""
+        return self._fetch(stack, self.engine.like)
+
+    def moments(self) -> dict[str, dict[int, Blocks]]:
+        """Chain -> client number -> optimizer state by block, of the chains trained in this round."""
+        trained = [(chain, self._moments[chain]) for chain in self._before if chain in self._moments]
+        return {chain: self._fetch(stack, self.engine.moments_like) for chain, stack in trained}
+
+    def _fetch(self, stack: Stack, like: Blocks) -> dict[int, Blocks]:
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.device_get(dict(stack)))
-        held = blocks.unpack(self.engine.partition, self.flat_seats, flat, self.engine.like)
+        held = blocks.unpack(self.engine.partition, self.flat_seats, flat, like)
         return {int(k): mine for k, mine in zip(self.clients, held, strict=True) if k >= 0}
 
     def plan(self, purpose: str, *, post: bool) -> Plan:
@@ -219,8 +240,22 @@ class Cohort:
         rate = np.float32(settings.post_rate if post else settings.rate(self.round))
         plan = jax.device_put(self.plan(purpose, post=post), engine.by_client)
         rate, key = jax.device_put((rate, key), engine.shared)
-        teacher = self._teacher(teacher)
-        return engine._train(engine.frozen, engine.arrays, stack, teacher, self.seats, plan, rate, key)
+        teacher, moments = self._teacher(teacher), self._remembered(purpose)
+        stack, self._moments[purpose], losses = engine._train(
+            engine.frozen, engine.arrays, stack, moments, teacher, self.seats, plan, rate, key
+        )
+        return stack, losses
+
+    def _remembered(self, purpose: str) -> Stack | None:
+        """The optimizer states with which a phase goes on, or None where each starts afresh."""
+        if not self.engine.settings.training.persist:
+            return None
+        before = CONTINUES.get(purpose, purpose)
+        if before in self._moments:
+            return self._moments[before]
+        if before in self._before:
+            return self._put(self._before[before], self.engine.moments_like)
+        return self.engine._nobody(self.abstract_stack(self.engine.moments_like))
 
     def _teacher(self, stack: Stack | None):
         """A teacher's stack and whether it is one, per shard: one program serves training and distillation."""
@@ -240,16 +275,18 @@ class Cohort:
         engine._train.prepare(
             *abstract((engine.frozen, engine.arrays), engine.shared),
             stack,
+            self.abstract_stack(engine.moments_like) if engine.settings.training.persist else None,
             (flag, stack) if engine.distils else None,
             *abstract((self.seats, self.plan(PURPOSES[-1], post=True)), engine.by_client),
             *abstract((np.float32(0), jax.random.key(0)), engine.shared),
         )
 
-    def abstract_stack(self) -> Stack:
-        """The shapes of the cohort's stacks."""
+    def abstract_stack(self, like: Blocks | None = None) -> Stack:
+        """The shapes of the cohort's stacks, of blocks or of what else has a vector per block."""
+        like = self.engine.like if like is None else like
         shards, groups = len(self._table), self.engine.partition.members()
         names = {group: self.engine.partition.names[members[0]] for group, members in groups.items()}
-        sizes = {group: blocks.count(self.engine.like[name]) for group, name in names.items()}
+        sizes = {group: blocks.count(like[name]) for group, name in names.items()}
         zero = {g: jax.ShapeDtypeStruct((shards, self._shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
         return abstract(zero, self.engine.by_client)
 
@@ -307,8 +344,8 @@ def _flat(stack: Stack) -> Stack:
 
 
 def _train(sharded, *args):
-    stack, losses = sharded(*args)
-    return stack, _flat_losses(losses)
+    stack, moments, losses = sharded(*args)
+    return stack, moments, _flat_losses(losses)
 
 
 def _flat_losses(losses: Losses) -> Losses:

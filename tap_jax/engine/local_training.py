@@ -64,11 +64,13 @@ class TrainingSettings:
       rows_per_chunk: v, rows differentiated side by side.
       clip_norm: bound on a client's global gradient norm; 0 for none.
       weight_decay: AdamW's decoupled weight decay.
+      persist: go on with a client's optimizer state instead of starting every local training afresh.
     """
 
     rows_per_chunk: int = 1
     clip_norm: float = 1.0
     weight_decay: float = 0.01
+    persist: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +125,13 @@ def local_training(
     settings: TrainingSettings,
     distillation_loss: DistillationLoss | None = None,
 ):
-    """Builds `train(frozen, data, stack, teacher, seats, plan, rate, key) -> (stack, Losses)`.
+    """Builds `train(frozen, data, stack, moments, teacher, seats, plan, rate, key) -> (stack, moments, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
       frozen: Ŵ. data: family -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only in the
-      steps in which its client is active, an idle slot never. teacher: (bool, a stack of the same seats): where true,
-      the loss is that of equation 6; None if there is no distillation loss. rate: learning rate, float32.
+      steps in which its client is active, an idle slot never. moments: AdamW's state by slot, group -> [G, 1 + 2n]
+      (`remembered_update`), or None to start afresh and forget it. teacher: (bool, a stack of the same seats): where
+      true, the loss is that of equation 6; None if there is no distillation loss. rate: learning rate, float32.
       key: of (seed, round, purpose); dropout keys are folded from it by client, step, family and row, so they do not
       depend on who else is in the cohort.
 
@@ -204,7 +207,7 @@ def local_training(
             carry = jax.lax.fori_loop(0, -(-plan.rows[family.name].count[step] // v), chunk, carry)
         return carry
 
-    def train(frozen, data, stack, teacher, seats: Seats, plan: Plan, rate, key):
+    def train(frozen, data, stack, moments, teacher, seats: Seats, plan: Plan, rate, key):
         zeros = jnp.zeros((plan.active.shape[1], len(tasks)), jnp.float32)
         losses = Losses(zeros, zeros, zeros.astype(jnp.int32))
 
@@ -213,8 +216,11 @@ def local_training(
             grads, plain, weighted, share = gradient(frozen, data, stack, teacher, seats, plan, index, key)
             if settings.clip_norm:
                 grads = clip_per_client(grads, seats, settings.clip_norm)
-            updates, state = optimizer.update(grads, state, stack)
             active = jnp.append(plan.active[index], False)
+            if settings.persist:
+                updates, state = remembered_update(optimizer, grads, state, stack, active, seats)
+            else:
+                updates, state = optimizer.update(grads, state, stack)
             stack = {
                 group: jnp.where(active[seats.client[group]][:, None], matrix - rate * updates[group], matrix)
                 for group, matrix in stack.items()
@@ -224,10 +230,38 @@ def local_training(
             )
             return stack, state, losses
 
-        stack, _, losses = jax.lax.fori_loop(0, plan.steps, step, (stack, optimizer.init(stack), losses))
-        return stack, without_broken(losses, stack, seats)
+        state = moments if settings.persist else optimizer.init(stack)
+        stack, state, losses = jax.lax.fori_loop(0, plan.steps, step, (stack, state, losses))
+        return stack, state if settings.persist else None, without_broken(losses, stack, seats)
 
     return train
+
+
+def remembered_update(
+    optimizer: optax.GradientTransformation, grads: Stack, moments: Stack, stack: Stack, active: Array, seats: Seats
+) -> tuple[Stack, Stack]:
+    """An AdamW update in which every slot has a state of its own, unchanged where its client is idle.
+
+    Args:
+      optimizer: `scale_by_adam` and `add_decayed_weights`.
+      moments: group -> float32 [G, 1 + 2n]: steps taken, first and second moments.
+      active: bool [K + 1], by position.
+
+    Returns:
+      (updates, moments).
+    """
+
+    def one(grad, moment, row):
+        mu, nu = jnp.split(moment[1:], 2)
+        state = (optax.ScaleByAdamState(moment[0].astype(jnp.int32), mu, nu), optax.EmptyState())
+        update, (state, _) = optimizer.update(grad, state, row)
+        return update, jnp.concatenate([state.count[None].astype(jnp.float32), state.mu, state.nu])
+
+    updates, after = {}, {}
+    for group, matrix in stack.items():
+        updates[group], new = jax.vmap(one)(grads[group], moments[group], matrix)
+        after[group] = jnp.where(active[seats.client[group]][:, None], new, moments[group])
+    return updates, after
 
 
 def without_broken(losses: Losses, stack: Stack, seats: Seats) -> Losses:

@@ -13,7 +13,7 @@ from tap_jax.blocks import Blocks
 from tap_jax.data.sampling import sample_cohort
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.cohort import Cohort, Engine
-from tap_jax.methods.base import Method, State
+from tap_jax.methods.base import Method, State, put_chain
 
 LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
 
@@ -24,6 +24,11 @@ def initial_state(engine: Engine, server: Blocks, chains: Sequence[str]) -> Stat
     table = partition.task_mask
     start = tuple(blocks.take(server, partition.blocks_of(k)) for k in range(len(table)))
     never = np.full(table.shape, np.inf, np.float32)
+    trained = ("federated", *chains)
+    untouched = tuple(
+        {name: np.zeros(engine.moments_like[name].shape, np.float32) for name in partition.blocks_of(k)}
+        for k in range(len(table) if engine.settings.training.persist else 0)
+    )
     return State(
         round=0,
         server=engine.server_stack(server),
@@ -31,7 +36,8 @@ def initial_state(engine: Engine, server: Blocks, chains: Sequence[str]) -> Stat
         local_loss=never,
         personal_loss=never.copy(),
         replacements=np.zeros(table.shape, np.int32),
-        finite={name: np.ones(table.shape, bool) for name in ("federated", *chains)},
+        finite={name: np.ones(table.shape, bool) for name in trained},
+        moments=dict.fromkeys(trained, untouched) if untouched else {},
     )
 
 
@@ -43,8 +49,10 @@ def play_round(engine: Engine, method: Method, state: State) -> tuple[State, dic
     """
     settings = engine.settings
     clients = sample_cohort(settings.seed, state.round, len(engine.data), settings.cohort_size)
-    cohort = engine.cohort(clients, state.round)
+    cohort = engine.cohort(clients, state.round, state.moments)
     after, metrics = method.round(cohort, state)
+    moments = {chain: put_chain(state.moments[chain], found) for chain, found in cohort.moments().items()}
+    after = after.replace(moments={**state.moments, **moments})
     return after, _line(engine, cohort, state.round, metrics)
 
 

@@ -29,6 +29,9 @@ class State(struct.PyTreeNode):
       replacements: int32 [K, O], how often R_i[o] was 1.
       finite: name of a trained chain ("federated" or one of `chains`) -> bool [K, O]: the task's loss has always
         been a number.
+      moments: where optimizer states persist, name of a trained chain -> per client, block -> float32 [1 + 2n]: steps
+        taken, first and second moments; else empty. Cohorts are given them and the loop takes them back: methods
+        need not know.
     """
 
     round: int
@@ -38,6 +41,7 @@ class State(struct.PyTreeNode):
     personal_loss: np.ndarray
     replacements: np.ndarray
     finite: Mapping[str, np.ndarray]
+    moments: Mapping[str, tuple[Blocks, ...]] = struct.field(default_factory=dict)
 
 
 class Losses(Protocol):

@@ -50,8 +50,8 @@ def _engine_losses(engine, cohort, plan, rate, blocks):
     sums = [np.zeros(len(engine.tasks))]
     for steps in range(1, STEPS + 1):
         cut = jax.device_put(plan.replace(steps=np.full_like(plan.steps, steps)), engine.by_client)
-        stack, losses = engine._train(
-            engine.frozen, engine.arrays, cohort.load([blocks]), None, cohort.seats, cut,
+        stack, _, losses = engine._train(
+            engine.frozen, engine.arrays, cohort.load([blocks]), None, None, cohort.seats, cut,
             *jax.device_put((np.float32(rate), jax.random.key(0)), engine.shared),
         )  # fmt: skip
         sums.append(np.asarray(losses.plain, np.float64)[0])
