@@ -16,7 +16,14 @@ from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3}, {"ag_news": 0.4})
-SETTINGS = {"variants": ("tap", "local", "fedavg+post"), "rounds": 6, "checkpoint_every": 2, "model.lora_dropout": 0.2}
+# With all that can be carried from round to round.
+SETTINGS = {
+    "variants": ("tap", "local", "fedavg+post"),
+    "rounds": 6,
+    "checkpoint_every": 2,
+    "model.lora_dropout": 0.2,
+    "optimizer.state": "persist",
+}
 
 PROGRAM = """
 import os, signal, sys
