@@ -49,11 +49,11 @@ def train(config: ConfigDict, workdir: str) -> None:
     """`tap-jax train`."""
     _writable(pathlib.Path(workdir))
     startup.start_jax(config)
-    from tap_jax import experiment
+    from tap_jax import runs
 
     with terminal.Terminal(config.rounds) as screen:
         screen.say("reading data, building the model")
-        rows = experiment.run(config, workdir, _reporter(screen))
+        rows = runs.run(config, workdir, _reporter(screen))
         _finish(screen, rows, pathlib.Path(workdir))
 
 
@@ -64,11 +64,11 @@ def evaluate(workdir: str) -> None:
         raise UserError(f"workdir: {folder} holds no run (config.json is missing); train one there first")
     config = configuration.load_config(folder / "config.json")
     startup.start_jax(config)
-    from tap_jax import experiment
+    from tap_jax import runs
 
     with terminal.Terminal(config.rounds) as screen:
         screen.say("reading data, building the model")
-        rows = experiment.evaluate(folder, _reporter(screen))
+        rows = runs.evaluate(folder, _reporter(screen))
         _finish(screen, rows, folder)
 
 
@@ -357,7 +357,7 @@ def _readable(config: ConfigDict, message: str) -> str:
 
 def _reporter(screen: terminal.Terminal):
     from tap_jax.describe import headline
-    from tap_jax.experiment import Reporter
+    from tap_jax.runs import Reporter
 
     def built(run) -> None:
         for line in headline(run):

@@ -5,35 +5,29 @@
     state, line = experiment.round(state)
     rows = experiment.evaluate(experiment.finish(state))
 
-Everything here is free of files but `run`, which is `tap-jax train`.
+Nothing here writes a file; `runs` does.
 """
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from tap_jax import blocks
 from tap_jax import config as configuration
 from tap_jax.blocks import Blocks, Partition
 from tap_jax.config import ConfigDict
 from tap_jax.data import federated
 from tap_jax.data.federated import FederatedData
 from tap_jax.engine import parallel, rounds
-from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.cohort import Cohort, Engine, EngineSettings
 from tap_jax.engine.local_training import TrainingSettings
-from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.evaluation.metrics import TextScorer, text_scorer
-from tap_jax.evaluation.results import Row, write_results
+from tap_jax.evaluation.results import Row
 from tap_jax.federation import Federation, Task
 from tap_jax.methods.base import Method, State
 from tap_jax.methods.fedavg import fedavg
@@ -354,141 +348,3 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         scope=config.replacement.scope,
         seed=config.seed,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Reporter:
-    """Where a run speaks.
-
-    Attributes:
-      say: gets whole lines.
-      progress: gets a line of metrics after every round.
-      built: gets the experiment once, before anything is trained or written.
-    """
-
-    say: Callable[[str], None]
-    progress: Callable[[dict], None]
-    built: Callable[[Experiment], None] = lambda experiment: None
-
-
-def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
-    """`tap-jax train`: everything from the configuration to results.json, resuming where workdir has a checkpoint.
-
-    Raises:
-      UserError: bad input, or a workdir that holds another configuration's run.
-    """
-    started = time.monotonic()
-    workdir = pathlib.Path(workdir)
-    identity = configuration.config_hash(config)
-    _check_workdir(workdir, identity)
-    experiment = build(config)
-    reporter.built(experiment)
-    for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
-        reporter.say(note)
-    state = experiment.init()
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.tmp"
-    partial.write_text(configuration.to_json(config))
-    partial.replace(workdir / "config.json")
-    if experiment.data.tokenizer is not None:
-        experiment.data.tokenizer.save(workdir / "tokenizer")
-    checkpoints = Checkpoints(workdir / "checkpoints", report=reporter.say)
-    resumed = rounds.resume(checkpoints, state)
-    if resumed is not None:
-        state = resumed
-        reporter.say(f"resuming after round {state.round} of {config.rounds}")
-    experiment.prepare()
-    built = time.monotonic()
-    state = rounds.run_rounds(
-        experiment.engine,
-        experiment.method,
-        state,
-        rounds=config.rounds,
-        workdir=workdir,
-        every=config.checkpoint_every,
-        config_hash=identity,
-        checkpoints=checkpoints,
-        progress=reporter.progress,
-    )
-    trained = time.monotonic()
-    reporter.say(
-        f"after the last round: {', '.join(experiment.variants)} for {len(experiment.federation.clients)} clients"
-    )
-    rows: list[Row] = []
-    for cohort, models in experiment.finish_in_passes(state):
-        for variant, mine in models.items():
-            for client, found in mine.items():
-                write_model(workdir / "models", variant, client, found, config.rounds)
-            rows += experiment.evaluate_cohort(variant, cohort, mine, state)
-    for variant in experiment.variants:
-        if not any(row["variant"] == variant for row in rows):
-            rows += experiment.evaluate_server(variant, state)
-    rows = experiment.in_order(rows)
-    timing = {
-        "build_seconds": built - started,
-        "rounds_seconds": trained - built,
-        "post_and_evaluation_seconds": time.monotonic() - trained,
-        "total_seconds": time.monotonic() - started,
-        "device": f"{len(experiment.engine.mesh.devices)} x {jax.devices()[0].device_kind}",
-    }
-    notes = experiment.scorer.notes if experiment.scorer else ()
-    replacements = [
-        entry for line in rounds.read_lines(workdir / "metrics.jsonl") for entry in line.get("replacements", [])
-    ]
-    write_results(workdir, config, rows, replacements, timing, notes=notes)
-    return rows
-
-
-def stored_model(experiment: Experiment, workdir: pathlib.Path, variant: str, client: int) -> Blocks:
-    """One client's finished blocks, as `run` left them.
-
-    Raises:
-      UserError: there are none, or they cannot be read.
-    """
-    like = blocks.take(experiment.initial_blocks, experiment.partition.blocks_of(client))
-    return read_model(workdir / "models", variant, client, like, experiment.config.rounds)
-
-
-def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
-    """`tap-jax evaluate`: scores the models of a finished run again and rewrites its results.
-
-    Raises:
-      UserError: no run there, or one that has not finished.
-    """
-    workdir = pathlib.Path(workdir)
-    config = configuration.load_config(_existing(workdir / "config.json", "workdir: holds no run; train one first"))
-    results = json.loads(
-        _existing(workdir / "results.json", "workdir: the run has not finished; call train again").read_text()
-    )
-    experiment = build(config)
-    reporter.built(experiment)
-    initial = experiment.init()
-    state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)
-    if state is None:
-        raise UserError(f"workdir: no checkpoint in {workdir}; train again")
-    rows = []
-    for variant in experiment.variants:
-        if variant == "fedavg":
-            rows += experiment.evaluate_server(variant, state)
-            continue
-        for cohort in experiment.engine.passes(state.round):
-            models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
-            rows += experiment.evaluate_cohort(variant, cohort, models, state)
-    rows = experiment.in_order(rows)
-    notes = experiment.scorer.notes if experiment.scorer else ()
-    write_results(workdir, config, rows, results["replacements"], results["timing"], notes=notes)
-    return rows
-
-
-def _existing(path: pathlib.Path, message: str) -> pathlib.Path:
-    if not path.exists():
-        raise UserError(f"{message} ({path} is missing)")
-    return path
-
-
-def _check_workdir(workdir: pathlib.Path, identity: str) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir: {workdir} is a file; name a folder")
-    path = workdir / "config.json"
-    if path.exists() and configuration.config_hash(configuration.from_json(path.read_text())) != identity:
-        raise UserError(f"workdir: {workdir} holds a run of another configuration; name another folder or remove it")

@@ -17,10 +17,11 @@ from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.errors import UserError
-from tap_jax.experiment import Experiment, build, stored_model
+from tap_jax.experiment import Experiment, build
 from tap_jax.export.staging import check_free
 from tap_jax.federation import Federation
 from tap_jax.models.server_model import ServerModel
+from tap_jax.runs import stored_model
 
 FORMATS = ("torch", "peft", "huggingface")
 MODELS = ("personal", "federated", "server")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tap_jax import cli
+from tap_jax import cli, runs
 from tap_jax import experiment as experiments
 from tap_jax.config import to_json
 from tap_jax.errors import UserError
@@ -32,7 +32,7 @@ def devices_are_chosen(monkeypatch):
 def run(tiny, tmp_path_factory):
     """A finished run's folder; client 0 has pictures and texts."""
     folder, nothing = tmp_path_factory.mktemp("run"), lambda _: None
-    experiments.run(tiny(ROWS, FIELDS), folder / "run", experiments.Reporter(nothing, nothing))
+    runs.run(tiny(ROWS, FIELDS), folder / "run", runs.Reporter(nothing, nothing))
     return folder / "run"
 
 
@@ -75,7 +75,7 @@ def test_a_clients_personal_model(export, run, experiment):
         "format": "torch", "model": "personal", "client": "client0", "variant": "fedavg+post", "round": 2,
         "tasks": ["cifar100", "ag_news"], "seed": 41,
     }  # fmt: skip
-    assert_equal(written(folder), experiments.stored_model(experiment, run, "fedavg+post", 0))
+    assert_equal(written(folder), runs.stored_model(experiment, run, "fedavg+post", 0))
     model = torch_model.load(folder)
     images = torch_model.standardise(torch.from_numpy(experiment.data.test["cifar100"].images))
     assert model("cifar100", images=images).shape == (6, 4)
@@ -98,7 +98,7 @@ def test_federated_and_server_models(export, experiment, run):
         other = written(folder.parent / name)
         assert all(np.array_equal(other[key], value) for key, value in one.items())
     assert json.loads((folder.parent / "server" / "tap_export.json").read_text())["client"] is None
-    personal = experiments.stored_model(experiment, run, "fedavg+post", 1)
+    personal = runs.stored_model(experiment, run, "fedavg+post", 1)
     assert any(not np.array_equal(one[key], value) for key, value in to_torch({}, personal).items())
 
 

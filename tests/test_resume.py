@@ -29,7 +29,7 @@ PROGRAM = """
 import os, signal, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from tap_jax import experiment
+from tap_jax import runs
 from tap_jax.config import load_config
 
 config, workdir, kill_in = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -38,7 +38,7 @@ def progress(line):
     if line["round"] == kill_in:  # its line is written, its checkpoint is not
         os.kill(os.getpid(), signal.SIGKILL)
 
-experiment.run(load_config(config), workdir, experiment.Reporter(say=print, progress=progress))
+runs.run(load_config(config), workdir, runs.Reporter(say=print, progress=progress))
 """
 
 
