@@ -7,7 +7,7 @@ task's own folder is missing, caltech101 stands in for caltech256, and easy_vqa 
 
     tap-jax train --config=configs/mini.py --config.data.root=DIR --workdir=runs/mini
 
-Needs no network and no accelerator; under 30 minutes on two CPU cores, about 5 GB.
+Needs no network and no accelerator; ten to twenty minutes on two CPU cores, about 5 GB.
 """
 
 from ml_collections import ConfigDict
