@@ -197,7 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
 
 
-_MENDABLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+_MENDABLE = (
+    errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 
 def _fail(message: str, status: int) -> int:

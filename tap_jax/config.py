@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS, PAPER_ROWS, TASKS, Federation, client_table
 
-# method -> what one run of it can yield; the first is the default. Those of one line share a trunk (spec.md 5).
+# method -> what one run of it can yield; the first is the default. Those of one line share a trunk (Sec. 3, App. C).
 VARIANTS: dict[str, tuple[str, ...]] = {
     "tap": ("tap", "tap-no-kd", "local", "fedavg", "fedavg+post", "fedavg+2p"),
     "fedavg": ("fedavg", "fedavg+post", "fedavg+2p"),
@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-IMAGE_SIDE = 64  # pixels a side of every stored image (spec.md 6)
+IMAGE_SIDE = 64  # pixels a side of every stored image
 FLAVA_POSITIONS = 512  # of the text encoder, in every published FLAVA
 
 
@@ -82,7 +82,7 @@ def default_config() -> ConfigDict:
         dict(image_classification=2e-3, image_generation=2e-3, text_classification=2e-3, text_generation=1.0)
     )
 
-    # --- The server model: spec.md 2, Tables 18-21 -----------------------------------------------------------------
+    # --- The server model: Sec. 3.1, Tables 18-21 ------------------------------------------------------------------
     config.model = model = ConfigDict()
     model.name = "flava"  # | "vilt"
     # Frozen weights (and ViLT's first CLS and positions): hub id or folder of a checkpoint that Hugging Face's FLAVA or
@@ -123,7 +123,7 @@ def default_config() -> ConfigDict:
     model.position_grid = 12  # positions a side of that table; 12 in dandelin/vilt-*: 384 pixels in patches of 32
     model.layer_norm_eps = 1e-12  # of the pre-trained LayerNorms
 
-    # --- Clients and data: spec.md 4 and 6 -------------------------------------------------------------------------
+    # --- Clients and data: App. C, Table 23 -------------------------------------------------------------------------
     config.federation = federation = ConfigDict()
     federation.table = "flava"  # the paper's ten patterns for "flava" | "vilt" | "custom": `rows`
     federation.rows = ()  # one dict task -> share of its group's part per pattern; only with "custom"
@@ -132,7 +132,7 @@ def default_config() -> ConfigDict:
     federation.alpha = 0.5  # Dirichlet concentration per label; small is skewed; only with "dirichlet"
 
     config.data = data = ConfigDict()
-    data.root = "synthetic"  # | "hub" (ids of spec.md 6) | folder with one sub-folder of parquet files per task
+    data.root = "synthetic"  # | "hub" (ids in data/sources.py) | folder with one sub-folder of parquet files per task
     data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all
     data.test_size = 0  # samples per task; 0: all

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
 from tap_jax import blocks
 from tap_jax import config as configuration
@@ -60,9 +61,12 @@ def export_client(
         that does not reproduce the model. Nothing is written then.
     """
     workdir = pathlib.Path(workdir)
+    tasks = (tasks,) if isinstance(tasks, str) else tasks
     _one_of("format", format, FORMATS)
     _one_of("model", model, MODELS)
     config = _finished(workdir)
+    if model != "personal" and config.method == "local":
+        raise UserError(f"model: a run of method=local trains no {model} model; use model=personal")
     federation = configuration.federation_of(config)
     names = _tasks(federation, client, model, tasks)
     variant = _variant(config, model, variant)
@@ -81,6 +85,9 @@ def export_client(
     # The checkpoint that the frozen weights come from, for what our model does not store of it.
     source = None if config.model.start_from else config.model.weights or None
     frozen = jax.device_get(experiment.engine.frozen)
+    for name in restricted.block_names:
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained[name])):
+            raise UserError(f"model: block '{name}' holds values that are no numbers, its training diverged")
     if format == "torch":
         from tap_jax.export.folder import write_torch
 

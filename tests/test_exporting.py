@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from tap_jax import cli, runs
 from tap_jax import experiment as experiments
@@ -162,6 +163,32 @@ def test_runs_that_cannot_be_exported_and_folders_in_use(export, run, tmp_path):
     status, _, err, folder = export("--client=0", "--variant=fedavg+post", workdir=tmp_path / "run")
     assert status == 2 and re.fullmatch("tap-jax: workdir: .*client_0000.safetensors is missing; train again\n", err)
     assert not folder.exists()
+
+
+def test_a_local_run_has_no_server_model(export, run, tmp_path):
+    """Its server's blocks were never trained."""
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"method": "local", "variants": []}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    status, _, err, folder = export("--model=server", workdir=tmp_path / "run")
+    assert status == 2 and re.match("tap-jax: model: a run of method=local trains no server model", err), err
+    assert not folder.exists()
+
+
+def test_a_diverged_model_is_refused_in_every_format(export, run, tmp_path):
+    """Even where only blocks behind the encoders are broken."""
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "models" / "fedavg+post" / "client_0000.safetensors"
+    with safe_open(path, "numpy") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensors = {key: np.full_like(x, np.nan) if key.startswith("mote/shared/") else x for key, x in tensors.items()}
+    save_file(tensors, path, metadata)
+    for format in ("torch", "peft", "huggingface"):
+        status, _, err, folder = export(
+            "--client=0", "--variant=fedavg+post", f"--format={format}", workdir=tmp_path / "run"
+        )
+        assert status == 2 and re.search("block 'mote/shared/.*' holds values that are no numbers", err), err
+        assert not folder.exists()
 
 
 def test_a_new_run_starts_from_an_export(export, experiment, tiny, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Every client's model on the test split of each of its tasks (spec 7): batched, compiled, one program per family.
+"""Every client's model on the test split of each of its tasks : batched, compiled, one program per family.
 
 Letters: D shards, N rows of a shard, s samples of a row, A answer length.
 """

@@ -164,16 +164,15 @@ def _readme(kind: str, source: str | None, embeddings: bool, report: Mapping[str
         'model.load_state_dict(load_file("embeddings.safetensors"), strict=False)  # trained CLS token and positions\n'
     )
     note = "" if source else (
-        "\nThe run names no checkpoint (`model.weights`), so its frozen weights may be random stand-ins and BASE\n"
-        "no published one; the model as a whole is in `--format=torch`, its encoders in `--format=huggingface`.\n"
+        "\nThe frozen weights are not known to be a checkpoint's (random stand-ins, or an export's), so BASE may\n"
+        "be no published one; the model as a whole is in `--format=torch`, its encoders in `--format=huggingface`.\n"
     )  # fmt: skip
     lines = "".join(f"- {key}: {value}\n" for key, value in report.items())
     return f"""# A client's adapters for PEFT
 
 ```python
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import {kind}
+{"from safetensors.torch import load_file" + chr(10) if embeddings else ""}from transformers import {kind}
 
 model = {kind}.from_pretrained({base})
 {load if embeddings else ""}model = PeftModel.from_pretrained(model, ".")  # this folder

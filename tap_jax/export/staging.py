@@ -15,7 +15,7 @@ def check_free(out: str | os.PathLike) -> pathlib.Path:
     Raises:
       UserError: something is there already (an empty folder is fine), or it cannot be made.
     """
-    out = pathlib.Path(out).absolute()
+    out = pathlib.Path(out).resolve()
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"out: {out} is not empty; name another folder or remove it")
     place = out

@@ -57,15 +57,20 @@ def read_torch(folder: str | os.PathLike, model: ServerModel, *, tokenizer: Word
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{field}: cannot read {folder} ({reason}); name a folder of --format=torch") from None
-    if not isinstance(config, dict) or config.get("format") != torch_model.FORMAT:
+    if not isinstance(config, dict) or config.get("format") != torch_model.FORMAT or "model" not in config:
         raise UserError(f"{field}: {folder} is no export of --format=torch; name one")
     _same_sizes(config["model"], model, field)
     theirs = folder / "tokenizer" / "vocab.txt"
     if tokenizer is not None and theirs.is_file() and theirs.read_text(encoding="utf-8") != _vocabulary(tokenizer):
         raise UserError(f"{field}: the run's word pieces differ from the export's; set data.tokenizer={theirs.parent}")
+    for key, value in tensors.items():
+        if key.split(".")[0] not in ("frozen", "blocks") or key.count(".") < 2:
+            raise UserError(f"{field}: {folder}/model.safetensors: '{key}' is no weight of an export")
+        if not np.isfinite(value).all():
+            raise UserError(f"{field}: {folder}/model.safetensors: '{key}' holds values that are no numbers")
     present = {tuple(key.split(".")[:2]) for key in tensors}
     wanted = dict(zip(("frozen", "blocks"), shapes(model), strict=True))
     common = {part: {n: tree for n, tree in trees.items() if (part, n) in present} for part, trees in wanted.items()}
@@ -87,6 +92,8 @@ def read_torch(folder: str | os.PathLike, model: ServerModel, *, tokenizer: Word
 
 
 def _same_sizes(theirs: Mapping, model: ServerModel, field: str) -> None:
+    if not isinstance(theirs, Mapping):
+        raise UserError(f"{field}: the export's config.json has no sizes; name a folder of --format=torch")
     for name in _SAME:
         mine = getattr(model.config, name)
         mine = list(mine) if isinstance(mine, tuple) else mine

@@ -55,7 +55,7 @@ def huggingface_config(folder: pathlib.Path):
         kind = values["model_type"]
     except FileNotFoundError:
         raise UserError(f"model.weights: no config.json in {folder}; name the folder of a whole checkpoint") from None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"model.weights: {folder / 'config.json'} is no model's; download it again") from None
     classes = {"flava": transformers.FlavaConfig, "vilt": transformers.ViltConfig}
     if kind not in classes:
@@ -80,7 +80,9 @@ def _size(config: Any, name: str, field: str) -> Any:
         value = value[0]
     if not isinstance(value, (int, float)):
         raise UserError(f"model.weights: config.json has {field} = {value}; only square images and patches are known")
-    return value // int(config.patch_size) if name == "position_grid" else value
+    if value <= 0 and isinstance(value, int):
+        raise UserError(f"model.weights: config.json has {field} = {value}; download it again")
+    return value // _size(config, "patch", "patch_size") if name == "position_grid" else value
 
 
 def model_fields(folder: str | os.PathLike) -> dict[str, Any]:

@@ -136,6 +136,8 @@ def convert(folder: pathlib.Path, name: str, wanted: Mapping[str, Place], like: 
         if weight.dtype not in ("float32", "float16", "bfloat16"):  # what float32 holds exactly
             raise UserError(f"model.weights: '{key}' in {folder / weight.file} is {weight.dtype}, not float32")
         target[...] = place.transform.ours(weight.read())
+        if not np.isfinite(target).all():
+            raise UserError(f"model.weights: '{key}' in {folder / weight.file} holds values that are no numbers")
     return trees
 
 
@@ -177,7 +179,7 @@ def _write_cache(path: pathlib.Path, wanted: Mapping[str, Place], trees: dict[st
     except (OSError, SafetensorError) as error:
         _LOG.warning("model.weights: converted weights are not kept in %s (%s)", path.parent, error)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             fresh.unlink()
 
 

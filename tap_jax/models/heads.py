@@ -1,4 +1,4 @@
-"""Decoders, one per head of the task registry (Tables 18-20 of the paper; spec.md section 2).
+"""Decoders, one per head of the task registry (Tables 18-20 of the paper).
 
 Axes: B samples, P path vectors, A answer tokens, D width, V vocabulary, C classes or channels.
 

@@ -17,7 +17,7 @@ from tap_jax.models.lora import FrozenDense, frozen
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the server model; field by field the `model` section of a configuration (spec: Sec. 5.1, App. D).
+    """Sizes of the server model; field by field the `model` section of a configuration (Sec. 5.1, App. D).
 
     `rank` fields are LoRA ranks; alpha = lora_alpha_ratio · rank. `backbone_layers` are the depths of the MoTE
     and the MoME stage. Lengths are in word pieces, sizes in pixels. `text_positions` are the rows of the text side's

@@ -62,6 +62,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     """Tensor -> shard."""
     try:
         found = dict(json.loads(index.read_text())["weight_map"])
+        if not found:
+            raise ValueError("no shards")
     except (ValueError, KeyError, TypeError):
         raise UserError(f"model.weights: {index} is no index of shards; download it again") from None
     for shard in set(found.values()):
@@ -134,15 +136,17 @@ def _pickled(path: pathlib.Path) -> Iterator[tuple[str, Weight]]:
     if not isinstance(tensors, dict):
         raise UserError(f"model.weights: {path} holds a {type(tensors).__name__}, not named tensors; save a state_dict")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"model.weights: {path} holds {name!r}, which is no named tensor; save a state_dict")
+        named = isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        if not named or tensor.layout != torch.strided:
+            raise UserError(f"model.weights: {path} holds {name!r}, which is no named dense tensor; save a state_dict")
         yield name, Weight(path.name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _reader(tensor))
 
 
 def _reader(tensor) -> Callable[[], np.ndarray]:
     import torch
 
-    return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor.detach()).numpy()
+    tensor = tensor.detach()  # some files hold parameters
+    return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _msgpack(path: pathlib.Path) -> Iterator[tuple[str, Weight]]:

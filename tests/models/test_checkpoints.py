@@ -425,6 +425,39 @@ def test_pickle_with_code_is_refused_and_not_run(saved, tmp_path, monkeypatch, s
     assert not (tmp_path / "trap").exists()
 
 
+def test_values_that_are_no_numbers(copy):
+    key = "text_model.encoder.layer.0.output.dense.bias"
+
+    def spoil(tensors):
+        tensors[key] = np.full_like(tensors[key], np.nan)
+
+    refused(f"'{key}' in .*model.safetensors holds values that are no numbers", copy(spoil))
+
+
+def test_a_pickle_of_parameters_and_one_of_sparse_tensors(saved, tmp_path):
+    model, folder = saved["FlavaModel"]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    state = {name: torch.nn.Parameter(value.bfloat16()) for name, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    checkpoints.load(str(tmp_path), server("FlavaModel"))
+    torch.save({"logit_scale": torch.eye(2).to_sparse()}, tmp_path / "pytorch_model.bin")
+    refused("holds 'logit_scale', which is no named dense tensor", tmp_path)
+
+
+def test_sizes_that_no_model_has(saved, tmp_path):
+    _, folder = saved["ViltModel"]
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"patch_size": 0}))
+    refused("config.json has patch_size = 0; download it again", tmp_path, "ViltModel")
+
+
+def test_an_index_without_shards(saved, tmp_path):
+    (tmp_path / "config.json").write_bytes((saved["FlavaModel"][1] / "config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    refused("model.safetensors.index.json is no index of shards", tmp_path)
+
+
 def test_shards_that_are_missing_or_lie_elsewhere(saved, tmp_path):
     model, _ = saved["FlavaModel"]
     write_sharded_safetensors(model, tmp_path)
