@@ -232,7 +232,10 @@ def local_training(
 
         state = moments if settings.persist else optimizer.init(stack)
         stack, state, losses = jax.lax.fori_loop(0, plan.steps, step, (stack, state, losses))
-        return stack, state if settings.persist else None, without_broken(losses, stack, seats)
+        broken = broken_clients(stack, seats)
+        if settings.persist:  # whoever is broken starts afresh next time
+            state = {g: jnp.where(broken[seats.client[g]][:, None], 0, moment) for g, moment in state.items()}
+        return stack, state if settings.persist else None, without_broken(losses, broken)
 
     return train
 
@@ -264,15 +267,20 @@ def remembered_update(
     return updates, after
 
 
-def without_broken(losses: Losses, stack: Stack, seats: Seats) -> Losses:
-    """The losses, NaN for clients that hold a value that is no number.
+def broken_clients(stack: Stack, seats: Seats) -> Array:
+    """bool [K + 1], by position: the client holds a value that is no number."""
+    broken = jnp.zeros(seats.slot.shape[0] + 1, bool)
+    for group, matrix in stack.items():
+        broken = broken.at[seats.client[group]].max(~jnp.isfinite(matrix).all(1))
+    return broken
+
+
+def without_broken(losses: Losses, broken: Array) -> Losses:
+    """The losses, NaN for broken clients (`broken_clients`).
 
     The last step can break blocks without any loss having shown it. Whoever decides by losses (aggregation,
     replacement, results) then sees it as well.
     """
-    broken = jnp.zeros(seats.slot.shape[0] + 1, bool)
-    for group, matrix in stack.items():
-        broken = broken.at[seats.client[group]].max(~jnp.isfinite(matrix).all(1))
     lost = broken[:-1, None] & losses.seen
     return losses.replace(
         plain=jnp.where(lost, jnp.nan, losses.plain), weighted=jnp.where(lost, jnp.nan, losses.weighted)

@@ -8,7 +8,7 @@ import pytest
 
 from tap_jax import experiment as experiments
 from tap_jax.blocks import replacement_indicator
-from tap_jax.engine.local_training import Losses, without_broken
+from tap_jax.engine.local_training import Losses, broken_clients, without_broken
 from tests.oracle import minibatches
 
 ROWS = ({"ag_news": 0.2}, {"ag_news": 0.7, "cifar100": 0.5}, {"cifar100": 0.3}, {"fashion_mnist": 1.0})
@@ -111,7 +111,7 @@ def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
         _, losses = cohort.train(cohort.load([personal[0], personal[1]]), "local")
         assert np.isfinite(losses.plain).all()
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), dict(stack))
-        losses = without_broken(losses, flat, cohort.flat_seats)
+        losses = without_broken(losses, broken_clients(flat, cohort.flat_seats))
     # Nor does it reach the personal blocks.
     indicator = replacement_indicator(losses.mean(), np.inf, 0.0, losses.seen)
     healthy = (cohort.clients == 0)[:, None] & np.asarray(losses.seen)
