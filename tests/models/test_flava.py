@@ -50,17 +50,23 @@ def test_image_encoder_is_hf_flava():
     close(ours, reference.encode(CONFIG, frozen, blocks, "image", batch))
 
 
-def test_text_encoder_is_hf_flava_with_peft():
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_encoder_is_hf_flava_with_peft(modality):
     """LoRA unmerged, through PEFT itself: values, and gradients of A and B."""
-    tokens, mask = text_batch()
-    encoder = flava.TextEncoder(CONFIG)
-    weights = variables(encoder, tokens, mask)
+    rng = np.random.default_rng(3)
+    if modality == "text":
+        encoder, (inputs, mask) = flava.TextEncoder(CONFIG), text_batch()
+        real = mask
+    else:
+        encoder, inputs, mask = flava.ImageEncoder(CONFIG), rng.standard_normal((3, 64, 64, 3)).astype(np.float32), None
+        real = np.ones((3, 17), bool)
+    weights = variables(encoder, inputs, mask)
     frozen, params = weights["frozen"], weights["params"]
-    upstream = np.random.default_rng(3).standard_normal((3, 7, CONFIG.width)).astype(np.float32) * mask[..., None]
+    upstream = rng.standard_normal((*real.shape, CONFIG.width)).astype(np.float32) * real[..., None]
 
     @jax.jit
     def run(params):
-        apply = lambda p: encoder.apply({"params": p, "frozen": frozen}, tokens, mask, deterministic=True)  # noqa: E731
+        apply = lambda p: encoder.apply({"params": p, "frozen": frozen}, inputs, mask, deterministic=True)  # noqa: E731
         ours, pullback = jax.vjp(apply, params)
         return ours, pullback(jnp.asarray(upstream))[0]
 
@@ -70,7 +76,8 @@ def test_text_encoder_is_hf_flava_with_peft():
     lora = peft.LoraConfig(
         r=rank, lora_alpha=CONFIG.lora_alpha_ratio * rank, target_modules=["query", "value"], lora_dropout=0.3
     )
-    tower = peft.get_peft_model(reference.text_tower(CONFIG, frozen), lora).eval()
+    tower = getattr(reference, f"{modality}_tower")(CONFIG, frozen)
+    tower = peft.get_peft_model(tower, lora).eval()
     adapters = {}
     for i, layer in enumerate(tower.base_model.model.encoder.layer):
         for name in ("query", "value"):
@@ -78,9 +85,13 @@ def test_text_encoder_is_hf_flava_with_peft():
             for letter, linear in (("a", module.lora_A["default"]), ("b", module.lora_B["default"])):
                 reference.fill(linear.weight, params["layers"][name]["lora"][letter][i].T)
                 adapters[i, name, letter] = linear.weight
-    states = tower(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
-    theirs = reference.output(params["output"], states)
-    close(np.asarray(ours)[mask], theirs.detach().numpy()[mask])
+    if modality == "text":
+        states = tower(input_ids=torch.tensor(inputs).long(), attention_mask=torch.tensor(mask).long())
+    else:
+        pixels = reference.adaptor(CONFIG, params["adaptor"], torch.tensor(inputs).permute(0, 3, 1, 2))
+        states = tower(pixel_values=pixels)
+    theirs = reference.output(params["output"], states.last_hidden_state)
+    close(np.asarray(ours)[real], theirs.detach().numpy()[real])
     (theirs * torch.tensor(upstream)).sum().backward()
     for (i, name, letter), weight in adapters.items():
         assert weight.grad.abs().max() > 1e-3
