@@ -30,6 +30,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "fedavg": ("fedavg", "fedavg+post", "fedavg+2p"),
     "local": ("local",),
 }
+SERVER_VARIANT = "fedavg"  # the server's blocks as they are: no client has a model of its own
 
 
 IMAGE_SIDE = 64  # pixels a side of every stored image

@@ -202,12 +202,12 @@ def _memory(found: Outline, devices: int) -> str:
         )
 
     phase("round", settings.cohort_size, config.method == "tap")
-    if any(variant not in ("fedavg", "local") for variant in variants):
+    if any(variant not in (configuration.SERVER_VARIANT, "local") for variant in variants):
         phase("after the last", settings.clients_per_pass, False)
 
     owned = 4 * int((partition.owned @ sizes).sum())
     chains = experiment.method_of(config, model.tasks, variants).chains
-    made = sum(variant != "fedavg" for variant in variants)
+    made = sum(variant != configuration.SERVER_VARIANT for variant in variants)
     host = [(f"{name} models of all clients, only the blocks they own", owned) for name in chains]
     if config.optimizer.state == "persist":
         host += [(f"AdamW's two moments of {name} models", 2 * owned) for name in ("federated", *chains)]

@@ -135,7 +135,7 @@ class Experiment:
         A state is evaluated as it stands, its chains under their own names, the server's blocks as "fedavg".
         """
         if isinstance(models, State):
-            models = Finished(models, {**models.chains, "fedavg": None})
+            models = Finished(models, {**models.chains, configuration.SERVER_VARIANT: None})
         cohorts, rows = self.engine.passes(int(models.state.round)), []
         for variant, found in models.models.items():
             if found is None:

@@ -144,7 +144,7 @@ def _blocks(
     experiment: Experiment, workdir: pathlib.Path, model: str, client: int | None, variant: str, say
 ) -> tuple[Blocks, int]:
     """The trained blocks, and after how many rounds."""
-    if model == "personal" and variant != "fedavg":  # which has no phase of its own: W̃[i]
+    if model == "personal" and variant != configuration.SERVER_VARIANT:
         return stored_model(experiment, workdir, variant, client), experiment.config.rounds
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=say), experiment.init())
     if state is None:

@@ -88,9 +88,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
             for client, found in mine.items():
                 write_model(workdir / "models", variant, client, found, config.rounds)
             rows += experiment.evaluate_cohort(variant, cohort, mine, state)
-    for variant in experiment.variants:
-        if not any(row["variant"] == variant for row in rows):
-            rows += experiment.evaluate_server(variant, state)
+    if configuration.SERVER_VARIANT in experiment.variants:
+        rows += experiment.evaluate_server(configuration.SERVER_VARIANT, state)
     rows = experiment.in_order(rows)
     timing = {
         "build_seconds": built - started,
@@ -136,7 +135,7 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
     rows = []
     for variant in experiment.variants:
-        if variant == "fedavg":
+        if variant == configuration.SERVER_VARIANT:
             rows += experiment.evaluate_server(variant, state)
             continue
         for cohort in experiment.engine.passes(state.round):

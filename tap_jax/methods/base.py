@@ -96,7 +96,7 @@ class Method:
       chains: names of the per-client chains that the state must carry.
       round: (cohort, state) -> (state, metrics); metrics maps names to arrays [P, O].
       finish: (cohort, state, variants) -> variant -> client -> blocks, for one pass over some clients after the
-        last round. A variant that it does not return is evaluated with the server's blocks.
+        last round. It leaves out "fedavg", whose models are the server's blocks.
     """
 
     chains: tuple[str, ...]
