@@ -1,5 +1,6 @@
 """`tap-jax describe`: Table 7 to the unit, sums that add up, and nothing allocated."""
 
+import gc
 import re
 
 import jax
@@ -33,6 +34,7 @@ def section(text, title):
 @pytest.fixture(scope="module", params=["flava", "vilt"])
 def paper(request):
     """(name, text) of the paper's two settings."""
+    gc.collect()  # what earlier tests left behind must not vanish in between
     before = len(jax.live_arrays())
     text = describe(load_config(f"configs/{request.param}.py"))
     assert len(jax.live_arrays()) == before
