@@ -3,6 +3,7 @@
 Weights come from our trees, whose layout is spelt out here once.
 """
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,19 @@ def random_weights(shapes, rng):
         return (rng.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def variables(encoder, *example):
+    """Random weights for all of an encoder's collections, on the host."""
+    shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), *example, deterministic=True))
+    return jax.device_get(random_weights(shapes, np.random.default_rng(1)))
+
+
+def close(ours, theirs, tolerance=1e-5) -> None:
+    """Asserts equality to `tolerance` of the largest entry."""
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 def tensor(x) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tap_jax.models import flava
 from tap_jax.models.layers import InputAdaptor, ModelConfig, resize
 from tests.models import reference
+from tests.models.reference import close, variables
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -19,17 +20,6 @@ CONFIG = ModelConfig(
     width=12, heads=3, mlp=20, image_layers=2, text_layers=3, image_size=32, patch=8, upsample=0.75, vocab=37,
     max_text=11, encoder_rank=5, lora_alpha_ratio=1.5, lora_dropout=0.3,
 )  # fmt: skip
-
-
-def variables(encoder, *example):
-    shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), *example, deterministic=True))
-    return jax.device_get(reference.random_weights(shapes, np.random.default_rng(1)))
-
-
-def close(ours, theirs, tolerance=1e-5):
-    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 def text_batch():

@@ -16,6 +16,7 @@ from tap_jax.models import vilt
 from tap_jax.models.layers import ModelConfig, bilinear_matrix
 from tap_jax.models.server_model import ServerModel
 from tests.models import reference
+from tests.models.reference import close, variables
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -28,17 +29,6 @@ CONFIG = ModelConfig(
 
 def images(count=2):
     return np.random.default_rng(0).standard_normal((count, 64, 64, 3)).astype(np.float32)
-
-
-def variables(encoder, *example):
-    shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), *example, deterministic=True))
-    return jax.device_get(reference.random_weights(shapes, np.random.default_rng(1)))
-
-
-def close(ours, theirs, tolerance=1e-5):
-    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 def pixels(config, weights):
