@@ -42,13 +42,10 @@ def _compiled(function, static: tuple[int, ...]):
     return jax.jit(function, static_argnums=static, compiler_options=compiler_options(once=True))
 
 
-def _init_module(module, key, *args):
-    return module.init(key, *args, deterministic=True)
-
-
-def _init_trainable(module, key, *args):
-    """`_init_module` without its frozen part, which the compiler then leaves out."""
-    return module.init(key, *args, deterministic=True)["params"]
+def _init_module(module, collections: tuple[str, ...], key, *args):
+    """Some of a module's collections; the compiler leaves out the others."""
+    variables = module.init(key, *args, deterministic=True)
+    return {name: variables[name] for name in collections}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,14 +169,15 @@ class ServerModel:
         for name in self.block_names:
             block_key = _fold(key, name)
             kind, *rest = name.split("/")
-            if kind == "encoder" and pretrained is None:
-                encoder = self._encoders[rest[0]]
-                variables = _once(_init_module, encoder, block_key, *self._example(rest[0]), static=(0,))
-                blocks[name], frozen[name] = variables["params"], variables["frozen"]
-            elif kind == "encoder":
-                encoder = self._encoders[rest[0]]
-                fresh = _once(_init_trainable, encoder, block_key, *self._example(rest[0]), static=(0,))
-                blocks[name] = fresh | jax.tree.map(jnp.asarray, dict(pretrained.blocks.get(name, {})))
+            if kind == "encoder":
+                wanted = ("params", "frozen") if pretrained is None else ("params",)
+                encoder, example = self._encoders[rest[0]], self._example(rest[0])
+                found = _once(_init_module, encoder, wanted, block_key, *example, static=(0, 1))
+                blocks[name] = found["params"]
+                if pretrained is None:
+                    frozen[name] = found["frozen"]
+                else:
+                    blocks[name] |= jax.tree.map(jnp.asarray, dict(pretrained.blocks.get(name, {})))
             elif kind == "shared_proj":
                 blocks[name] = self._shared.init(block_key, jnp.zeros((1, c.width)))["params"]
             elif kind == "head":
@@ -200,7 +198,7 @@ class ServerModel:
             args = (vectors[:, None], jnp.zeros((1, 2), jnp.int32))
         else:
             args = (vectors,)
-        return _once(_init_module, head, key, *args, static=(0,))["params"]
+        return _once(_init_module, head, ("params",), key, *args, static=(0, 1))["params"]
 
     def encode(
         self, modality: str, frozen: Tree, block: Tree, inputs: Array, mask: Array | None, *, key: Array | None = None
