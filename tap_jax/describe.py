@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from tap_jax import blocks, experiment
+from tap_jax import assembly, blocks
 from tap_jax import config as configuration
 from tap_jax.blocks import Partition
 from tap_jax.config import ConfigDict
 from tap_jax.data.federated import SYNTHETIC_SIZES
 from tap_jax.experiment import Experiment
 from tap_jax.federation import Federation
-from tap_jax.models.accounting import account, shapes, table7
+from tap_jax.models.accounting import account, counted_in_paper, shapes, table7
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
 
 MIB = 2**20
@@ -47,12 +47,21 @@ def outline(config: ConfigDict) -> Outline:
     """
     configuration.validate(config)
     federation = configuration.federation_of(config)
-    model = ServerModel(experiment.model_config(config), experiment.tasks_of(config, federation))
+    model = ServerModel(assembly.model_config(config), assembly.tasks_of(config, federation))
     patterns: dict[int, list[int]] = {}
     for number, client in enumerate(federation.clients):
         patterns.setdefault(client.pattern, []).append(number)
     partition = model.partition(federation.task_mask)
     return Outline(config, federation, model, partition, tuple(map(tuple, patterns.values())))
+
+
+def parameters(config: ConfigDict) -> dict[str, float]:
+    """Table 7's parameters of a configuration; see `tap_jax.models.accounting.table7`.
+
+    Raises:
+      UserError: whatever is wrong with the configuration.
+    """
+    return _table7(outline(config))
 
 
 def describe(config: ConfigDict, *, devices: int | None = None) -> str:
@@ -97,15 +106,36 @@ def _head(found: Outline) -> str:
         f" {len(federation.clients)} clients in each ({len(found.patterns)} patterns); yields"
         f" {', '.join(configuration.variants_of(config))}",
         f"tasks: {', '.join(task.name for task in federation.tasks)}",
+        _adapters(found.model),
     ]
     if any("text" in task.modalities for task in federation.tasks):
         lines.append(f"vocabulary: {config.model.vocab:,}{vocab}")
     return "\n".join(lines)
 
 
+def _adapters(model: ServerModel) -> str:
+    """Which backbone, and what is trained of it and of the encoders."""
+    c = model.config
+    if c.bottleneck:
+        return f"backbone: {c.backbone}; adapters: bottlenecks of {c.bottleneck} behind every feed-forward network"
+    delta = ", full weights on query and value" if c.qv_delta and c.backbone == "routed" else ""
+    return (
+        f"backbone: {c.backbone}; adapters: LoRA of rank {c.encoder_rank} in the encoders, in the backbone"
+        f" {c.attention_rank} on query and value and {c.expert_rank} on feed-forward networks{delta}"
+    )
+
+
+def _table7(found: Outline) -> dict[str, float]:
+    return table7(found.model, [_tasks(found, k) for k in range(len(found.federation.clients))])
+
+
 def _paper(found: Outline) -> str:
-    clients = [_tasks(found, k) for k in range(len(found.federation.clients))]
-    t = table7(found.model, clients)
+    t = _table7(found)
+    if not counted_in_paper(found.model):
+        return (
+            "Parameters, each stored once, mean over clients\n"
+            f"  avg total {t['total']:,.1f} · avg trainable {t['trainable']:,.1f} · {t['percent']:.4f} %"
+        )
     return (
         "Parameters as Table 7 counts them, mean over clients\n"
         f"  avg total {t['total']:,.1f} · avg trainable {t['trainable']:,.1f} · {t['percent']:.4f} %"
@@ -114,7 +144,8 @@ def _paper(found: Outline) -> str:
 
 
 def _patterns(found: Outline) -> str:
-    rows = [("pattern", "clients", "total", "trainable", "%", "with TAP", "%", "tasks")]
+    doubled = counted_in_paper(found.model)
+    rows = [("pattern", "clients", "total", "trainable", "%", *(("with TAP", "%") if doubled else ()), "tasks")]
     for number, clients in enumerate(found.patterns):
         tasks = _tasks(found, clients[0])
         counted = account(found.model, tasks)
@@ -126,12 +157,11 @@ def _patterns(found: Outline) -> str:
                 f"{total:,}",
                 f"{trainable:,}",
                 f"{100 * trainable / total:.4f}",
-                f"{total + trainable:,}",
-                f"{200 * trainable / (total + trainable):.4f}",
+                *((f"{total + trainable:,}", f"{200 * trainable / (total + trainable):.4f}") if doubled else ()),
                 " ".join(task.name for task in tasks),
             )
         )
-    return "The same per client pattern\n" + _columns(rows, left=(1, 7))
+    return "The same per client pattern\n" + _columns(rows, left=(1, len(rows[0]) - 1))
 
 
 def _stored(found: Outline) -> str:
@@ -146,17 +176,21 @@ def _stored(found: Outline) -> str:
     rows = [
         ("frozen weights it uses, each stored once", mean([one.frozen for one in accounts])),
         ("trainable blocks on its paths", mean([one.blocks for one in accounts])),
-        ("= stored", mean([one.frozen + one.blocks for one in accounts])),
+        ("= stored", mean([one.stored for one in accounts])),
+    ]
+    further = [
         ("not stored: trainables of experts on none of its paths", mean([one.idle_experts for one in accounts])),
         *((f"not stored: {name}", mean([one.copies.get(name, 0) for one in accounts])) for name in names),
         ("= avg total", mean([one.total for one in accounts])),
     ]
+    counted = counted_in_paper(found.model)
+    rows, title = (rows + further, "Stored and counted") if counted else (rows, "Stored")
     frozen, trainable = shapes(found.model)
     whole = (
         f"The run stores {blocks.count(frozen):,} frozen parameters once for all clients and"
         f" {blocks.count(trainable):,} of the server's {len(trainable)} blocks."
     )
-    return "Stored and counted, mean over clients\n" + _columns(rows, left=(0,)) + "\n" + whole
+    return f"{title}, mean over clients\n" + _columns(rows, left=(0,)) + "\n" + whole
 
 
 def _map(found: Outline) -> str:
@@ -176,7 +210,7 @@ def _map(found: Outline) -> str:
 def _memory(found: Outline, devices: int) -> str:
     """What lies where, in MiB; the stacks are sized for the most demanding clients."""
     config, partition, model = found.config, found.partition, found.model
-    settings = experiment.engine_settings(config, len(found.federation.clients))
+    settings = assembly.engine_settings(config, len(found.federation.clients))
     variants = configuration.variants_of(config)
     frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)
@@ -202,12 +236,12 @@ def _memory(found: Outline, devices: int) -> str:
         )
 
     phase("round", settings.cohort_size, config.method == "tap")
-    if any(variant not in (configuration.SERVER_VARIANT, "local") for variant in variants):
+    if any(variant not in (*configuration.SERVER_VARIANTS, "local") for variant in variants):
         phase("after the last", settings.clients_per_pass, False)
 
     owned = 4 * int((partition.owned @ sizes).sum())
-    chains = experiment.method_of(config, model.tasks, variants).chains
-    made = sum(variant != configuration.SERVER_VARIANT for variant in variants)
+    chains = assembly.method_of(config, model, variants).chains
+    made = sum(variant not in configuration.SERVER_VARIANTS for variant in variants)
     host = [(f"{name} models of all clients, only the blocks they own", owned) for name in chains]
     if config.optimizer.state == "persist":
         host += [(f"AdamW's two moments of {name} models", 2 * owned) for name in ("federated", *chains)]
@@ -218,7 +252,12 @@ def _memory(found: Outline, devices: int) -> str:
         notes.append("Neither are the data, whose size is known once they are read (data.train_size bounds it).")
     in_mib = lambda lines: _columns([(name, f"{size / MIB:,.1f}") for name, size in lines], left=(0,))  # noqa: E731
     return "\n".join(
-        [f"Memory per device in MiB, {_devices(devices)}", in_mib(rows), "On the host", in_mib(host), *notes]
+        [
+            f"Memory per device in MiB, {_devices(devices)}",
+            in_mib(rows),
+            *(("On the host", in_mib(host)) if host else ()),
+            *notes,
+        ]
     )
 
 

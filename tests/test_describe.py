@@ -75,6 +75,56 @@ def test_map_shows_who_owns_what(paper):
         assert marks == "".join("#" if owns else "." for owns in owners)
 
 
+def test_the_backbone_and_its_adapters_are_named(paper):
+    name, text = paper
+    ranks = {"flava": "8 in the encoders, in the backbone 16", "vilt": "4 in the encoders, in the backbone 8"}[name]
+    assert f"backbone: routed; adapters: LoRA of rank {ranks} on query and value" in text
+    assert "full weights on query and value" in text
+
+
+@pytest.mark.parametrize("name", ["flava", "vilt"])
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"method": "fedavg", "model.backbone": "standard"}, "backbone: standard; adapters: LoRA of rank 3 in"),
+        ({"method": "feddat", "feddat.bottleneck": 5}, "backbone: routed; adapters: bottlenecks of 5 behind"),
+        (
+            {"method": "feddat", "feddat.bottleneck": 5, "model.backbone": "standard"},
+            "backbone: standard; adapters: bottlenecks of 5 behind",
+        ),
+    ],
+    ids=["standard", "bottlenecks", "both"],
+)
+def test_models_that_the_paper_does_not_count(tiny, name, fields, shown):
+    """What is stored, and no line about TAP or about copies that are not there."""
+    rows = ({"ag_news": 0.5}, {"fashion_mnist": 0.5, "ag_news": 0.5})
+    fields = fields | {"model.name": name, "model.backbone_layers": (1, 2), "variants": ()}
+    config = tiny(rows, fields | ({"model.position_grid": 2} if name == "vilt" else {}))
+    text, found = describe(config), outline(config)
+    assert shown in text.splitlines()[2]
+    for word in ("Table 7", "with TAP", "not stored", "qv_delta", "full weights"):
+        assert word not in text
+    # Client 0 by hand: the text encoder, the backbone and its head.
+    c = config.model
+    d, low_rank = c.width, lambda inputs, outputs, rank: rank * (inputs + outputs)
+    one = 2 * d * 5 + 5 + d  # a bottleneck
+    layer = 4 * (d * d + d) + 4 * d + 2 * d * c.mlp + c.mlp + d  # a pre-trained one
+    tower = c.text_layers * layer + 2 * d if name == "flava" else 0
+    frozen = 3 * layer + tower + (c.vocab + 16 + 2) * d + 2 * d
+    glue, head = d * d + d + 2 * d, d * 6 + 6 + 6 * 4 + 4
+    bottlenecks, routed = "feddat.bottleneck" in fields, "model.backbone" not in fields
+    towers = 0 if name == "vilt" else c.text_layers * (one if bottlenecks else 2 * low_rank(d, d, 3))
+    if routed:  # each stage: four experts, and two domain experts of two
+        backbone = 3 * one * (4 + 2 * 2) + d * d + d
+    else:
+        backbone = 3 * (one if bottlenecks else 2 * low_rank(d, d, 2) + 2 * low_rank(d, c.mlp, 2))
+    trainable = towers + glue + backbone + head
+    (row, _) = [line.split() for line in section(text, "The same per client pattern")[1:]]
+    assert row == ["0", "0", f"{frozen + trainable:,}", f"{trainable:,}", row[4], "ag_news"]
+    assert number(row[4]) == pytest.approx(100 * trainable / (frozen + trainable), abs=1e-4)
+    assert len(section(text, "Blocks x client patterns")) == 1 + len(found.partition.names)
+
+
 def test_memory_plan_of_a_federation_counted_by_hand(tiny):
     rows = ({"ag_news": 0.5}, {"cifar100": 0.5}, {"ag_news": 0.5, "cifar100": 0.5})
     config = tiny(rows, {"model.width": 64, "model.mlp": 128, "data.train_size": 500, "data.test_size": 100})

@@ -85,15 +85,15 @@ def write_torch(
 
 def needed(model: ServerModel, frozen: Tree, blocks: Blocks) -> tuple[dict, dict]:
     """The frozen weights and blocks that the model's tasks use, on the host."""
-    encoders = [name for name in model.block_names if name.startswith("encoder/")]
-    kept = {name: frozen[name] for name in ("backbone", *encoders)}
+    encoders = {f"encoder/{modality}" for task in model.tasks for modality in task.modalities}
+    kept = {name: frozen[name] for name in ("backbone", *sorted(encoders))}
     return jax.device_get(kept), jax.device_get({name: blocks[name] for name in model.block_names})
 
 
 def describe(model: ServerModel, tokenizer: WordPiece | None) -> dict:
     """The contents of config.json."""
     routes: dict[str, dict] = {}
-    for task in model.tasks:
+    for task in model.tasks if model.config.backbone == "routed" else ():
         for modality in task.modalities:
             routes.setdefault(task.kind, {})[modality] = [
                 {
@@ -233,7 +233,7 @@ model = load(".")  # this folder
 `images`: float [B, 64, 64, 3], `standardise(uint8 pixels)`. `tokens`: int [B, T], `[CLS] text [SEP]`, padded with 0;
 `tokenizer/` has the word pieces (`transformers.AutoTokenizer.from_pretrained("tokenizer")`). With `answers=` a text
 generation task returns scores under teacher forcing.
-`model.trainable_parameters()` are the trained blocks, LoRA unmerged; everything in `model.frozen` is fixed.
+`model.trainable_parameters()` are the trained blocks, adapters unmerged; everything in `model.frozen` is fixed.
 The folder can be the start of a new run of tap-jax: `--config.model.start_from=FOLDER`.
 
 {origin}"""

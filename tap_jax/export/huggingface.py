@@ -45,9 +45,10 @@ def write_huggingface(
       The largest difference of the encoders' outputs, relative to the largest output.
 
     Raises:
-      UserError: `out` is in use, `source` is not where Ŵ comes from, or the outputs differ by more than
-        `twin.TOLERANCE`; then nothing is left behind.
+      UserError: the encoders have bottleneck adapters, `out` is in use, `source` is not where Ŵ comes from, or the
+        outputs differ by more than `twin.TOLERANCE`; then nothing is left behind.
     """
+    twin.refuse_bottlenecks(model, "huggingface")
     frozen, blocks = jax.device_get(
         (dict(frozen), {n: blocks[n] for n in map("encoder/{}".format, twin.encoders(model))})
     )
@@ -90,8 +91,8 @@ model = {kind}.from_pretrained(".")  # this folder
 ```
 
 The encoders' LoRA is merged into the weights. What our model does not store {rest}.
-Not in this folder: the image adaptor before the encoder, the projection behind it, the routed backbone's adapters and
-the heads (`--format=peft` and `--format=torch` have them). The backbone's layers are the frozen ones.
+Not in this folder: the image adaptor before the encoder, the projection behind it, the backbone's adapters and the
+heads (`--format=peft` and `--format=torch` have them). The backbone's layers are the frozen ones.
 
 Weights at their initial values:
 

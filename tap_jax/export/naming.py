@@ -19,6 +19,8 @@ TABLE = (
     (r"(^|\.)(lora\.)?a$", r"\1lora_A", (1, 0)),  # [inputs, R] -> [R, inputs]
     (r"(^|\.)(lora\.)?b$", r"\1lora_B", (1, 0)),
     (r"(^|\.)delta$", r"\1delta", (1, 0)),
+    (r"^(down|up)$", r"\1.weight", (1, 0)),  # a bottleneck's linears
+    (r"^(down|up)_bias$", r"\1.bias", None),
     (r"\bconv3$", "conv3.weight", (3, 2, 0, 1)),  # [3, 3, in, out] -> Conv2d
     (r"\bconv1$", "conv1.weight", (1, 0)),
     (r"\bbias1$", "conv1.bias", None),
@@ -45,8 +47,9 @@ def entries(part: str, name: str, path: tuple[str, ...], shape: tuple[int, ...])
       part: "frozen" or "blocks". name: of the block, or of the frozen tree.
       path: of the leaf in it. shape: its shape.
     """
-    stacked = name == "backbone" or name.startswith(("mote/", "mome/"))
-    paired = path[0] == "query_value" or (stacked and name != "backbone" and "/expert/" not in name)
+    routed = name.startswith(("mote/", "mome/"))
+    stacked = routed or name == "backbone" or (name.startswith("encoder/") and name.endswith("/adapters"))
+    paired = path[0] == "query_value" or (routed and "/expert/" not in name)
     own = [step for step in path if step not in ("query_value", "layers")]
     layered = stacked or "layers" in path
     place = ("layers",) if "layers" in path else ()

@@ -52,14 +52,15 @@ def write_peft(
       The largest difference of the encoders' outputs, relative to the largest output.
 
     Raises:
-      UserError: PEFT is not installed, nothing to adapt, `out` is in use, `source` is not where Ŵ comes from, or the
-        outputs differ by more than `twin.TOLERANCE`; then nothing is left behind.
+      UserError: PEFT is not installed, no LoRA in the encoders, `out` is in use, `source` is not where Ŵ comes from, or
+        the outputs differ by more than `twin.TOLERANCE`; then nothing is left behind.
     """
     try:
         import peft
     except ImportError:
         raise UserError("format: 'peft' needs the package of that name; pip install peft") from None
     c = model.config
+    twin.refuse_bottlenecks(model, "peft")
     frozen, blocks = jax.device_get((dict(frozen), {name: blocks[name] for name in model.block_names}))
     if c.name == "vilt" and c.position == "slice" and "image" in twin.encoders(model):
         raise UserError("model.position: 'slice' is not what ViltModel does; export as huggingface or torch")
@@ -180,8 +181,9 @@ model = {kind}.from_pretrained({base})
 {note}
 The adapters are the LoRA of the encoders. `tap_blocks.safetensors` holds the client's other trained weights, under the
 names they have in `--format=torch` and in PyTorch's layouts: the image adaptor before the encoder
-(`blocks.encoder/image.adaptor`), the projection behind each (`.output`), the shared projection, the adapters of the
-routed backbone (`blocks.mote/...`, `blocks.mome/...`) and the heads. `torch_model.py` of that format says how they
+(`blocks.encoder/image.adaptor`), the projection behind each (`.output`), the adapters of the backbone (the routed one's
+in `blocks.mote/...` and `blocks.mome/...`, the standard one's in `blocks.backbone`), the routed one's shared projection
+and the heads. `torch_model.py` of that format says how they
 act together.
 
 Where it comes from:

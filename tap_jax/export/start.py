@@ -21,10 +21,12 @@ from tap_jax.models.server_model import ServerModel
 Tree = Any
 # Sizes of a model that shapes do not show, or not well; a run that starts from an export must have the same.
 _SAME = (
-    "name", "width", "heads", "mlp", "image_size", "patch", "upsample", "vocab", "backbone_layers", "qv_delta",
-    "encoder_rank", "attention_rank", "expert_rank", "lora_alpha_ratio", "head_hidden", "head_activation",
-    "head_layer_norm", "text_heads", "text_cond_heads", "condition", "position", "position_grid", "layer_norm_eps",
+    "name", "width", "heads", "mlp", "image_size", "patch", "upsample", "vocab", "backbone", "backbone_layers",
+    "bottleneck", "qv_delta", "encoder_rank", "attention_rank", "expert_rank", "lora_alpha_ratio", "head_hidden",
+    "head_activation", "head_layer_norm", "text_heads", "text_cond_heads", "condition", "position", "position_grid",
+    "layer_norm_eps",
 )  # fmt: skip
+_UNSAID = {"backbone": "routed", "bottleneck": 0}  # by exports from before there was a choice
 
 
 class Start(NamedTuple):
@@ -97,10 +99,9 @@ def _same_sizes(theirs: Mapping, model: ServerModel, field: str) -> None:
     for name in _SAME:
         mine = getattr(model.config, name)
         mine = list(mine) if isinstance(mine, tuple) else mine
-        if theirs.get(name) != mine:
-            raise UserError(
-                f"{field}: the export has model.{name} = {theirs.get(name)}, the run {mine}; make them equal"
-            )
+        found = theirs.get(name, _UNSAID.get(name))
+        if found != mine:
+            raise UserError(f"{field}: the export has model.{name} = {found}, the run {mine}; make them equal")
 
 
 def _check_tensors(tensors: Mapping[str, np.ndarray], frozen: Tree, blocks: Tree) -> None:

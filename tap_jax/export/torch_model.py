@@ -1,4 +1,4 @@
-"""A TAP client's model in PyTorch: the twin of the JAX model that an exported folder was made from.
+"""A client's model in PyTorch: the twin of the JAX model that an exported folder was made from.
 
 This file needs torch and safetensors and nothing else: copy it next to your code.
 
@@ -9,10 +9,11 @@ This file needs torch and safetensors and nothing else: copy it next to your cod
     optimizer = torch.optim.AdamW(model.trainable_parameters())
 
 `model.frozen` holds the pre-trained weights, one copy of each; `model.blocks` the trained ones by the names of the
-federation's blocks ("encoder/text", "mote/shared/expert/image_generation", "head/ag_news", ...), LoRA unmerged. All
-stacks and experts of a backbone layer are adapters on that layer's one frozen set of weights.
+federation's blocks ("encoder/text", "mote/shared/expert/image_generation", "head/ag_news", ...), adapters unmerged.
+All stacks and experts of a backbone layer are adapters on that layer's one frozen set of weights; the standard backbone
+is one stack of these layers.
 
-Letters: B samples, T tokens, D width, P path vectors, A answer tokens, V vocabulary, C classes.
+Letters: B samples, T tokens, D width, P path vectors, A answer tokens, V vocabulary, C classes, r bottleneck.
 """
 
 import json
@@ -53,17 +54,17 @@ def standardise(pixels: Tensor) -> Tensor:
 
 
 class Model(nn.Module):
-    """Encoders, routed backbone and decoders of some tasks.
+    """Encoders, routed or standard backbone, and decoders of some tasks.
 
     Args:
       config: "model" (sizes), "tasks" (name -> kind, modalities, domains, head, classes), "routes" (kind -> modality
-        -> four paths), "blocks" (their names), "tokens" (ids of start and stop).
+        -> four paths; none through a standard backbone), "blocks" (their names), "tokens" (ids of start and stop).
     """
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
-        c = self.sizes = SimpleNamespace(**config["model"])
+        c = self.sizes = SimpleNamespace(**{"backbone": "routed", "bottleneck": 0} | config["model"])
         depth = sum(c.backbone_layers)
         self.frozen = nn.ModuleDict({"backbone": nn.ModuleList(FrozenLayer(c) for _ in range(depth))})
         for modality, frozen in (("image", FrozenImage), ("text", FrozenText)):
@@ -72,6 +73,7 @@ class Model(nn.Module):
         self.frozen.requires_grad_(False)
         heads = {task["head"]: task for task in config["tasks"].values()}
         self.blocks = nn.ModuleDict({name: _block(c, heads, name) for name in config["blocks"]})
+        self.bare = AttentionAdapters(c) if c.bottleneck else None  # of all stacks: without a parameter
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters of all blocks."""
@@ -111,7 +113,7 @@ class Model(nn.Module):
             self.train(training)
 
     def represent(self, task: str, *, domain: str | None = None, images=None, tokens=None) -> Tensor:
-        """Path vectors [B, 4 · modalities, D]: the mean over each path's real tokens."""
+        """Path vectors [B, 4 · modalities, D] (standard backbone: one each): the mean over each path's real tokens."""
         spec = self._spec(task)
         if domain is None and len(spec["domains"]) == 1:
             domain = spec["domains"][0]
@@ -121,7 +123,14 @@ class Model(nn.Module):
         for modality in spec["modalities"]:
             inputs = _given(images, "images", task) if modality == "image" else _given(tokens, "tokens", task)
             mask = None if modality == "image" else inputs != 0
-            x = self.blocks[f"encoder/{modality}"](self.frozen[f"encoder/{modality}"], inputs, mask)
+            name = f"encoder/{modality}"
+            adapters = self.blocks[f"{name}/adapters"] if f"{name}/adapters" in self.blocks else None
+            x = self.blocks[name](self.frozen[name], inputs, mask, adapters)
+            if self.sizes.backbone == "standard":
+                for layer, adapter in zip(self.frozen["backbone"], self.blocks["backbone"], strict=True):
+                    x = adapter(layer, x, mask)
+                vectors.append(_pool(x, mask))
+                continue
             shared, entered = self.blocks["shared_proj"](x), {}
             for route in self.config["routes"][spec["kind"]][modality]:
                 start = shared if route["source"] == "shared" else x
@@ -134,7 +143,8 @@ class Model(nn.Module):
         stages = [("mote", i) for i in range(mote)] + [("mome", i) for i in range(mome)]
         for depth, (layer, (stage, i)) in enumerate(zip(self.frozen["backbone"], stages, strict=True)):
             stack = f"{stage}/{route[f'{stage}_stack']}"
-            attention, experts = self.blocks[f"{stack}/attention"][i], self.blocks[f"{stack}/domain/{domain}"][i]
+            attention = self.bare or self.blocks[f"{stack}/attention"][i]
+            experts = self.blocks[f"{stack}/domain/{domain}"][i]
             # Paths that enter one stack with one input share its first attention, and in training its dropout.
             done = {} if depth else entered
             at = (route["source"], stack)
@@ -174,10 +184,14 @@ def _pool(x: Tensor, mask: Tensor | None) -> Tensor:
 def _block(c: SimpleNamespace, heads: dict, name: str) -> nn.Module:
     """The module of one block, by its name."""
     kind, *rest = name.split("/")
+    if kind == "encoder" and rest[1:]:
+        return nn.ModuleList(PlainLayer(c) for _ in range(c.image_layers if rest[0] == "image" else c.text_layers))
     if kind == "encoder":
         return {"image": ImageEncoder, "text": TextEncoder}[rest[0]](c)
     if kind == "shared_proj":
         return nn.Linear(c.width, c.width)
+    if kind == "backbone":
+        return nn.ModuleList(PlainLayer(c) for _ in range(sum(c.backbone_layers)))
     if kind == "head":
         return _head(c, heads["/".join(rest)])
     module = {"attention": AttentionAdapters, "domain": QueryValueExperts, "expert": Expert}[rest[1]]
@@ -205,6 +219,9 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(F.dropout(x, self.rate, self.training), self.lora_A), self.lora_B) * self.scale
 
+    def project(self, frozen: nn.Linear, x: Tensor) -> Tensor:
+        return frozen(x) + self(x)
+
 
 class FrozenLayer(nn.Module):
     """Pre-trained weights of a pre-LN transformer layer."""
@@ -228,14 +245,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, dro
 
 
 class Expert(nn.Module):
-    """A feed-forward expert: LoRA on both linears of a layer's frozen feed-forward."""
+    """A feed-forward expert: LoRA on both linears of a layer's frozen feed-forward, or a bottleneck behind it.
+
+    With a bottleneck: f + up · ReLU(down · f + b) + b', f the output of the frozen feed-forward.
+    """
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
+        self.bottleneck = c.bottleneck
+        if c.bottleneck:
+            self.down, self.up = nn.Linear(c.width, c.bottleneck), nn.Linear(c.bottleneck, c.width)
+            return
         self.fc1, self.fc2 = LowRank(c, c.width, c.mlp, c.expert_rank), LowRank(c, c.mlp, c.width, c.expert_rank)
 
     def forward(self, layer: FrozenLayer, x: Tensor, hidden: Tensor) -> Tensor:
         """x [B, T, D]; hidden = layer.fc1(x), which experts on equal input share."""
+        if self.bottleneck:
+            f = layer.fc2(F.gelu(hidden))
+            return f + self.up(F.relu(self.down(f)))
         hidden = F.gelu(hidden + self.fc1(x))
         return layer.fc2(hidden) + self.fc2(hidden)
 
@@ -261,18 +288,44 @@ class Adapter(LowRank):
 
 
 class AttentionAdapters(nn.Module):
-    """The attention of one layer of a stack."""
+    """The attention of one layer of a stack; with bottlenecks nothing of it is trained."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.query, self.value, self.heads = Adapter(c), Adapter(c), c.heads
+        self.query, self.value = (None, None) if c.bottleneck else (Adapter(c), Adapter(c))
+        self.heads = c.heads
 
     def forward(self, layer: FrozenLayer, experts: QueryValueExperts, n: Tensor, mask: Tensor | None) -> Tensor:
         """Wo attention(Wq (n + E_q(n)), Wk n, Wv (n + E_v(n))), n the normalised tokens."""
         hidden = layer.fc1(n)
-        q = self.query.project(layer.query, n + experts.query(layer, n, hidden))
-        v = self.value.project(layer.value, n + experts.value(layer, n, hidden))
+        q = _project(self.query, layer.query, n + experts.query(layer, n, hidden))
+        v = _project(self.value, layer.value, n + experts.value(layer, n, hidden))
         return layer.out(attend(q, layer.key(n), v, _keys(mask), self.heads))
+
+
+def _project(adapter: LowRank | None, frozen: nn.Linear, x: Tensor) -> Tensor:
+    return frozen(x) if adapter is None else adapter.project(frozen, x)
+
+
+class PlainLayer(Expert):
+    """A layer of a plain stack: its feed-forward's adapters and, where they are LoRA, those of query and value.
+
+    The standard backbone is of such layers; FLAVA's encoders are where they have bottlenecks.
+    """
+
+    def __init__(self, c: SimpleNamespace):
+        super().__init__(c)
+        self.query, self.value = (
+            None if c.bottleneck else LowRank(c, c.width, c.width, c.attention_rank) for _ in range(2)
+        )
+        self.heads = c.heads
+
+    def forward(self, layer: FrozenLayer, x: Tensor, mask: Tensor | None) -> Tensor:
+        n = layer.norm1(x)
+        q, v = _project(self.query, layer.query, n), _project(self.value, layer.value, n)
+        x = x + layer.out(attend(q, layer.key(n), v, _keys(mask), self.heads))
+        n = layer.norm2(x)
+        return x + super().forward(layer, n, layer.fc1(n))
 
 
 # --- encoders ------------------------------------------------------------------------------------------------------
@@ -315,7 +368,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, layer: FrozenLayer, x: Tensor, mask: Tensor | None) -> Tensor:
         n = layer.norm1(x)
-        q, v = layer.query(n) + self.query(n), layer.value(n) + self.value(n)
+        q, v = self.query.project(layer.query, n), self.value.project(layer.value, n)
         x = x + layer.out(attend(q, layer.key(n), v, _keys(mask), self.heads))
         return x + layer.fc2(F.gelu(layer.fc1(layer.norm2(x))))
 
@@ -354,24 +407,23 @@ class ImageEncoder(nn.Module):
         self.sizes = c
         self.adaptor = InputAdaptor(c)
         if c.name == "flava":
-            self.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.image_layers))
+            self.layers = nn.ModuleList(EncoderLayer(c) for _ in range(0 if c.bottleneck else c.image_layers))
         else:
-            self.patch = LowRank(c, 3 * c.patch**2, c.width, c.encoder_rank)
+            self.patch = None if c.bottleneck else LowRank(c, 3 * c.patch**2, c.width, c.encoder_rank)
             self.cls = nn.Parameter(torch.empty(c.width))
             self.positions = nn.Parameter(torch.empty(1 + c.position_grid**2, c.width))
         self.output = OutputProjection(c)
 
-    def forward(self, frozen: FrozenImage, images: Tensor, mask: None) -> Tensor:
+    def forward(self, frozen: FrozenImage, images: Tensor, mask: None, adapters: nn.ModuleList | None) -> Tensor:
         c = self.sizes
         patches = F.unfold(self.adaptor(images), c.patch, stride=c.patch).transpose(1, 2)
-        x = frozen.patch(patches)
+        x = _project(self.patch if c.name == "vilt" else None, frozen.patch, patches)
         if c.name == "vilt":
-            x = x + self.patch(patches)
             x = _with_cls(self.cls, x) + self._position_table()
             return self.output(x)
         x = _with_cls(frozen.cls, x) + frozen.positions
-        for layer, adapters in zip(frozen.layers, self.layers, strict=True):
-            x = adapters(layer, x, None)
+        for layer, adapter in zip(frozen.layers, adapters or self.layers, strict=True):
+            x = adapter(layer, x, None)
         return self.output(frozen.norm(x))
 
     def _position_table(self) -> Tensor:
@@ -390,17 +442,20 @@ class TextEncoder(nn.Module):
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.text_layers if c.name == "flava" else 0))
+        adapted = c.name == "flava" and not c.bottleneck
+        self.layers = nn.ModuleList(EncoderLayer(c) for _ in range(c.text_layers if adapted else 0))
         self.output = OutputProjection(c)
 
-    def forward(self, frozen: FrozenText, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, frozen: FrozenText, tokens: Tensor, mask: Tensor, adapters: nn.ModuleList | None) -> Tensor:
         if tokens.shape[1] > len(frozen.positions):
             raise ValueError(f"tokens: {tokens.shape[1]} in a text, the model has {len(frozen.positions)} positions")
         x = F.embedding(tokens, frozen.words) + frozen.positions[: tokens.shape[1]] + frozen.types[0]
         x = frozen.embedding_norm(x)
-        for layer, adapters in zip(getattr(frozen, "layers", ()), self.layers, strict=True):
-            x = adapters(layer, x, mask)
-        return self.output(frozen.norm(x) if len(self.layers) else x)
+        if hasattr(frozen, "layers"):
+            for layer, adapter in zip(frozen.layers, adapters or self.layers, strict=True):
+                x = adapter(layer, x, mask)
+            x = frozen.norm(x)
+        return self.output(x)
 
 
 def _with_cls(cls: Tensor, x: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ def encoders(model: ServerModel) -> tuple[str, ...]:
     return tuple(m for m in ("image", "text") if f"encoder/{m}" in model.block_names)
 
 
+def refuse_bottlenecks(model: ServerModel, format: str) -> None:
+    """Raises UserError where an encoder has bottleneck adapters: Hugging Face's models have no place for them."""
+    if any(name.startswith("encoder/") for name in model.adapter_blocks):
+        raise UserError(f"format: '{format}' has no place for the bottleneck adapters of feddat; export as torch")
+
+
 def merge(config: ModelConfig, frozen: Tree, blocks: Blocks) -> dict[str, Tree]:
     """Ŵ with the encoders' LoRA added in: W + alpha / rank · A B; all other leaves are those given."""
 

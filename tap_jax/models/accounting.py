@@ -2,7 +2,7 @@
 
 The paper counts every stack's and every expert's frozen weights although they are copies of one another, experts
 that a client holds but no task of it uses, and pre-trained parts on no path. None of these is stored here; each is
-a named line of its own.
+a named line of its own. It counts the routed backbone with LoRA; of any other model what is stored is all there is.
 """
 
 import dataclasses
@@ -40,6 +40,11 @@ class Account:
         return self.blocks + self.idle_experts
 
     @property
+    def stored(self) -> int:
+        """Parameters that are there."""
+        return self.frozen + self.blocks
+
+    @property
     def total(self) -> int:
         """Total parameters as the paper counts them, without TAP's second copy of the trainables."""
         return self.trainable + self.frozen + sum(self.copies.values())
@@ -51,12 +56,21 @@ def shapes(model: ServerModel):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
+def counted_in_paper(model: ServerModel) -> bool:
+    """Whether Table 7 is of such models: routed, with LoRA."""
+    return model.config.backbone == "routed" and not model.config.bottleneck
+
+
 def account(model: ServerModel, tasks: Sequence[Task]) -> Account:
-    """Counts one client with these tasks."""
+    """Counts one client with these tasks; where the paper counts no such model, only what is stored."""
     c = model.config
     frozen, blocks = shapes(model)
     names = {name for task in tasks for stream in task.streams for name in model.blocks_of(stream)}
     modalities = [m for m in ("image", "text") if any(m in task.modalities for task in tasks)]
+    used = count(frozen["backbone"]) + sum(count(frozen[f"encoder/{m}"]) for m in modalities)
+    trained = sum(count(blocks[name]) for name in names)
+    if not counted_in_paper(model):
+        return Account(trained, used, 0, {})
     kinds = sorted({task.kind for task in tasks})
     backbone = frozen["backbone"]
     stages = {"mote": [*modalities, SHARED], "mome": [*kinds, SHARED]}
@@ -81,8 +95,7 @@ def account(model: ServerModel, tasks: Sequence[Task]) -> Account:
     copies["FFN of each query and value expert"] = feed_forwards * ffn
     copies["backbone, stored once (subtracted)"] = -count(backbone)
     copies |= _unused(model, modalities)
-    used = count(backbone) + sum(count(frozen[f"encoder/{m}"]) for m in modalities)
-    return Account(sum(count(blocks[name]) for name in names), used, idle, copies)
+    return Account(trained, used, idle, copies)
 
 
 def _unused(model: ServerModel, modalities: Sequence[str]) -> dict[str, int]:

@@ -5,7 +5,8 @@ pre-trained FFN, so those weights are stored once, as `frozen`, and every stack 
 The four paths of a modality run as one batch, so the frozen products stay single large ones. Query and value are
 treated alike, so their weights lie side by side on an axis of two.
 
-Letters: B samples, T tokens, M = B·T, D width, F inner width of the FFN, R rank, L layers of a stage, P = 4 paths.
+Letters: B samples, T tokens, M = B·T, D width, F inner width of the FFN, R rank, L layers of a stage, P = 4 paths,
+r bottleneck.
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tap_jax.models.bottleneck import init_bottleneck, with_bottleneck
 from tap_jax.models.layers import ModelConfig, attention, gelu, layer_norm
 from tap_jax.models.lora import Tree, init_lora, lora, stand_in
 
 SHARED = "shared"
+MODALITY_TASK = 2  # in `paths`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +62,13 @@ def paths(modality: str, kind: str) -> tuple[Path, Path, Path, Path]:
     )
 
 
-def roles(modality: str, kind: str, domain: str) -> dict[str, tuple[str, ...]]:
-    """What each part of `run_paths` is made of: "stage/part" -> block names, one per path."""
+def roles(config: ModelConfig, modality: str, kind: str, domain: str) -> dict[str, tuple[str, ...]]:
+    """What each part of `run_paths` is made of: "stage/part" -> block names, one per path.
+
+    Bottleneck adapters stand behind feed-forward networks only, so with them the attentions have no part.
+    """
     route = paths(modality, kind)
-    return {
+    out = {
         "mote/attention": tuple(f"mote/{path.mote_stack}/attention" for path in route),
         "mote/domain": tuple(f"mote/{path.mote_stack}/domain/{domain}" for path in route),
         "mote/expert": tuple(path.mote_expert for path in route),
@@ -70,6 +76,7 @@ def roles(modality: str, kind: str, domain: str) -> dict[str, tuple[str, ...]]:
         "mome/domain": tuple(f"mome/{path.mome_stack}/domain/{domain}" for path in route),
         "mome/expert": tuple(path.mome_expert for path in route),
     }
+    return {part: names for part, names in out.items() if not (config.bottleneck and part.endswith("attention"))}
 
 
 def init_frozen(key: Array, config: ModelConfig, layers: int) -> Tree:
@@ -105,9 +112,11 @@ def init_block(key: Array, config: ModelConfig, layers: int, part: str) -> Tree:
 
     attention: LoRA on query and value [L, 2, D→D], and with `qv_delta` a full weight [L, 2, D, D] starting at zero.
     domain: the experts E_q and E_v [L, 2, ...]. expert: one feed-forward expert [L, ...]. An expert has LoRA on
-    both its linears.
+    both its linears, or with `bottleneck` an adapter behind them.
     """
     d = config.width
+    if config.bottleneck:
+        return init_bottleneck(key, d, config.bottleneck, (layers,) if part == "expert" else (layers, 2))
 
     def attention_adapter(key):
         adapter = init_lora(key, d, d, config.attention_rank)
@@ -132,6 +141,8 @@ def _dense(x: Array, weights: Tree) -> Array:
 
 def _expert(config: ModelConfig, ffn: Tree, hidden: Array, x: Array, adapter: Tree, key: Array | None) -> Array:
     """One feed-forward expert; `hidden` = x W1 + b1 is the frozen product that experts on equal input share."""
+    if config.bottleneck:
+        return with_bottleneck(_dense(gelu(hidden), ffn["fc2"]), adapter)
     keys = (None, None) if key is None else jax.random.split(key)
     scale, rate = config.lora_alpha_ratio, config.lora_dropout
     hidden = hidden + lora(x, adapter["fc1"], scale=scale, rate=rate, key=keys[0])
@@ -144,7 +155,7 @@ def attention_part(config: ModelConfig, layer: Tree, adapters: Tree, domain: Tre
 
     Args:
       layer: the frozen layer.
-      adapters, domain: one block each, without the layer axis: leaves [2, ...].
+      adapters, domain: one block each, without the layer axis: leaves [2, ...]; no adapters: {}.
       x: [M, D]. mask: bool [B, T]. key: dropout key or None.
     """
     expert_keys, lora_key = (None, None) if key is None else (jax.random.split(key), jax.random.fold_in(key, 2))
@@ -153,12 +164,24 @@ def attention_part(config: ModelConfig, layer: Tree, adapters: Tree, domain: Tre
     expert = jax.vmap(
         lambda adapter, key: _expert(config, layer, hidden, n, adapter, key), in_axes=(0, None if key is None else 0)
     )
-    inputs = n + expert(domain, expert_keys)  # [2, M, D]
+    return mix(config, layer, adapters, x, n, n + expert(domain, expert_keys), mask, lora_key)
+
+
+def mix(config: ModelConfig, layer: Tree, adapters: Tree, x: Array, n: Array, inputs: Array, mask: Array, key) -> Array:
+    """x + Wo attention(Wq·inputs[0], Wk n, Wv·inputs[1]).
+
+    Args:
+      layer: the frozen layer.
+      adapters: LoRA on query and value and, as it may be, a full weight: leaves [2, ...]; {} for none.
+      x, n: [M, D]. inputs: [2, M, D]. mask: bool [B, T]. key: dropout key or None.
+    """
     kernel, bias = (layer["query_value"][name].astype(x.dtype) for name in ("kernel", "bias"))
     if "delta" in adapters:  # W + delta first: one product instead of two
         kernel = kernel + adapters["delta"].astype(x.dtype)
-    low_rank = lora(inputs, adapters, scale=config.lora_alpha_ratio, rate=config.lora_dropout, key=lora_key)
-    q, v = inputs @ kernel + bias[:, None] + low_rank
+    projected = inputs @ kernel + bias[:, None]
+    if adapters:
+        projected += lora(inputs, adapters, scale=config.lora_alpha_ratio, rate=config.lora_dropout, key=key)
+    q, v = projected
     tokens = (*mask.shape, x.shape[-1])
     q, k, v = (part.reshape(tokens) for part in (q, _dense(n, layer["key"]), v))
     mixed = attention(q, k, v, mask, heads=config.heads, implementation=config.attention)
@@ -187,26 +210,28 @@ def run_paths(
     mask: Array,
     *,
     key: Array | None = None,
-) -> Array:
+) -> tuple[Array, Array]:
     """The four paths of one modality through both stages.
 
     Args:
       frozen: backbone weights with a leading axis over MoTE's and then MoME's layers.
-      parts: "stage/part" -> the blocks that `roles` names, stacked over paths: leaves [P, L, ...].
+      parts: "stage/part" -> the blocks that `roles` names, stacked over paths: leaves [P, L, ...]; bottleneck
+        adapters may be of any width.
       x, shared: encoder tokens and their shared projection S, [B, T, D]. mask: bool [B, T].
       key: dropout key; None in evaluation.
 
     Returns:
-      Path vectors [P, B, D]: the mean over each path's real tokens, in the order of `paths`.
+      Path vectors [P, B, D]: the mean over each path's real tokens, in the order of `paths`. And the latent [B, D]
+      that DisentAFL disentangles: the same mean of the modality-task path between the stages.
     """
-    if config.lora_dropout == 0:
+    if config.lora_dropout == 0 or config.bottleneck:
         key = None
     mote_depth, mome_depth = config.backbone_layers
 
     def layer(stage, index, first, states, inputs=None):
         weights = jax.tree.map(lambda leaf: leaf[first + index], frozen)
         attn, domain, expert = (
-            jax.tree.map(lambda leaf: leaf[:, index], parts[f"{stage}/{part}"])
+            jax.tree.map(lambda leaf: leaf[:, index], parts.get(f"{stage}/{part}", {}))
             for part in ("attention", "domain", "expert")
         )
         keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, first + index))
@@ -223,11 +248,16 @@ def run_paths(
     x, shared = x.reshape(-1, width), shared.reshape(-1, width)
     states = layer("mote", 0, 0, None, inputs=jnp.stack([shared, shared, x]))
     states = _repeat(1, mote_depth, lambda i, s: layer("mote", i, 0, s), states)
+    latent = token_mean(states[MODALITY_TASK].reshape(*mask.shape, width), mask)
     states = _repeat(0, mome_depth, lambda i, s: layer("mome", i, mote_depth, s), states)
-    states = states.reshape(len(states), *mask.shape, width)
+    return token_mean(states.reshape(len(states), *mask.shape, width), mask), latent
+
+
+def token_mean(states: Array, mask: Array) -> Array:
+    """The mean over real tokens, [..., B, T, D] -> [..., B, D], of bool mask [B, T]; 0 where there is none."""
     weight = mask.astype(states.dtype)
     weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
-    return jnp.einsum("pbtd,bt->pbd", states, weight)
+    return jnp.einsum("...btd,bt->...bd", states, weight)
 
 
 def _repeat(start: int, stop: int, body, states: Array) -> Array:

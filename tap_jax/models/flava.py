@@ -1,7 +1,8 @@
 """FLAVA's modality encoders (Singh et al., 2022) as HF's FlavaImageModel and FlavaTextModel compute them.
 
-Frozen towers with LoRA on query and value; in front of the image tower the trainable adaptor, behind both a
-trainable Linear + LayerNorm. Poolers, mask token and heads of the checkpoint are on no path and not stored.
+Frozen towers with LoRA on query and value, or with the bottleneck adapters they are given; in front of the image tower
+the trainable adaptor, behind both a trainable Linear + LayerNorm. Poolers, mask token and heads of the checkpoint are
+on no path and not stored.
 """
 
 import flax.linen as nn
@@ -16,36 +17,39 @@ from tap_jax.models.layers import (
     encoder_layers,
     patches,
 )
-from tap_jax.models.lora import FrozenDense, frozen, stand_in_positions
+from tap_jax.models.lora import FrozenDense, Tree, frozen, stand_in_positions
 
 _normal = nn.initializers.normal(0.02)
 
 
 class ImageEncoder(nn.Module):
-    """images [B, 64, 64, 3], standardised -> tokens [B, 1 + (image_size/patch)², D]."""
+    """images [B, 64, 64, 3], standardised -> tokens [B, 1 + (image_size/patch)², D]; adapters [image_layers, ...]."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, images: Array, mask: None, *, deterministic: bool) -> Array:
+    def __call__(self, images: Array, mask: None, adapters: Tree | None = None, *, deterministic: bool) -> Array:
         c = self.config
         x = InputAdaptor(c, name="adaptor")(images)
         x = FrozenDense(c.width, name="patch")(patches(x, c.patch))
         cls = frozen(self, "cls", _normal, (c.width,)).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, c.width)), x], axis=1)
         x = x + frozen(self, "positions", _normal, (x.shape[1], c.width)).astype(x.dtype)
-        x, _ = encoder_layers(c, c.image_layers, deterministic=deterministic)(x, None)
+        x, _ = encoder_layers(c, c.image_layers, deterministic=deterministic)(x, None, adapters)
         x = FrozenLayerNorm(c.layer_norm_eps, name="norm")(x)
         return OutputProjection(name="output")(x)
 
 
 class TextEncoder(nn.Module):
-    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D]; T <= text_rows, the positions stored."""
+    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D]; T <= text_rows, the positions stored.
+
+    Bottleneck adapters, where there are any, are [text_layers, ...].
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, mask: Array, *, deterministic: bool) -> Array:
+    def __call__(self, tokens: Array, mask: Array, adapters: Tree | None = None, *, deterministic: bool) -> Array:
         c = self.config
         dtype = jnp.dtype(c.dtype)
         words = frozen(self, "words", _normal, (c.vocab, c.width))
@@ -53,6 +57,6 @@ class TextEncoder(nn.Module):
         types = frozen(self, "types", stand_in_positions, (2, c.width))
         x = (words[tokens] + positions[: tokens.shape[1]] + types[0]).astype(dtype)
         x = FrozenLayerNorm(c.layer_norm_eps, name="embedding_norm")(x)
-        x, _ = encoder_layers(c, c.text_layers, deterministic=deterministic)(x, mask)
+        x, _ = encoder_layers(c, c.text_layers, deterministic=deterministic)(x, mask, adapters)
         x = FrozenLayerNorm(c.layer_norm_eps, name="norm")(x)
         return OutputProjection(name="output")(x)

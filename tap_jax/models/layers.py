@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.models.lora import FrozenDense, frozen
+from tap_jax.models.bottleneck import with_bottleneck
+from tap_jax.models.lora import FrozenDense, Tree, frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class ModelConfig:
 
     `rank` fields are LoRA ranks; alpha = lora_alpha_ratio · rank. `backbone_layers` are the depths of the MoTE
     and the MoME stage. Lengths are in word pieces, sizes in pixels. `text_positions` are the rows of the text side's
-    position table (0: as `text_rows` says), `position_grid` the positions a side of ViLT's.
+    position table (0: as `text_rows` says), `position_grid` the positions a side of ViLT's. `backbone` is "routed" or
+    "standard" (App. C.4). `bottleneck` r > 0 puts FedDAT's adapters of that width in the place of every LoRA.
     """
 
     name: str = "flava"
@@ -37,7 +39,9 @@ class ModelConfig:
     max_text: int = 256
     text_positions: int = 0
     max_answer: int = 256
+    backbone: str = "routed"
     backbone_layers: tuple[int, int] = (1, 1)
+    bottleneck: int = 0
     qv_delta: bool = True
     encoder_rank: int = 8
     attention_rank: int = 16
@@ -139,18 +143,20 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, i
 
 
 class EncoderLayer(nn.Module):
-    """Pre-LN transformer layer of HF's FLAVA towers; LoRA on query and value. x [B, T, D] -> [B, T, D]."""
+    """Pre-LN transformer layer of HF's FLAVA towers; x [B, T, D] -> [B, T, D].
+
+    LoRA on query and value, or, in a model with bottlenecks, the adapter that is given behind the feed-forward network.
+    """
 
     config: ModelConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, mask: Array | None, adapter: Tree | None) -> tuple[Array, None]:
         c = self.config
+        rank = 0 if c.bottleneck else c.encoder_rank
         plain = functools.partial(FrozenDense, c.width)
-        adapted = functools.partial(
-            plain, c.encoder_rank, c.lora_alpha_ratio * c.encoder_rank, lora_dropout=c.lora_dropout
-        )
+        adapted = functools.partial(plain, rank, c.lora_alpha_ratio * rank, lora_dropout=c.lora_dropout)
         n = FrozenLayerNorm(c.layer_norm_eps, name="norm1")(x)
         q = adapted(name="query")(n, deterministic=self.deterministic)
         k = plain(name="key")(n)
@@ -159,17 +165,18 @@ class EncoderLayer(nn.Module):
         x = x + plain(name="out")(mixed)
         n = FrozenLayerNorm(c.layer_norm_eps, name="norm2")(x)
         n = gelu(FrozenDense(c.mlp, name="fc1")(n))
-        return x + plain(name="fc2")(n), None
+        n = plain(name="fc2")(n)
+        return x + (n if adapter is None else with_bottleneck(n, adapter)), None
 
 
 def encoder_layers(config: ModelConfig, depth: int, *, deterministic: bool) -> nn.Module:
-    """`depth` encoder layers as one scanned module; its weights carry a leading layer axis."""
+    """`depth` encoder layers as one scanned module; its weights and its adapters carry a leading layer axis."""
     layer = nn.remat(EncoderLayer) if config.remat else EncoderLayer
     scanned = nn.scan(
         layer,
         variable_axes={"frozen": 0, "params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=depth,
     )
     return scanned(config, deterministic, name="layers")

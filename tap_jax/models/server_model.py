@@ -1,4 +1,4 @@
-"""The server model W: encoders, routed backbone, decoders, as pure functions of (frozen, blocks) (Fig. 1).
+"""The server model W: encoders, routed or standard backbone, decoders, as pure functions of (frozen, blocks) (Fig. 1).
 
 `frozen` is Ŵ: one copy of every pre-trained weight. `blocks` is W̃ (or X): block name -> tree of trainables. A
 stream's forward pass touches the blocks of B_o and no others.
@@ -18,7 +18,8 @@ from tap_jax.blocks import Blocks, Partition
 from tap_jax.compiling import compiler_options
 from tap_jax.errors import UserError
 from tap_jax.federation import Stream, Task
-from tap_jax.models import backbone, flava, vilt
+from tap_jax.models import backbone, flava, standard, vilt
+from tap_jax.models.bottleneck import dual, init_bottleneck
 from tap_jax.models.heads import ClassificationHead, ImageHead, TextHead
 from tap_jax.models.layers import InputAdaptor, ModelConfig, TrainableDense
 from tap_jax.models.lora import Tree
@@ -68,6 +69,10 @@ class ServerModel:
       config: sizes.
       tasks: the federation's tasks; they decide which encoders, stacks, experts and heads exist.
 
+    Attributes:
+      block_names: all blocks, in a fixed order.
+      adapter_blocks: those of them that are bottleneck adapters; none where the model has LoRA.
+
     Raises:
       UserError: sizes that do not fit together; the message names the field.
     """
@@ -79,6 +84,7 @@ class ServerModel:
         self.streams = tuple(stream for task in self.tasks for stream in task.streams)
         names = [name for stream in self.streams for name in self.blocks_of(stream)]
         self.block_names = tuple(sorted(dict.fromkeys(names), key=_order))
+        self.adapter_blocks = tuple(filter(_is_adapter, self.block_names)) if config.bottleneck else ()
         self._encoders = {
             modality: ENCODERS[config.name][modality](config)
             for modality in ("image", "text")
@@ -112,11 +118,17 @@ class ServerModel:
 
         The parts' names do not depend on the domain, so that one program serves all domains of a task.
         """
-        task = stream.task
-        out: dict[str, str | tuple[str, ...]] = {"shared_proj": "shared_proj", "head": f"head/{task.head}"}
+        c, task, routed = self.config, stream.task, self.config.backbone == "routed"
+        out: dict[str, str | tuple[str, ...]] = {"shared_proj": "shared_proj"} if routed else {}
+        out["head"] = f"head/{task.head}"
         for modality in task.modalities:
             out[f"{modality}/encoder"] = f"encoder/{modality}"
-            for part, names in backbone.roles(modality, task.kind, stream.domain).items():
+            if c.bottleneck and c.name == "flava":  # ViLT's embeddings have no feed-forward network
+                out[f"{modality}/adapters"] = f"encoder/{modality}/adapters"
+            if not routed:
+                out[f"{modality}/backbone"] = standard.BLOCK
+                continue
+            for part, names in backbone.roles(c, modality, task.kind, stream.domain).items():
                 out[f"{modality}/{part}"] = names
         return out
 
@@ -169,7 +181,10 @@ class ServerModel:
         for name in self.block_names:
             block_key = _fold(key, name)
             kind, *rest = name.split("/")
-            if kind == "encoder":
+            if name in self.adapter_blocks and kind == "encoder":
+                depth = c.image_layers if rest[0] == "image" else c.text_layers
+                blocks[name] = init_bottleneck(block_key, c.width, c.bottleneck, (depth,))
+            elif kind == "encoder":
                 wanted = ("params", "frozen") if pretrained is None else ("params",)
                 encoder, example = self._encoders[rest[0]], self._example(rest[0])
                 found = _once(_init_module, encoder, wanted, block_key, *example, static=(0, 1))
@@ -182,6 +197,8 @@ class ServerModel:
                 blocks[name] = self._shared.init(block_key, jnp.zeros((1, c.width)))["params"]
             elif kind == "head":
                 blocks[name] = self._init_head(block_key, rest[0])
+            elif name == standard.BLOCK:
+                blocks[name] = _once(standard.init_block, block_key, c, static=(1,))
             else:
                 depth = c.backbone_layers[0 if kind == "mote" else 1]
                 blocks[name] = _once(backbone.init_block, block_key, c, depth, rest[1], static=(1, 2, 3))
@@ -200,8 +217,38 @@ class ServerModel:
             args = (vectors,)
         return _once(_init_module, head, ("params",), key, *args, static=(0, 1))["params"]
 
+    def dual(self, first: Mapping[str, Tree], second: Mapping[str, Tree]) -> dict[str, Tree]:
+        """The model with two sets of bottleneck adapters at once, h + ½A_first(h) + ½A_second(h) (FedDAT's teacher).
+
+        Args:
+          first, second: parts as `collect` returns them, or blocks by name. Of `second` only adapters are read.
+
+        Returns:
+          The same names: adapters joined by `bottleneck.dual`, so of twice the width, all else that of `first`.
+
+        Raises:
+          ValueError: the model has no bottleneck adapters.
+        """
+        if not self.adapter_blocks:
+            raise ValueError("dual: the model has no bottleneck adapters")
+        roles = {part: names for stream in self.streams for part, names in self.roles(stream).items()}
+        blocks = {name: name for name in self.block_names} | roles
+        kind = {name: made_of if isinstance(made_of, str) else made_of[0] for name, made_of in blocks.items()}
+        return {
+            name: dual(tree, second[name]) if kind[name] in self.adapter_blocks else tree
+            for name, tree in first.items()
+        }
+
     def encode(
-        self, modality: str, frozen: Tree, block: Tree, inputs: Array, mask: Array | None, *, key: Array | None = None
+        self,
+        modality: str,
+        frozen: Tree,
+        block: Tree,
+        inputs: Array,
+        mask: Array | None,
+        *,
+        adapters: Tree | None = None,
+        key: Array | None = None,
     ) -> Array:
         """Encoder tokens [B, T, D] of images [B, 64, 64, 3] or of word pieces int32 [B, T], mask bool [B, T].
 
@@ -209,12 +256,14 @@ class ServerModel:
           modality: "image" (its mask is None) or "text".
           frozen: Ŵ as `init` returns it.
           block: the trainables "encoder/<modality>".
+          adapters: the bottleneck adapters "encoder/<modality>/adapters", where the model has them.
           key: dropout key; None in evaluation.
         """
         return self._encoders[modality].apply(
             {"params": block, "frozen": frozen[f"encoder/{modality}"]},
             inputs,
             mask,
+            *(() if adapters is None else (adapters,)),
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
@@ -230,32 +279,41 @@ class ServerModel:
     def represent(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
         """Path vectors of a batch, [B, 4·|modalities|, D]: modalities in the task's order, paths as in `backbone`.
 
+        The standard backbone has one path: [B, |modalities|, D].
+
         Args:
           frozen: Ŵ as `init` returns it.
           parts: as `collect` returns them.
           batch: "images" float [B, 64, 64, 3] in standardised units and/or "tokens" int32 [B, T], 0-padded.
           key: dropout key; None in evaluation.
         """
-        vectors = []
+        return self._represent(frozen, parts, task, batch, key)[0]
+
+    def _represent(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, key: Array | None):
+        """(path vectors [B, P, D], latents [|modalities| or 0, B, D]), see `represent` and `forward`."""
+        vectors, latents = [], []
         for number, modality in enumerate(task.modalities):
             encoder_key, path_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, number))
             if modality == "image":
                 inputs, mask = batch["images"].astype(self.config.dtype), None
             else:
                 inputs, mask = batch["tokens"], batch["tokens"] != PAD
-            x = self.encode(modality, frozen, parts[f"{modality}/encoder"], inputs, mask, key=encoder_key)
-            vectors.append(
-                backbone.run_paths(
-                    self.config,
-                    frozen["backbone"],
-                    {name.removeprefix(f"{modality}/"): part for name, part in parts.items()},
-                    x,
-                    self._shared.apply({"params": parts["shared_proj"]}, x),
-                    jnp.ones(x.shape[:2], bool) if mask is None else mask,
-                    key=path_key,
-                )
-            )
-        return jnp.concatenate(vectors).swapaxes(0, 1)
+            start = f"{modality}/"
+            mine = {name.removeprefix(start): part for name, part in parts.items() if name.startswith(start)}
+            adapters = mine.get("adapters")
+            x = self.encode(modality, frozen, mine["encoder"], inputs, mask, adapters=adapters, key=encoder_key)
+            mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+            weights = frozen["backbone"]
+            if self.config.backbone == "standard":
+                vectors.append(standard.run_stack(self.config, weights, mine["backbone"], x, mask, key=path_key)[None])
+                continue
+            shared = self._shared.apply({"params": parts["shared_proj"]}, x)
+            paths, latent = backbone.run_paths(self.config, weights, mine, x, shared, mask, key=path_key)
+            vectors.append(paths)
+            latents.append(latent.astype(jnp.float32))
+        vectors = jnp.concatenate(vectors).swapaxes(0, 1)
+        latents = jnp.stack(latents) if latents else jnp.zeros((0, len(vectors), self.config.width), jnp.float32)
+        return vectors, latents
 
     def decode(self, head: Tree, task: Task, vectors: Array, batch: Mapping, *, key: Array | None = None) -> Array:
         """The head on path vectors [B, P, D]; float32 logits [B, C], image [B, 64, 64, 3], or logits [B, A-1, V].
@@ -274,9 +332,20 @@ class ServerModel:
         Args:
           parts: `collect(blocks, stream)`; the batch must be of that stream's domain.
         """
+        return self.forward(frozen, parts, task, batch, key=key)[0]
+
+    def forward(
+        self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None
+    ) -> tuple[Array, Array]:
+        """(what `apply` returns, latents), the latents that DisentAFL disentangles.
+
+        Returns:
+          The outputs, and float32 [|modalities|, B, D]: the mean over real tokens of each modality's modality-task
+          path between the MoTE and the MoME stage. The standard backbone has no such place: [0, B, D].
+        """
         first, second = (None, None) if key is None else jax.random.split(key)
-        vectors = self.represent(frozen, parts, task, batch, key=first)
-        return self.decode(parts["head"], task, vectors, batch, key=second)
+        vectors, latents = self._represent(frozen, parts, task, batch, first)
+        return self.decode(parts["head"], task, vectors, batch, key=second), latents
 
     def generate(self, head: Tree, task: Task, vectors: Array, *, length: int, start: int, stop: int) -> Array:
         """Greedy answers int32 [B, length] from path vectors [B, P, D]; each ends with `stop`, then 0."""
@@ -309,12 +378,21 @@ def _fold(key: Array, name: str) -> Array:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return (("encoder", "shared_proj", "mote", "mome", "head").index(name.split("/")[0]), name)
+    return (("encoder", "shared_proj", "mote", "mome", standard.BLOCK, "head").index(name.split("/")[0]), name)
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a block is one of bottleneck adapters, in a model that has them."""
+    return name.split("/")[0] in ("mote", "mome", standard.BLOCK) or name.endswith("/adapters")
 
 
 def _check(c: ModelConfig) -> None:
     if c.name not in ENCODERS:
         raise UserError(f"model.name: unknown '{c.name}'; use one of {', '.join(ENCODERS)}")
+    if c.backbone not in ("routed", "standard"):
+        raise UserError(f"model.backbone: unknown '{c.backbone}'; use one of routed, standard")
+    if c.bottleneck < 0:
+        raise UserError(f"model.bottleneck: {c.bottleneck} is negative; use 0 for LoRA")
     if c.width % c.heads or c.width % c.text_heads or c.width % c.text_cond_heads:
         raise UserError(f"model.heads, text_heads, text_cond_heads: each must divide model.width = {c.width}")
     if c.image_size % c.patch:

@@ -1,6 +1,7 @@
 """ViLT's modality embeddings (Kim et al., 2021): patch projection and word embeddings, no towers.
 
-The patch projection is frozen with LoRA; CLS token and position table are trained; the text side is frozen and
+The patch projection is frozen with LoRA (without, where the model has bottleneck adapters: there is no feed-forward
+network here to put one behind); CLS token and position table are trained; the text side is frozen and
 has no adapter. Behind both a trainable Linear + LayerNorm.
 
 In HF's names the image side is `ViltEmbeddings.visual_embed` without its shuffling of patches, the text side
@@ -41,7 +42,7 @@ class ImageEncoder(nn.Module):
     def __call__(self, images: Array, mask: None, *, deterministic: bool) -> Array:
         c = self.config
         x = InputAdaptor(c, name="adaptor")(images)
-        rank = c.encoder_rank
+        rank = 0 if c.bottleneck else c.encoder_rank
         project = FrozenDense(c.width, rank, c.lora_alpha_ratio * rank, c.lora_dropout, name="patch")
         x = project(patches(x, c.patch), deterministic=deterministic)
         cls = self.param("cls", _normal, (c.width,), jnp.float32).astype(x.dtype)

@@ -32,6 +32,10 @@ CONFIGS = {
     ),
     "vilt": VILT,
     "vilt, other choices": dataclasses.replace(VILT, position="slice", condition="paths", backbone_layers=(1, 2)),
+    "flava, standard": dataclasses.replace(FLAVA, backbone="standard", backbone_layers=(2, 1), condition="paths"),
+    "vilt, standard, bottlenecks": dataclasses.replace(VILT, backbone="standard", bottleneck=6),
+    "flava, bottlenecks": dataclasses.replace(FLAVA, bottleneck=6, backbone_layers=(2, 1)),
+    "vilt, bottlenecks": dataclasses.replace(VILT, bottleneck=6),
 }
 
 

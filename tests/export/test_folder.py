@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tap_jax.data.text import load_tokenizer
 from tap_jax.errors import UserError
 from tap_jax.export import folder as folders
-from tap_jax.export import naming
+from tap_jax.export import naming, torch_model
 from tap_jax.export.folder import check, write_torch
 from tap_jax.export.staging import staged
 from tap_jax.export.start import read_torch
@@ -155,6 +155,16 @@ def test_what_only_one_of_the_two_has_is_said(made, tokenizer):
     )
 
 
+def test_an_export_that_does_not_say_its_backbone_is_routed_with_lora(made, copied, tokenizer):
+    folder = copied(lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("backbone", "bottleneck"):
+        del config["model"][field]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert set(read_torch(folder, made.model, tokenizer=tokenizer).blocks) == set(made.blocks)
+    assert set(torch_model.load(folder).blocks) == set(made.blocks)
+
+
 def test_bad_starts_are_one_clear_line(made, exported, copied, tokenizer, tmp_path):
     def refused(message, folder, model=made.model, pieces=tokenizer):
         with pytest.raises(UserError, match=f"^model.start_from: .*{message}") as error:
@@ -174,6 +184,8 @@ def test_bad_starts_are_one_clear_line(made, exported, copied, tokenizer, tmp_pa
         model(lora_alpha_ratio=1.0),
     )
     refused("model.backbone_layers = .1, 1., the run .1, 2.", made.folder, model(backbone_layers=(1, 2)))
+    refused("model.backbone = routed, the run standard", made.folder, model(backbone="standard"))
+    refused("model.bottleneck = 0, the run 6", made.folder, model(bottleneck=6))
     refused(r"position is \[6, 12\], not \[8, 12\]", made.folder, model(max_answer=8))
     other = load_tokenizer("train", ["abcdefgh ijkl mo"], vocab_size=40)
     refused("word pieces differ from the export's; set data.tokenizer=", made.folder, pieces=other)

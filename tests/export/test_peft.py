@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tap_jax.errors import UserError
 from tap_jax.export import naming
 from tap_jax.export import peft as adapters
+from tap_jax.export.huggingface import write_huggingface
 from tap_jax.export.peft import write_peft
 from tap_jax.models.server_model import ServerModel
 from tests.export.conftest import CONFIGS, TASKS
@@ -144,3 +145,23 @@ def test_sliced_positions_are_refused(tmp_path):
     frozen, blocks = reference.random_weights(jax.eval_shape(model.init, jax.random.key(0)), np.random.default_rng(3))
     message = "model.position: 'slice' is not what ViltModel does"
     refused(tmp_path, write_peft, model, frozen, blocks, message=message)
+
+
+def test_adapters_of_the_standard_backbone_lie_beside_those_of_the_encoders(tmp_path):
+    model, frozen, blocks, source = make_client("flava, standard", tmp_path / "checkpoint")
+    write_peft(model, frozen, blocks, tmp_path / "export", source=source)
+    rest, whole = load_file(tmp_path / "export" / "tap_blocks.safetensors"), naming.to_torch({}, blocks)
+    mine = {key for key in whole if key.startswith("blocks.backbone.")}
+    # A and B of query, value and both linears of the feed-forward network, in each layer
+    assert len(mine) == 2 * 4 * sum(model.config.backbone_layers)
+    for key in mine:
+        np.testing.assert_array_equal(rest[key], whole[key])
+
+
+@pytest.mark.parametrize(("write", "format"), [(write_peft, "peft"), (write_huggingface, "huggingface")])
+def test_bottlenecks_are_refused(tmp_path, write, format):
+    model = ServerModel(CONFIGS["flava, bottlenecks"], TASKS)
+    message = f"^format: '{format}' has no place for the bottleneck adapters of feddat; export as torch$"
+    with pytest.raises(UserError, match=message):
+        write(model, {}, {}, tmp_path / "export")
+    assert not list(tmp_path.iterdir())

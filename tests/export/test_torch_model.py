@@ -74,7 +74,7 @@ def test_weights_are_stored_once_and_only_blocks_are_trained(exported, name):
     assert not list(twin.buffers())
 
 
-@pytest.mark.parametrize("name", ["flava", "vilt, other choices"])
+@pytest.mark.parametrize("name", ["flava", "vilt, other choices", "flava, standard", "flava, bottlenecks"])
 def test_every_block_of_a_task_gets_a_gradient_and_no_other(exported, name):
     made = exported(name)
     for task in TASKS:

@@ -71,8 +71,8 @@ def _torch_losses(experiment, twin, plan, rate):
         objective = 0
         for family in engine.families:
             rows, arrays = plan.rows[family.name], jax.device_get(engine.arrays[family.name])
-            for n in range(rows.count[step]):
-                row = jax.tree.map(lambda leaf, at=(step, n): leaf[at], rows.table)
+            for n in range(rows.count[0, step]):
+                row = jax.tree.map(lambda leaf, at=(0, step, n): leaf[at], rows.table)
                 stream = family.streams[row.variant]
                 batch = {field: torch.from_numpy(values[row.ids]) for field, values in arrays.items()}
                 loss = (torch.from_numpy(row.weights) * _loss(twin, stream, batch)).sum()

@@ -42,8 +42,8 @@ def close(ours, theirs, tolerance=1e-5) -> None:
 
 
 def tensor(x) -> torch.Tensor:
-    """A torch copy."""
-    return torch.tensor(np.array(x))
+    """A torch copy; a tensor, which may want its gradient, is itself."""
+    return x if isinstance(x, torch.Tensor) else torch.tensor(np.array(x))
 
 
 def fill(parameter: torch.nn.Parameter, value) -> None:
@@ -70,17 +70,37 @@ def fill_norm(norm: torch.nn.LayerNorm, weights, layer=None) -> None:
 
 def fill_tower(tower, weights) -> None:
     """The layers and the final norm of a FLAVA tower; ours carry a leading layer axis."""
-    layers = weights["layers"]
-    for i, layer in enumerate(tower.encoder.layer):
-        fill_norm(layer.layernorm_before, layers["norm1"], i)
-        fill_norm(layer.layernorm_after, layers["norm2"], i)
+    fill_layers(tower.encoder.layer, weights["layers"])
+    fill_norm(tower.layernorm, weights["norm"])
+
+
+def fill_layers(layers, weights) -> None:
+    """HF's layers of a tower or of the backbone; ours carry a leading layer axis."""
+    if "query_value" in weights:
+        pair = weights["query_value"]
+        query, value = ({name: leaf[:, which] for name, leaf in pair.items()} for which in (0, 1))
+        weights = weights | {"query": query, "value": value}
+    for i, layer in enumerate(layers):
+        fill_norm(layer.layernorm_before, weights["norm1"], i)
+        fill_norm(layer.layernorm_after, weights["norm2"], i)
         attention = layer.attention.attention
         for linear, name in ((attention.query, "query"), (attention.key, "key"), (attention.value, "value")):
-            fill_linear(linear, layers[name], i)
-        fill_linear(layer.attention.output.dense, layers["out"], i)
-        fill_linear(layer.intermediate.dense, layers["fc1"], i)
-        fill_linear(layer.output.dense, layers["fc2"], i)
-    fill_norm(tower.layernorm, weights["norm"])
+            fill_linear(linear, weights[name], i)
+        fill_linear(layer.attention.output.dense, weights["out"], i)
+        fill_linear(layer.intermediate.dense, weights["fc1"], i)
+        fill_linear(layer.output.dense, weights["fc2"], i)
+
+
+def add_bottlenecks(layers, adapters) -> None:
+    """Puts adapters [L, ...] behind the feed-forward networks of HF's layers, before the residual addition."""
+    for i, layer in enumerate(layers):
+        layer.output.dense.register_forward_hook(lambda _, __, f, i=i: f + bottleneck(at(adapters, i), f))
+
+
+def bottleneck(adapter, f: torch.Tensor) -> torch.Tensor:
+    """A(f) = up · ReLU(down · f + b) + b'."""
+    hidden = torch.relu(f @ tensor(adapter["down"]) + tensor(adapter["down_bias"]))
+    return hidden @ tensor(adapter["up"]) + tensor(adapter["up_bias"])
 
 
 def text_tower(c, weights) -> transformers.FlavaTextModel:
@@ -165,14 +185,15 @@ def encode_vilt(c, frozen, blocks, modality: str, batch) -> torch.Tensor:
     """As `encode`: HF's embeddings, LoRA on the patch projection merged in."""
     embeddings = vilt_embeddings(c, frozen, blocks)
     adapters = blocks[f"encoder/{modality}"]
-    with torch.no_grad():
-        if modality == "text":
-            return output(adapters["output"], embeddings.text_embeddings(tensor(batch["tokens"]).long()))
+    embeddings.requires_grad_(False)
+    if modality == "text":
+        return output(adapters["output"], embeddings.text_embeddings(tensor(batch["tokens"]).long()))
+    if not c.bottleneck:
         projection = embeddings.patch_embeddings.projection
         a, b = (tensor(adapters["patch"]["lora"][x]) for x in "ab")
         projection.weight += c.lora_alpha_ratio * (a @ b).T.reshape(projection.weight.shape)
-        pixels = adaptor(c, adapters["adaptor"], tensor(batch["images"]).permute(0, 3, 1, 2))
-        return output(adapters["output"], visual_embed(embeddings, pixels))
+    pixels = adaptor(c, adapters["adaptor"], tensor(batch["images"]).permute(0, 3, 1, 2))
+    return output(adapters["output"], visual_embed(embeddings, pixels))
 
 
 def merge_lora(tower, adapters, ratio: float) -> None:
@@ -200,7 +221,7 @@ def output(weights, x: torch.Tensor) -> torch.Tensor:
 
 
 def encode(c, frozen, blocks, modality: str, batch) -> torch.Tensor:
-    """Encoder tokens [B, T, D], without padding in the batch: HF's tower, LoRA merged in."""
+    """Encoder tokens [B, T, D], without padding in the batch: HF's tower, LoRA merged in or bottlenecks put in."""
     if c.name == "vilt":
         return encode_vilt(c, frozen, blocks, modality, batch)
     weights, adapters = frozen[f"encoder/{modality}"], blocks[f"encoder/{modality}"]
@@ -211,9 +232,12 @@ def encode(c, frozen, blocks, modality: str, batch) -> torch.Tensor:
     else:
         tower = text_tower(c, weights)
         inputs = {"input_ids": tensor(batch["tokens"]).long()}
-    merge_lora(tower, adapters, c.lora_alpha_ratio)
-    with torch.no_grad():
-        return output(adapters["output"], tower(**inputs).last_hidden_state)
+    tower.requires_grad_(False)
+    if c.bottleneck:
+        add_bottlenecks(tower.encoder.layer, blocks[f"encoder/{modality}/adapters"])
+    else:
+        merge_lora(tower, adapters, c.lora_alpha_ratio)
+    return output(adapters["output"], tower(**inputs).last_hidden_state)
 
 
 def dense(weights, x: torch.Tensor) -> torch.Tensor:
@@ -221,9 +245,14 @@ def dense(weights, x: torch.Tensor) -> torch.Tensor:
     return x @ tensor(weights["kernel"]) + tensor(weights["bias"])
 
 
-def represent(c, frozen, blocks, task, domain: str, batch) -> torch.Tensor:
-    """The specification's routing table, path by path, for one sample without padding: [1, D]."""
-    vectors = []
+def represent(c, frozen, blocks, task, domain: str, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification's routing table, path by path, for one sample without padding.
+
+    Returns:
+      The mean of the path vectors [1, D], and each modality's latent [|modalities|, 1, D]: the token mean of the
+      modality-task path behind the MoTE stage.
+    """
+    vectors, latents = [], []
     for m in task.modalities:
         x = encode(c, frozen, blocks, m, batch)
         s = dense(blocks["shared_proj"], x)
@@ -238,15 +267,44 @@ def represent(c, frozen, blocks, task, domain: str, batch) -> torch.Tensor:
                     h = layer(
                         c,
                         at(frozen["backbone"], depth),
-                        at(blocks[f"{stage}/{stack}/attention"], i),
+                        at(blocks.get(f"{stage}/{stack}/attention", {}), i),
                         at(blocks[f"{stage}/{stack}/domain/{domain}"], i),
                         at(blocks[f"{stage}/{first}/expert/{second}"], i),
                         h,
                     )
                     depth += 1
+                if (stage, mote_expert) == ("mote", (m, task.kind)):
+                    latents.append(h.mean(1))
             vectors.append(h.mean(1))
-    assert len(vectors) == 4 * len(task.modalities)
-    return sum(vectors) / len(vectors)
+    assert len(vectors) == 4 * len(task.modalities) and len(latents) == len(task.modalities)
+    return sum(vectors) / len(vectors), torch.stack(latents)
+
+
+def standard_layers(c, frozen) -> torch.nn.Module:
+    """HF's encoder with the backbone's layers, no adapters: called with tokens [B, T, D] and `additive` of a mask."""
+    sizes = dict(hidden_size=c.width, num_attention_heads=c.heads, intermediate_size=c.mlp)
+    sizes |= dict(num_hidden_layers=sum(c.backbone_layers))
+    if c.name == "flava":
+        model = transformers.FlavaMultimodalModel(transformers.FlavaMultimodalConfig(**sizes), add_pooling_layer=False)
+    else:
+        model = transformers.ViltModel(transformers.ViltConfig(**sizes, image_size=8, patch_size=8, vocab_size=9))
+    fill_layers(model.encoder.layer, frozen["backbone"])
+    return model.encoder.eval().requires_grad_(False)
+
+
+def additive(mask) -> torch.Tensor:
+    """bool [B, T] -> what HF's attentions add to their scores, [B, 1, 1, T]."""
+    return torch.where(torch.tensor(mask), 0.0, torch.finfo(torch.float32).min)[:, None, None]
+
+
+def as_leaves(tree) -> dict:
+    """The tree with torch tensors that collect gradients."""
+    return jax.tree.map(lambda leaf: tensor(leaf).requires_grad_(True), tree)
+
+
+def gradients(tree) -> dict:
+    """What `as_leaves` collected; an error where nothing came."""
+    return jax.tree.map(lambda leaf: leaf.grad.numpy(), tree)
 
 
 def at(tree, i: int):
@@ -279,12 +337,17 @@ def norm(c, weights, x: torch.Tensor) -> torch.Tensor:
 
 
 def adapted(c, weights, adapter) -> torch.Tensor:
-    """W + alpha / rank · A B (+ delta), [in, out]."""
-    w = tensor(weights["kernel"]) + c.lora_alpha_ratio * tensor(adapter["a"]) @ tensor(adapter["b"])
+    """W (+ alpha / rank · A B) (+ delta), [in, out]."""
+    w = tensor(weights["kernel"])
+    if "a" in adapter:
+        w = w + c.lora_alpha_ratio * tensor(adapter["a"]) @ tensor(adapter["b"])
     return w + tensor(adapter["delta"]) if "delta" in adapter else w
 
 
 def feed_forward(c, weights, adapter, x: torch.Tensor) -> torch.Tensor:
-    """The pre-trained FFN with an expert's LoRA on both linears; exact GELU."""
+    """The pre-trained FFN with an expert's LoRA on both linears, or its bottleneck behind; exact GELU."""
+    if "down" in adapter:
+        f = feed_forward(c, weights, {"fc1": {}, "fc2": {}}, x)
+        return f + bottleneck(adapter, f)
     x = F.gelu(x @ adapted(c, weights["fc1"], adapter["fc1"]) + tensor(weights["fc1"]["bias"]))
     return x @ adapted(c, weights["fc2"], adapter["fc2"]) + tensor(weights["fc2"]["bias"])

@@ -51,9 +51,9 @@ def decode(model, task):
 
 
 @functools.lru_cache
-def apply(model, stream):
+def forward(model, stream):
     def run(frozen, blocks, batch, key=None):
-        return model.apply(frozen, model.collect(blocks, stream), stream.task, batch, key=key)
+        return model.forward(frozen, model.collect(blocks, stream), stream.task, batch, key=key)
 
     return jax.jit(run)
 
@@ -78,7 +78,7 @@ def test_forward_pass_follows_the_routing_table(built, task):
         # Only B_o is given: a pass through any other block would be a KeyError.
         mine = {name: blocks[name] for name in model.blocks_of(stream)}
         assert set(mine) <= set(oracle.blocks_of_task(task))
-        pooled = [
+        each = [
             reference.represent(
                 model.config,
                 frozen,
@@ -89,15 +89,18 @@ def test_forward_pass_follows_the_routing_table(built, task):
             )
             for n, length in enumerate(LENGTHS)
         ]
+        pooled, theirs = zip(*each, strict=True)
         vectors = represent(model, stream)(frozen, mine, batch)
         assert vectors.shape == (len(LENGTHS), 4 * len(task.modalities), model.config.width)
         expected = torch.cat(pooled).numpy()
         np.testing.assert_allclose(vectors.mean(1), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
         assert np.abs(expected).max() > 0.1
         # The decoder reads the mean of the paths, nothing else.
-        outputs = apply(model, stream)(frozen, mine, batch)
+        outputs, latents = forward(model, stream)(frozen, mine, batch)
         single = decode(model, task)(mine[f"head/{task.head}"], expected[:, None], batch)
         np.testing.assert_allclose(outputs, single, rtol=1e-3, atol=1e-4 * np.abs(single).max())
+        assert latents.dtype == np.float32
+        reference.close(latents, torch.cat(theirs, 1), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["ag_news", "vqa"])
@@ -115,6 +118,6 @@ def test_padding_changes_nothing(built, name):
 def test_dropout_needs_a_key_and_follows_it(built):
     model, frozen, blocks = built
     task = find_task("ag_news")
-    batch, run = make_batch(task, np.random.default_rng(7)), apply(model, task.streams[0])
-    first, again, other = (run(frozen, blocks, batch, jax.random.key(seed)) for seed in (0, 0, 1))
+    batch, run = make_batch(task, np.random.default_rng(7)), forward(model, task.streams[0])
+    first, again, other = (run(frozen, blocks, batch, jax.random.key(seed))[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.allclose(first, other)
