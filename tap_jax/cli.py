@@ -37,12 +37,16 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand: `run` gets the flags' values by name, "config" as a validated, locked config."""
+    """A subcommand: `run` gets the flags' values by name, "config" as a validated, locked config.
+
+    Where `folders` says what they are, it takes one or more of them without a flag, as `folders`.
+    """
 
     run: Callable[..., None]
     flags: tuple[Flag, ...]
     about: str
     details: str
+    folders: str = ""
 
 
 def train(config: ConfigDict, workdir: str) -> None:
@@ -70,6 +74,19 @@ def evaluate(workdir: str) -> None:
         screen.say("reading data, building the model")
         rows = runs.evaluate(folder, _reporter(screen))
         _finish(screen, rows, folder)
+
+
+def report(folders: Sequence[str], out: str) -> None:
+    """`tap-jax report`."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # for shapes alone: accelerators are left to those who train
+    from tap_jax.describe import parameters
+    from tap_jax.evaluation.report import write_report
+
+    files = write_report(folders, out, parameters=parameters)
+    kinds = [f"{sum(name.startswith(f'{kind}/') for name in files)} {kind}" for kind in ("tables", "figures")]
+    print(f"in {out}: report.md, {', '.join(kinds)}", flush=True)
 
 
 def export(workdir: str, client: str, format: str, out: str, model: str, variant: str, tasks: str) -> None:
@@ -122,7 +139,8 @@ COMMANDS = {
         train,
         (_CONFIG, Flag("workdir", "DIR", "where the run's files go; a run of the same configuration is resumed")),
         "trains, personalises and evaluates; resumes by itself",
-        "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, results.json and report.md.\n"
+        "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, samples/, results.json and\n"
+        "report.md.\n"
         "Example: tap-jax train --config=configs/demo.py --config.rounds=5 --workdir=runs/demo",
     ),
     "evaluate": Command(
@@ -130,6 +148,14 @@ COMMANDS = {
         (Flag("workdir", "DIR", "of a finished run"),),
         "scores the models of a finished run again",
         "Rewrites results.json and report.md.\nExample: tap-jax evaluate --workdir=runs/demo",
+    ),
+    "report": Command(
+        report,
+        (Flag("out", "DIR", "where the report goes: a new or empty folder, or an earlier report, which is replaced"),),
+        "makes the paper's tables and figures from finished runs",
+        "Writes report.md, tables/ (CSV) and figures/ (PNG). Runs of several seeds and methods go together; what is\n"
+        "missing is shown as not run.\nExample: tap-jax report runs --out=reports/all",
+        folders="of finished runs, or folders that contain such",
     ),
     "export": Command(
         export,
@@ -241,6 +267,9 @@ def usage(name: str | None = None) -> str:
         )
     command = COMMANDS[name]
     line, rows = [f"usage: tap-jax {name}"], []
+    if command.folders:
+        line.append("DIR [DIR ...]")
+        rows.append(("DIR", command.folders))
     for flag in command.flags:
         shown = f"--{flag.name}={flag.value}"
         line.append(shown if flag.default is None else f"[{shown}]")
@@ -266,10 +295,10 @@ def usage(name: str | None = None) -> str:
 
 
 def parse(name: str, argv: Sequence[str]) -> dict:
-    """The flags of a command by name.
+    """The flags of a command by name, and its folders if it takes any.
 
     Raises:
-      UserError: a flag that is unknown, missing or has a wrong value; likewise a field of the config.
+      UserError: a flag or folder that is unknown, missing or has a wrong value; likewise a field of the config.
     """
     command, values = COMMANDS[name], flags.FlagValues()
     values.set_gnu_getopt(True)
@@ -285,6 +314,11 @@ def parse(name: str, argv: Sequence[str]) -> dict:
     for flag in command.flags:
         if not found[flag.name] and flag.default is None:
             raise UserError(f"--{flag.name}={flag.value} is missing; see tap-jax {name} --help")
+    if command.folders:
+        found["folders"] = [argument for argument in rest if not argument.startswith("-")]
+        rest = [argument for argument in rest if argument.startswith("-")]
+        if not found["folders"]:
+            raise UserError(f"folders: name at least one DIR; see tap-jax {name} --help")
     if "config" in found:
         known.append("--config.KEY")
         found["config"], rest = _override(configuration.load_config(found["config"]), rest)
@@ -369,11 +403,11 @@ def _reporter(screen: terminal.Terminal):
 
 
 def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
-    from tap_jax.evaluation.results import text_table
+    from tap_jax.evaluation.tables import text_table
 
     screen.say("")
     screen.say(text_table(rows, terminal.columns()))
-    names = ("results.json", "report.md", "metrics.jsonl", "config.json", "checkpoints", "models")
+    names = ("results.json", "report.md", "metrics.jsonl", "config.json", "checkpoints", "models", "samples")
     screen.say(f"in {workdir}: {', '.join(name for name in names if (workdir / name).exists())}")
 
 

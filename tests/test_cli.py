@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from tap_jax import cli, startup, terminal
-from tap_jax.config import default_config, load_config, to_json
+from tap_jax.config import config_hash, default_config, load_config, to_json
 from tap_jax.errors import UserError
 
 DEMO = "configs/demo.py"
@@ -104,7 +105,7 @@ def test_steps_of_bench():
         (["--config.rounds"], "rounds: --config.rounds lacks a value"),
         (["--config.model=3"], "model: is a section"),
         (["--noconfig.rounds"], "rounds: --noconfig is for switches"),
-        (["--config.margins=low"], "margins: 'low' is of type str"),
+        (["--config.margins=low"], "margins: 'low'; use numbers"),
         (["--config.method=tapp"], "method: unknown 'tapp'; use one of tap, fedavg, local"),
         (["--workdri=x"], "unknown argument '--workdri'; did you mean --workdir"),
         (["extra"], "unknown argument 'extra'; .*--config.KEY"),
@@ -122,7 +123,7 @@ def test_a_wrong_argument_is_named(argv, message):
         (["train", "--workdir=x"], "--config=FILE"),
         (["train", "--workdir"], "workdir"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
-        (["report"], "unknown command 'report'; .*there are train, evaluate, export, describe, bench"),
+        (["tables"], "unknown command 'tables'; .*there are train, evaluate, report, export, describe, bench"),
         (["evaluate", "--workdir=w", "--config=x"], "unknown argument '--config'"),
         (["bench", f"--config={DEMO}", "--steps=few"], "steps"),
         (["bench", f"--config={DEMO}", "--steps=-1"], "steps: -1; use at least 1"),
@@ -297,7 +298,9 @@ def test_train_writes_the_files_of_the_contract(trained):
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["round"] for entry in lines] == [0, 1]
     results = json.loads((folder / "results.json").read_text())
-    assert set(results) == {"config", "results", "replacements", "timing"}
+    assert set(results) == {"config", "config_hash", "versions", "results", "replacements", "timing"}
+    assert results["config_hash"] == config_hash(load_config(config))
+    assert results["versions"]["jax"] == jax.__version__
     assert set(results["results"][0]) == {"variant", "client", "task", "metric", "value"}
     assert {row["variant"] for row in results["results"]} == {"fedavg", "fedavg+post"}
     assert (folder / "report.md").is_file() and (folder / "checkpoints").is_dir() and (folder / "models").is_dir()

@@ -3,35 +3,22 @@
 Letters: D shards, N rows of a shard, s samples of a row, A answer length.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from tap_jax.blocks import Blocks, Seats, Stack
+from tap_jax.blocks import Blocks, Stack
 from tap_jax.data.families import Family, offsets
-from tap_jax.data.store import cut, device_arrays
+from tap_jax.data.store import device_arrays
 from tap_jax.data.text import TaskArrays, WordPiece
-from tap_jax.engine import parallel
 from tap_jax.engine.cohort import Cohort, Engine
-from tap_jax.engine.local_training import take_parts
 from tap_jax.engine.programs import Program, abstract
 from tap_jax.evaluation.metrics import TextScorer, accuracy
-from tap_jax.evaluation.results import Row
+from tap_jax.evaluation.prediction import TestRows, predictor, scored
+from tap_jax.evaluation.sampler import Sampler
+from tap_jax.evaluation.scores import Row
 from tap_jax.federation import Task
-
-
-class TestRows(struct.PyTreeNode):
-    """Rows of one family: client int32 [N], variant int32 [N], ids int32 [N, s]; `count` of them are real."""
-
-    client: Any
-    variant: Any
-    ids: Any
-    count: Any
 
 
 class Evaluator:
@@ -42,6 +29,11 @@ class Evaluator:
       tests: task name -> test arrays.
       personal: per client, task name -> ids into its test set; None where all have the whole set.
       microbatch: s.
+
+    Attributes:
+      arrays: family name -> its tests on the device.
+      starts: task name -> where its tests start in the family's arrays.
+      sampler: keeps samples; None until `keep_samples` asks for it.
     """
 
     def __init__(
@@ -56,15 +48,16 @@ class Evaluator:
     ):
         self.engine, self.tests, self.personal, self.microbatch = engine, tests, personal, microbatch
         self.tokenizer, self.scorer = tokenizer, scorer
-        self._arrays = device_arrays(engine.families, tests, engine.shared)
-        self._starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
-        self._programs = {family.name: self._program(family) for family in engine.families}
+        self.arrays = device_arrays(engine.families, tests, engine.shared)
+        self.starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
+        self._programs = {
+            family.name: Program(predictor(engine, family, tokenizer, scored)) for family in engine.families
+        }
+        self.sampler: Sampler | None = None
 
-    def _program(self, family: Family) -> Program:
-        table = self.engine.tables[family.name]
-        predict = functools.partial(_predict, self.engine.model, family.tasks[0], table, self.tokenizer)
-        sharded = parallel.over_clients(predict, self.engine.mesh, (False, False, True, True, True))
-        return Program(sharded)
+    def keep_samples(self, variant: str) -> None:
+        """From now on keeps samples of what this variant generates, in `sampler.samples`."""
+        self.sampler = Sampler(self, variant)
 
     def prepare(self, cohort: Cohort) -> None:
         """Starts compiling the programs of all families, for cohorts like this one, in the background."""
@@ -72,8 +65,8 @@ class Evaluator:
         for family in engine.families:
             rows = self._rows(cohort, family, {})
             self._programs[family.name].prepare(
-                *abstract((engine.frozen, self._arrays[family.name]), engine.shared),
-                cohort.abstract_stack(),
+                *abstract((engine.frozen, self.arrays[family.name]), engine.shared),
+                cohort.abstract_stack(engine.finished.like),
                 *abstract((cohort.seats, rows), engine.by_client),
             )
 
@@ -98,7 +91,7 @@ class Evaluator:
             if rows.count.any():
                 values = self._programs[family.name](
                     self.engine.frozen,
-                    self._arrays[family.name],
+                    self.arrays[family.name],
                     stack,
                     cohort.seats,
                     jax.device_put(rows, self.engine.by_client),
@@ -118,7 +111,7 @@ class Evaluator:
                     ids = rows.ids[shard][real][mine].reshape(-1)
                     found = values[shard][real][mine].reshape(len(ids), *values.shape[3:])
                     at = np.zeros(len(self.tests[task.name]), int)
-                    at[ids[ids >= 0] - self._starts[task.name]] = np.flatnonzero(ids >= 0)
+                    at[ids[ids >= 0] - self.starts[task.name]] = np.flatnonzero(ids >= 0)
                     results[int(client), task.name] = found[at[self.ids(int(client), task.name)]]
         return results
 
@@ -131,7 +124,7 @@ class Evaluator:
                     if client in wanted.get(stream.task.name, ()):
                         ids = self.ids(int(client), stream.task.name)
                         domain = stream.task.domains.index(stream.domain)
-                        mine = self._starts[stream.task.name] + ids[self.tests[stream.task.name].domains[ids] == domain]
+                        mine = self.starts[stream.task.name] + ids[self.tests[stream.task.name].domains[ids] == domain]
                         rows += [
                             (position, variant, mine[start : start + self.microbatch])
                             for start in range(0, len(mine), self.microbatch)
@@ -189,7 +182,10 @@ class Evaluator:
         for client, mine in models.items():
             finite[client] &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dict(mine)))
         wanted = {task.name: {k for k in models if mask[k, o]} for o, task in enumerate(self.engine.tasks)}
-        return self._score_all(variant, self.predict(cohort, cohort.load(models), wanted), finite)
+        stack = cohort.load(models, like=self.engine.finished.like)
+        if self.sampler:
+            self.sampler.images(variant, cohort, stack)
+        return self._score_all(variant, self.predict(cohort, stack, wanted), finite)
 
     def evaluate_server(self, variant: str, server: Stack, finite: np.ndarray | None = None) -> list[Row]:
         """The server's blocks for every client; with common test sets each task is predicted once.
@@ -207,8 +203,10 @@ class Evaluator:
         for cohort in self.engine.passes(0):
             present = {name: clients & {int(k) for k in cohort.clients} for name, clients in wanted.items()}
             if any(present.values()):
-                predicted = self.predict(cohort, cohort.broadcast(server), present)
-                rows += self._score_all(variant, predicted, finite)
+                stack = cohort.broadcast(server)
+                if self.sampler:
+                    self.sampler.images(variant, cohort, stack)
+                rows += self._score_all(variant, self.predict(cohort, stack, present), finite)
         if self.personal is None:
             rows = [Row({**row, "client": int(k)}) for row in rows for k in owners[row["task"]]]
         return rows
@@ -219,26 +217,6 @@ class Evaluator:
             o = [task.name for task in self.engine.tasks].index(name)
             healthy = True if finite is None else bool(finite[client, o])
             rows += self.score(variant, client, self.engine.tasks[o], values, healthy)
+            if self.sampler:
+                self.sampler.texts(variant, client, self.engine.tasks[o], values)
         return rows
-
-
-def _predict(model, task: Task, table, tokenizer, frozen, fields, stack: Stack, seats: Seats, rows: TestRows):
-    """Predictions of every row of a shard, [N, s, ...]; rows past `count` are not computed."""
-
-    def one(n):
-        parts, _ = take_parts(stack, seats, table, rows.client[n], rows.variant[n])
-        batch = cut(fields, jnp.maximum(rows.ids[n], 0))
-        vectors = model.represent(frozen, parts, task, batch)
-        if task.kind == "text_generation":
-            length = batch["answers"].shape[1] - 1
-            return model.generate(
-                parts["head"], task, vectors, length=length, start=tokenizer.cls_id, stop=tokenizer.sep_id
-            )
-        outputs = model.decode(parts["head"], task, vectors, batch)
-        if task.kind == "image_generation":
-            return jnp.square(outputs - batch["images"]).mean((1, 2, 3))
-        return jnp.argmax(outputs, -1).astype(jnp.int32)
-
-    shape = jax.eval_shape(one, jnp.int32(0))
-    out = jnp.zeros((rows.client.shape[0], *shape.shape), shape.dtype)
-    return jax.lax.fori_loop(0, rows.count, lambda n, out: out.at[n].set(one(n)), out)

@@ -8,6 +8,8 @@ import pytest
 
 from tap_jax.errors import UserError
 from tap_jax.evaluation import results
+from tap_jax.evaluation.scores import find_metric, summarise
+from tap_jax.evaluation.tables import markdown_table, text_table
 
 
 def scores(variant, task, metric, *values):
@@ -38,7 +40,7 @@ def cells(table):
 
 
 def test_summary_is_mean_and_population_std():
-    summary = results.summarise(ROWS)
+    summary = summarise(ROWS)
     assert summary[0] == {
         "variant": "fedavg",
         "task": "fashion_mnist",
@@ -46,6 +48,7 @@ def test_summary_is_mean_and_population_std():
         "mean": pytest.approx(0.6),
         "std": pytest.approx(math.sqrt((0.04 + 0 + 0.04) / 3)),
         "clients": 3,
+        "observations": 3,
     }
     assert [(s["variant"], s["task"]) for s in summary[-2:]] == [("local", "fashion_mnist"), ("local", "caltech256")]
 
@@ -53,18 +56,18 @@ def test_summary_is_mean_and_population_std():
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_one_diverged_client_makes_the_task_diverged_for_all_its_metrics(bad):
     rows = [*scores("tap", "vqa", "bertscore", 50.0, bad), *scores("tap", "vqa", "meteor", 20.0, 30.0)]
-    assert [(s["mean"], s["std"], s["clients"]) for s in results.summarise(rows)] == [(None, None, 2)] * 2
+    assert [(s["mean"], s["std"], s["clients"]) for s in summarise(rows)] == [(None, None, 2)] * 2
 
 
 def test_rows_of_two_seeds_count_their_clients_once():
     rows = scores("tap", "ag_news", "accuracy", 90.0, 92.0) + scores("tap", "ag_news", "accuracy", 94.0, 96.0)
-    (summary,) = results.summarise(rows)
-    assert (summary["mean"], summary["clients"]) == (93.0, 2)
+    (summary,) = summarise(rows)
+    assert (summary["mean"], summary["clients"], summary["observations"]) == (93.0, 2, 4)
     assert summary["std"] == pytest.approx(math.sqrt((9 + 1 + 1 + 9) / 4))
 
 
 def test_markdown_table_by_hand():
-    assert cells(results.markdown_table(ROWS)) == {
+    assert cells(markdown_table(ROWS)) == {
         "": ["fashion_mnist MSE ↓", "caltech256 MSE ↓", "ag_news Acc ↑", "Avg. Gen. MSE ↓"],
         "fedavg": ["<u>0.6000</u> ± 0.1633", "**0.2000** ± 0.0000", "<u>91.00</u> ± 1.00", "<u>0.5000</u>"],
         "tap": ["**0.3000** ± 0.0000", "0.5000 ± 0.0000", "**93.00** ± 1.00", "**0.3500**"],
@@ -73,9 +76,7 @@ def test_markdown_table_by_hand():
 
 
 def test_markdown_table_takes_orders_and_digits():
-    table = results.markdown_table(
-        ROWS, tasks=("ag_news", "caltech256"), variants=("tap", "fedavg", "tap-no-kd"), digits=1
-    )
+    table = markdown_table(ROWS, tasks=("ag_news", "caltech256"), variants=("tap", "fedavg", "tap-no-kd"), digits=1)
     assert cells(table) == {
         "": ["ag_news Acc ↑", "caltech256 MSE ↓"],
         "tap": ["**93.0** ± 1.0", "<u>0.5</u> ± 0.0"],
@@ -96,7 +97,7 @@ def test_averages_are_the_papers_and_need_all_their_tasks():
         )
     ]
     rows += scores("partial", "vqa", "bertscore", 1.0)
-    table = cells(results.markdown_table(rows))
+    table = cells(markdown_table(rows))
     assert table[""][-2:] == ["Avg. Gen. BS ↑", "Avg. Gen. METEOR ↑"]
     assert table["fedavg"][-2:] == ["34.52", "10.86"]
     assert table["partial"][-2:] == ["", ""]
@@ -108,31 +109,31 @@ def test_class_average_covers_image_classification_only():
         *scores("tap", "cifar100", "accuracy", 60.0),
         *scores("tap", "ag_news", "accuracy", 0.0),
     ]
-    table = cells(results.markdown_table(rows))
+    table = cells(markdown_table(rows))
     assert table[""] == ["tiny_imagenet Acc ↑", "cifar100 Acc ↑", "ag_news Acc ↑", "Avg. Class. Acc ↑"]
     assert table["tap"][-1] == "50.00"
 
 
 def test_scores_that_print_alike_share_their_mark():
     rows = [row for v, x in (("a", 1.001), ("b", 1.002), ("c", 0.9)) for row in scores(v, "ag_news", "accuracy", x)]
-    table = cells(results.markdown_table(rows))
+    table = cells(markdown_table(rows))
     assert [table[v][0].split()[0] for v in "abc"] == ["**1.00**", "**1.00**", "<u>0.90</u>"]
 
 
 def test_a_lone_variant_is_not_marked():
-    assert "**" not in results.markdown_table(scores("tap", "ag_news", "accuracy", 1.0))
-    assert "*" not in results.text_table(scores("tap", "ag_news", "accuracy", 1.0))
+    assert "**" not in markdown_table(scores("tap", "ag_news", "accuracy", 1.0))
+    assert "*" not in text_table(scores("tap", "ag_news", "accuracy", 1.0))
 
 
 def test_metric_of_another_model_is_shown_under_its_own_heading():
-    assert results.find_metric("bertscore_my_bert") == ("BS (my_bert)", True, 2)
-    assert results.find_metric("meteor_exact_stem").label == "METEOR (exact+stem)"
+    assert find_metric("bertscore_my_bert") == ("BS (my_bert)", True, 2)
+    assert find_metric("meteor_exact_stem").label == "METEOR (exact+stem)"
     with pytest.raises(UserError, match="unknown metric 'bleu'"):
-        results.markdown_table(scores("tap", "vqa", "bleu", 1.0))
+        markdown_table(scores("tap", "vqa", "bleu", 1.0))
 
 
 def test_text_table_turns_and_aligns():
-    assert results.text_table(ROWS).splitlines() == [
+    assert text_table(ROWS).splitlines() == [
         "                            fedavg             tap           local",
         "fashion_mnist MSE ↓  0.6000±0.1633   0.3000±0.0000*              —",
         "caltech256 MSE ↓     0.2000±0.0000*  0.5000±0.0000   0.3000±0.0000",
@@ -142,8 +143,8 @@ def test_text_table_turns_and_aligns():
 
 
 def test_text_table_drops_the_std_then_breaks_into_blocks():
-    assert results.text_table(ROWS, width=55).splitlines()[1] == "fashion_mnist MSE ↓  0.6000   0.3000*       —"
-    narrow = results.text_table(ROWS, width=40).splitlines()
+    assert text_table(ROWS, width=55).splitlines()[1] == "fashion_mnist MSE ↓  0.6000   0.3000*       —"
+    narrow = text_table(ROWS, width=40).splitlines()
     assert max(map(len, narrow)) <= 40
     assert [line.split() for line in narrow if "Acc" not in line and "MSE" not in line] == [
         ["fedavg", "tap"],
@@ -158,11 +159,11 @@ def test_text_table_with_the_papers_ten_methods_stays_within_the_width():
         *(f"{m}{post}" for m in ("fedavg", "per-fedavg", "disentafl", "feddat") for post in ("", "+post")),
     ]
     rows = [row for name in (*names, "tap") for row in scores(name, "caltech256", "mse", 0.5, 0.25)]
-    assert max(map(len, results.text_table(rows).splitlines())) <= 100
+    assert max(map(len, text_table(rows).splitlines())) <= 100
 
 
 def test_no_rows_make_no_table():
-    assert results.markdown_table([]) == results.text_table([]) == "No results.\n"
+    assert markdown_table([]) == text_table([]) == "No results.\n"
 
 
 def strict(text):
@@ -177,10 +178,14 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
     rows = [*ROWS, *scores("tap", "cifar100", "accuracy", float("nan"), np.float32(0.5))]
     replacements = [{"round": 1, "client": np.int32(2), "task": "ag_news"}, {"round": 2, "client": 0, "task": "vqa"}]
     folder = tmp_path / "new" / "run"
-    results.write_results(folder, config, rows, replacements, {"train_s": 1.5}, notes=("meteor lacks WordNet",))
+    origin = {"config_hash": "ab12", "versions": {"jax": "0.10.2"}}
+    replacements.append({"round": 2, "client": 0, "task": "vqa", "variant": "tap@0.05"})
+    notes = ("meteor lacks WordNet",)
+    results.write_results(folder, config, rows, replacements, {"train_s": 1.5}, notes=notes, **origin)
 
     read = strict((folder / "results.json").read_text())
-    assert list(read) == ["config", "results", "replacements", "timing"]
+    assert list(read) == ["config", "config_hash", "versions", "results", "replacements", "timing"]
+    assert {name: read[name] for name in origin} == origin
     assert read["config"] == {"method": "tap", "model": {"name": "mini"}, "margins": [0.1, "inf"], "seed": 41}
     assert [row["value"] for row in read["results"][-2:]] == [None, 0.5]
     assert read["results"][: len(ROWS)] == ROWS
@@ -188,7 +193,7 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
     assert read["timing"] == {"train_s": 1.5}
 
     report = (folder / "report.md").read_text()
-    assert results.markdown_table(read["results"]) in report
+    assert markdown_table(read["results"]) in report
     assert "mini, method tap, seed 41" in report
     assert "Note: meteor lacks WordNet" in report
     assert "2 (ag_news 1, vqa 1)" in report

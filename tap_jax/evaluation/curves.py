@@ -1,0 +1,180 @@
+"""Figures of what happened over the rounds: replacements (Figures 3 and 4) and losses."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from tap_jax.evaluation.drawing import BLACK, CHAINS, MARGIN_STYLES, grid, new_figure, task_style
+from tap_jax.evaluation.finished import FinishedRun
+from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
+from tap_jax.evaluation.selection import Comparison, margin_label
+from tap_jax.federation import TASKS
+
+OWN = "tap"  # the variant with the run's own margins
+
+
+def cumulative(events: Iterable[Mapping], task: str, rounds: int) -> np.ndarray:
+    """int [rounds], replacements of a task up to and including each round, over all clients."""
+    counts = np.zeros(rounds, int)
+    for event in events:
+        if event["task"] == task and event["round"] < rounds:
+            counts[event["round"]] += 1
+    return counts.cumsum()
+
+
+def replacements(comparisons: Sequence[Comparison]):
+    """Figure 3: cumulative replacements per task over the rounds, a panel per model; None where no TAP run is.
+
+    A line is the mean over seeds; with several, a band spans the least and the most.
+    """
+    shown = [comparison for comparison in comparisons if any(events for _, events in comparison.events(OWN))]
+    if not shown:
+        return None
+    figure, axes = new_figure(1, len(shown), width=5.6 * len(shown) + 0.4, height=4.2)
+    for axis, comparison in zip(axes.flat, shown, strict=True):
+        ends = {}
+        for task in _tasks(comparison):
+            curves = _curves(comparison, OWN, task)
+            x, style = 1 + np.arange(curves.shape[1]), task_style(task)
+            (line,) = axis.plot(x, curves.mean(0), drawstyle="steps-post", linewidth=1.8, **style)
+            if len(curves) > 1:
+                axis.fill_between(
+                    x, curves.min(0), curves.max(0), step="post", color=style["color"], alpha=0.15, linewidth=0
+                )
+            ends[task] = (float(curves[:, -1].mean()), line)
+        ordered = sorted(ends, key=lambda task: -ends[task][0])
+        axis.legend(
+            [ends[task][1] for task in ordered],
+            [f"{TASK_LABELS.get(task, task)}  ({ends[task][0]:g})" for task in ordered],
+            title="task (total)",
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
+        axis.set_title(f"{MODELS[comparison.model]}{_seeds(comparison, OWN)}")
+        axis.set_xlabel("communication round")
+        axis.set_ylabel("cumulative replacements")
+        _counts(axis)
+    return figure
+
+
+def margins(comparison: Comparison):
+    """Figure 4: cumulative replacements per task, a line per margin setting; None with fewer than two settings."""
+    names = {
+        event["variant"]: None
+        for run in comparison.runs
+        for event in run.replacements
+        if event["variant"].startswith(OWN)
+    }
+    settings = dict.fromkeys([OWN, *_sorted(names), *_sorted(_tap_variants(comparison))])
+    settings = [name for name in settings if comparison.events(name)]
+    if len(settings) < 2:
+        return None
+    own = comparison.events(OWN)
+    labels = {name: name.partition("@")[2].replace("-", " / ") for name in settings}
+    labels[OWN] = f"{margin_label(own[0][0].margins).replace('-', ' / ')} (the run's own)" if own else ""
+    tasks = _tasks(comparison)
+    figure, axes = grid(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for number, name in enumerate(settings):
+            curve = _curves(comparison, name, task).mean(0)
+            axis.plot(
+                1 + np.arange(len(curve)),
+                curve,
+                drawstyle="steps-post",
+                linewidth=max(1.2, 2.8 - 0.55 * number),  # lines that coincide stay visible
+                label=labels[name],
+                **MARGIN_STYLES[number % len(MARGIN_STYLES)],
+            )
+        axis.set_title(TASK_LABELS.get(task, task))
+        _counts(axis)
+    figure.supxlabel("communication round")
+    figure.supylabel("cumulative replacements")
+    _shared_legend(figure, axes[0], f"margins, {MODELS[comparison.model]}{_seeds(comparison, OWN)}")
+    return figure
+
+
+def losses(runs: Sequence[FinishedRun]):
+    """Training loss per task over the rounds, a line per chain; None where the runs left no metrics.
+
+    Dots are the mean over the clients of a round (and seeds); the line is a mean over the rounds around, as its label
+    says.
+    """
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}  # task -> chain -> round -> losses
+    for run in runs:
+        for line in run.lines():
+            for chain, clients in line.get("losses", {}).items():
+                for tasks in clients.values():
+                    for task, value in tasks.items():
+                        if value is not None:
+                            found.setdefault(task, {}).setdefault(chain, {}).setdefault(line["round"], []).append(value)
+    if not found:
+        return None
+    tasks = [task for task in TASKS if task in found] + [task for task in found if task not in TASKS]
+    rounds = max(run.config.rounds for run in runs)
+    reach = max(1, rounds // 25)
+    figure, axes = grid(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        for chain in sorted(found[task], key=[*CHAINS, *found[task]].index):
+            at = sorted(found[task][chain])
+            values = np.array([np.mean(found[task][chain][number]) for number in at])
+            colour = CHAINS.get(chain, BLACK)
+            axis.plot(1 + np.array(at), values, ".", color=colour, markersize=3, alpha=0.35)
+            axis.plot(1 + np.array(at), running_mean(at, values, reach), color=colour, linewidth=1.8, label=chain)
+        axis.set_title(TASK_LABELS.get(task, task))
+        axis.set_xlim(0.5, rounds + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        unit = "MSE" if task in TASKS and TASKS[task].kind == "image_generation" else "nats"
+        axis.set_ylabel(f"loss ({unit})")
+    figure.supxlabel("communication round")
+    one = runs[0]
+    title = f"{MODELS[one.model]}, method {one.method}{', standard backbone' if one.backbone == 'standard' else ''}"
+    _shared_legend(
+        figure, axes[0], f"{title}; dots: mean of a round, lines: mean over ±{reach} round{'s' * (reach > 1)}"
+    )
+    return figure
+
+
+def running_mean(rounds: Sequence[int], values: np.ndarray, reach: int) -> np.ndarray:
+    """Per round the mean of the values of all rounds at most `reach` away."""
+    rounds = np.asarray(rounds)
+    return np.array([values[np.abs(rounds - centre) <= reach].mean() for centre in rounds])
+
+
+def _curves(comparison: Comparison, name: str, task: str) -> np.ndarray:
+    """[seeds, rounds]."""
+    found = comparison.events(name)
+    rounds = max(run.config.rounds for run, _ in found)
+    return np.stack([cumulative(events, task, rounds) for _, events in found])
+
+
+def _tasks(comparison: Comparison) -> list[str]:
+    owners = comparison.owners()
+    return [task for task in TASKS if task in owners] + [task for task in owners if task not in TASKS]
+
+
+def _tap_variants(comparison: Comparison) -> list[str]:
+    return [name for _, name in comparison.chosen if name.startswith(f"{OWN}@")]
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """By their margins, ascending."""
+    return sorted(names, key=lambda name: [float(x) for x in name.partition("@")[2].split("-") if x])
+
+
+def _seeds(comparison: Comparison, name: str) -> str:
+    count = len(comparison.events(name))
+    return f" (mean of {count} seeds)" if count > 1 else ""
+
+
+def _counts(axis) -> None:
+    """Whole numbers from 0 on, rounds from 1 on."""
+    axis.set_xlim(left=1)
+    axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
+
+
+def _shared_legend(figure, axis, title: str) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=title, frameon=False)

@@ -1,0 +1,94 @@
+"""Who gains from TAP: a map of clients and tasks."""
+
+import numpy as np
+from matplotlib.patches import Rectangle
+
+from tap_jax.evaluation.drawing import new_figure
+from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
+from tap_jax.evaluation.scores import find_metric
+from tap_jax.evaluation.selection import Comparison
+from tap_jax.federation import TASKS
+
+BASELINE = "fedavg+post"
+_LIMIT = 50  # % of gain at which colours end at the latest
+
+
+def client_scores(comparison: Comparison, variant: str) -> dict[tuple[int, str], tuple[str, float]]:
+    """(client, task) -> (main metric, mean over seeds), without those that diverged.
+
+    The main metric is accuracy, MSE, and for generated text the last one scored (METEOR of the paper's two).
+    """
+    values: dict[tuple[int, str], dict[str, list[float | None]]] = {}
+    for row in comparison.rows(("routed", variant)):
+        values.setdefault((row["client"], row["task"]), {}).setdefault(row["metric"], []).append(row["value"])
+    found = {}
+    for key, metrics in values.items():
+        metric, scores = list(metrics.items())[-1]
+        if None not in scores:
+            found[key] = (metric, float(np.mean(scores)))
+    return found
+
+
+def gains(comparison: Comparison) -> dict[tuple[int, str], tuple[str, float, float]]:
+    """(client, task) -> (metric, TAP's score, its gain over FedAvg + Post-train in % of the latter)."""
+    ours, theirs = client_scores(comparison, "tap"), client_scores(comparison, BASELINE)
+    found = {}
+    for key in ours.keys() & theirs.keys():
+        (metric, mine), (other, base) = ours[key], theirs[key]
+        if metric == other and base:
+            sign = 1 if find_metric(metric).higher_is_better else -1
+            found[key] = (metric, mine, 100 * sign * (mine - base) / abs(base))
+    return found
+
+
+def gain_map(comparison: Comparison):
+    """Clients x tasks: the score of TAP, coloured by its gain over FedAvg + Post-train; None where either lacks."""
+    found = gains(comparison)
+    if not found:
+        return None
+    tasks = [task for task in TASKS if any(name == task for _, name in found)]
+    tasks += sorted({name for _, name in found} - set(tasks))
+    clients = sorted({client for client, _ in found})
+    table = np.full((len(tasks), len(clients)), np.nan)
+    for (client, task), (_, _, gain) in found.items():
+        table[tasks.index(task), clients.index(client)] = gain
+    width = 0.42 * len(clients) + 3.2
+    figure, axes = new_figure(1, 1, width=max(width, 6), height=0.42 * len(tasks) + 1.7)
+    axis = axes[0, 0]
+    axis.grid(False)
+    axis.set_facecolor("#F4F4F4")
+    most = max(abs(gain) for _, _, gain in found.values())
+    limit = min(_LIMIT, max(1, most))
+    image = axis.imshow(table, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    for (client, task), (metric, score, gain) in found.items():
+        corner = clients.index(client) - 0.5, tasks.index(task) - 0.5
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#8C8C8C", linewidth=0.6))
+        axis.text(
+            clients.index(client),
+            tasks.index(task),
+            _short(metric, score),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if abs(gain) > 0.7 * limit else "black",
+        )
+    metrics = {task: metric for (_, task), (metric, _, _) in found.items()}
+    labels = [
+        f"{TASK_LABELS.get(task, task)}, {find_metric(metrics[task]).label}"
+        f" {'↑' if find_metric(metrics[task]).higher_is_better else '↓'}"
+        for task in tasks
+    ]
+    axis.set_yticks(range(len(tasks)), labels)
+    axis.set_xticks(range(len(clients)), [str(client) for client in clients], fontsize=7)
+    axis.set_xlabel("client")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axis, extend="both" if most > limit else "neither", pad=0.01, aspect=14)
+    bar.set_label("gain of TAP over\nFedAvg + Post-train (%)")
+    bar.outline.set_visible(False)
+    figure.suptitle(f"{MODELS[comparison.model]}: scores of TAP; colour: their gain; grey: not the client's task")
+    return figure
+
+
+def _short(metric: str, score: float) -> str:
+    return f"{score:.3f}".lstrip("0") if find_metric(metric).digits > 2 else f"{score:.1f}"

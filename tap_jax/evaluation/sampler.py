@@ -1,0 +1,86 @@
+"""Keeps samples of what one variant generates, while it is evaluated."""
+
+import jax
+import numpy as np
+
+from tap_jax.blocks import Stack
+from tap_jax.compiling import compiler_options
+from tap_jax.data.families import Family
+from tap_jax.engine.cohort import Cohort
+from tap_jax.evaluation.prediction import TestRows, image, predictor
+from tap_jax.evaluation.samples import EXAMPLES, OWNERS, ImageSample, Sample, TextSample, to_uint8
+from tap_jax.federation import Stream, Task
+
+
+class Sampler:
+    """Samples of the first owners of each generative task; texts are those that were scored, images made anew.
+
+    Args:
+      evaluator: `tap_jax.evaluation.evaluate.Evaluator`.
+      variant: whose samples to keep.
+
+    Attributes:
+      samples: those kept so far.
+    """
+
+    def __init__(self, evaluator, variant: str):
+        self.evaluator, self.variant = evaluator, variant
+        self.engine, self.tests = evaluator.engine, evaluator.tests
+        self.samples: list[Sample] = []
+        self._painters = {
+            family: jax.jit(predictor(self.engine, family, None, image), compiler_options=compiler_options(once=True))
+            for family in self.engine.families
+            if family.tasks[0].kind == "image_generation"
+        }
+
+    def texts(self, variant: str, client: int, task: Task, predicted: np.ndarray) -> None:
+        """Sees generated ids int [n, A-1] of a client's test samples."""
+        if variant == self.variant and task.kind == "text_generation" and client in self._first_owners(task):
+            test, decode = self.tests[task.name], self.evaluator.tokenizer.decode
+            for example, ids in zip(self.evaluator.ids(client, task.name)[:EXAMPLES].tolist(), predicted, strict=False):
+                given = "" if test.tokens is None else decode(test.tokens[example][None])[0]
+                (generated,), references = decode(ids[None]), tuple(test.references[example])
+                self.samples.append(TextSample(variant, client, task.name, example, given, generated, references))
+
+    def images(self, variant: str, cohort: Cohort, stack: Stack) -> None:
+        """Sees the models of a cohort before they are scored."""
+        for family, painter in self._painters.items() if variant == self.variant else ():
+            rows, kept = self._rows(cohort, family)
+            if kept:
+                painted = painter(
+                    self.engine.frozen,
+                    self.evaluator.arrays[family.name],
+                    stack,
+                    cohort.seats,
+                    jax.device_put(rows, self.engine.by_client),
+                )
+                painted = to_uint8(np.asarray(painted))
+                for shard, row, client, task, example in kept:
+                    target = self.tests[task].images[example]
+                    self.samples.append(ImageSample(variant, client, task, example, target, painted[shard, row, 0]))
+
+    def _rows(self, cohort: Cohort, family: Family) -> tuple[TestRows, list[tuple[int, int, int, str, int]]]:
+        """One row for each image to keep, and (shard, row, client, task, example) of each."""
+        clients = cohort.clients.reshape(-1, cohort.positions)
+        shape = len(clients), OWNERS * EXAMPLES * len(family.tasks)
+        rows = TestRows(
+            np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full((*shape, 1), -1, np.int32),
+            np.zeros(len(clients), np.int32),
+        )  # fmt: skip
+        kept = []
+        for task in family.tasks:
+            for client in self._first_owners(task):
+                for shard, position in np.argwhere(clients == client):
+                    for example in self.evaluator.ids(client, task.name)[:EXAMPLES]:
+                        row = int(rows.count[shard])
+                        domain = task.domains[self.tests[task.name].domains[example]]
+                        rows.client[shard, row] = position
+                        rows.variant[shard, row] = family.streams.index(Stream(task, domain))
+                        rows.ids[shard, row] = self.evaluator.starts[task.name] + example
+                        rows.count[shard] += 1
+                        kept.append((int(shard), row, client, task.name, int(example)))
+        return rows, kept
+
+    def _first_owners(self, task: Task) -> list[int]:
+        mask = self.engine.partition.task_mask
+        return np.flatnonzero(mask[:, self.engine.tasks.index(task)])[:OWNERS].tolist()

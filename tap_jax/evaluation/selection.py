@@ -1,0 +1,178 @@
+"""Which scores of which runs belong together: runs that may stand in one table, one per variant and seed."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tap_jax import config as configuration
+from tap_jax.evaluation.finished import FinishedRun
+from tap_jax.evaluation.scores import Row, Summary, summarise
+
+# What a method reads besides the fields that all share; a variant belongs to the method whose name it begins with.
+METHOD_FIELDS = {
+    "tap": ("margins", "replacement", "distillation"),
+    "per-fedavg": ("per_fedavg",),
+    "disentafl": ("disentafl",),
+    "feddat": ("feddat",),
+}
+_OWN = ("seed", "method", "variants", "model.backbone", *(name for names in METHOD_FIELDS.values() for name in names))
+
+Key = tuple[str, str]  # (backbone, variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs that differ in seed and method only, and may stand in one table.
+
+    Attributes:
+      model: "flava" or "vilt".
+      differing: the fields that tell it from the others of its model, "rounds=20"; empty where it is the only one.
+      runs: in the order given.
+      chosen: (backbone, variant) -> the runs whose scores are used, at most one per seed.
+      names: (run id, variant in the run) -> variant here, of those used.
+      notes: what was left out and why.
+    """
+
+    model: str
+    differing: tuple[str, ...]
+    runs: tuple[FinishedRun, ...]
+    chosen: Mapping[Key, tuple[FinishedRun, ...]]
+    names: Mapping[tuple[str, str], str]
+    notes: tuple[str, ...]
+
+    def rows(self, key: Key) -> list[Row]:
+        """Scores of a variant over the seeds; empty where it was not run."""
+        return [
+            row
+            for run in self.chosen.get(key, ())
+            for row in run.rows
+            if self.names.get((run.id, row["variant"])) == key[1]
+        ]
+
+    def summaries(self, key: Key) -> dict[tuple[str, str], Summary]:
+        """(task, metric) -> mean and std over clients and seeds."""
+        return {(s["task"], s["metric"]): s for s in summarise([{**row, "variant": key[1]} for row in self.rows(key)])}
+
+    def events(self, name: str) -> list[tuple[FinishedRun, list[Mapping[str, Any]]]]:
+        """Replacements of a variant, per run of it."""
+        found = []
+        for run in self.chosen.get(("routed", name), ()):
+            found.append((run, [e for e in run.replacements if self.names.get((run.id, e["variant"])) == name]))
+        return found
+
+    def owners(self) -> dict[str, int]:
+        """Task -> number of clients that own it: the largest of the runs, since a centralised one has one client."""
+        owners: dict[str, int] = {}
+        for run in self.runs:
+            clients: dict[str, set] = {}
+            for row in run.rows:
+                clients.setdefault(row["task"], set()).add(row["client"])
+            owners |= {task: max(len(found), owners.get(task, 0)) for task, found in clients.items()}
+        return owners
+
+
+def comparisons(runs: Sequence[FinishedRun]) -> list[Comparison]:
+    """Sorts runs into comparisons by everything in their configs but seed, method and what only a method reads."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
+    found = []
+    for group in groups.values():
+        model = group[0].model
+        rivals = [_identity(other[0]) for other in groups.values() if other[0].model == model]
+        mine = _identity(group[0])
+        fields = [field for field in mine if any(rival.get(field) != mine[field] for rival in rivals)]
+        found.append(_chosen(model, tuple(f"{field}={_shown(mine[field])}" for field in fields), group))
+    return found
+
+
+def margin_label(margins: Mapping[str, float]) -> str:
+    """The distinct margins of a run, ascending, as in the names of variants: 0.01-0.04."""
+    return "-".join(f"{margin:g}" for margin in sorted(set(margins.values())))
+
+
+def _identity(run: FinishedRun) -> dict[str, Any]:
+    flat = _flat(run.config.to_dict())
+    return {
+        field: value
+        for field, value in flat.items()
+        if field not in configuration.NEUTRAL_FIELDS and not any(_within(field, own) for own in _OWN)
+    }
+
+
+def _chosen(model: str, differing: tuple[str, ...], runs: Sequence[FinishedRun]) -> Comparison:
+    """Of runs that yield the same variant with the same seed the one of method TAP, else the first, is used.
+
+    Where runs differ in what only a method reads, most of them have its usual settings; variants of the others carry
+    theirs in the name: tap@0.05 for margins, else "tap (replacement.scope=exclusive)".
+    """
+    ranked = sorted(runs, key=lambda run: run.method != "tap")  # stable
+    usual = {method: _usual([run for run in ranked if _reads(run, method)], method) for method in METHOD_FIELDS}
+    chosen: dict[tuple[str, str, int], FinishedRun] = {}
+    names: dict[tuple[str, str], str] = {}
+    spare: dict[tuple[str, str], list[str]] = {}
+    for run in ranked:
+        for variant in dict.fromkeys(row["variant"] for row in run.rows):
+            name = variant
+            method = next((method for method in METHOD_FIELDS if variant.startswith(method)), None)
+            if method and (other := _differing(run, usual[method], method)):
+                name = _renamed(run, variant, other)
+            first = chosen.setdefault((run.backbone, name, run.seed), run)
+            if first is run:
+                names[run.id, variant] = name
+            else:
+                spare.setdefault((run.id, first.id), []).append(variant)
+    merged: dict[Key, tuple[FinishedRun, ...]] = {}
+    for backbone, name, _ in chosen:
+        mine = [run for (b, n, _), run in chosen.items() if (b, n) == (backbone, name)]
+        merged[backbone, name] = tuple(sorted(mine, key=runs.index))
+    notes = tuple(
+        f"Of {left} these are left out, since {used} has them with the same seed: {', '.join(variants)}."
+        for (left, used), variants in spare.items()
+    )
+    return Comparison(model, differing, tuple(runs), merged, names, notes)
+
+
+def _reads(run: FinishedRun, method: str) -> bool:
+    return any(row["variant"].startswith(method) for row in run.rows)
+
+
+def _settings(run: FinishedRun, method: str) -> dict[str, Any]:
+    """What only this method reads, margins as one value whichever way they were written."""
+    flat = _flat({**run.config.to_dict(), "margins": tuple(sorted(run.margins.items()))})
+    return {field: flat[field] for field in flat if any(_within(field, name) for name in METHOD_FIELDS[method])}
+
+
+def _usual(runs: Sequence[FinishedRun], method: str) -> dict[str, Any]:
+    """The settings of most runs, of equally many the first."""
+    found = [_settings(run, method) for run in runs]
+    return max(found, key=found.count, default={})
+
+
+def _renamed(run: FinishedRun, variant: str, differing: Sequence[str]) -> str:
+    """The variant of a run with unusual settings: it must not be averaged with the usual ones."""
+    settings = _flat(run.config.to_dict())
+    others = ", ".join(f"{field}={_shown(settings[field])}" for field in differing if field != "margins")
+    if "margins" in differing and "@" not in variant:
+        variant = f"{variant}@{margin_label(run.margins)}"
+    return f"{variant} ({others})" if others else variant
+
+
+def _differing(run: FinishedRun, usual: Mapping[str, Any], method: str) -> list[str]:
+    return [field for field, value in _settings(run, method).items() if value != usual[field]]
+
+
+def _within(field: str, name: str) -> bool:
+    return field == name or field.startswith(f"{name}.")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,174 @@
+"""Scores of one run as tables, in markdown and for a terminal.
+
+Laid out as Tables 1 to 3 of the paper: mean ± std over clients, best bold, second underlined, — for diverged, blank
+for what was not run, and client-weighted averages per kind of task.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tap_jax.evaluation.scores import AVERAGES, DIVERGED, METRICS, Metric, Row, Summary, find_metric, summarise
+from tap_jax.federation import TASKS
+
+
+def markdown_table(
+    rows: Sequence[Row],
+    *,
+    tasks: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    digits: int | None = None,
+) -> str:
+    """The paper's table in markdown: a variant per line, a column per task and metric, then the averages.
+
+    An average is the client-weighted mean over the tasks of a kind; it stands where the table has two or more
+    of them, is — where one diverged and blank where one is missing. Scores are compared as printed, so equal
+    ones share their mark.
+
+    Args:
+      rows: scores, of any number of variants.
+      tasks: columns, in order; default: all that occur, in the registry's order.
+      variants: lines, in order; default: all that occur, in order of appearance.
+      digits: decimals of every column; default: each metric's own.
+    """
+    table = _table(rows, tasks, variants, digits)
+    if not table.columns:
+        return "No results.\n"
+    lines = [
+        "| | " + " | ".join(column.heading for column in table.columns) + " |",
+        "|:--|" + "--:|" * len(table.columns),
+    ]
+    for variant in table.variants:
+        cells = []
+        for column in table.columns:
+            text, rank = column.text(variant), column.ranks.get(variant)
+            cells.append(marked(text, rank) + column.spread(variant, " ± "))
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def text_table(
+    rows: Sequence[Row],
+    width: int = 100,
+    *,
+    tasks: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    digits: int | None = None,
+) -> str:
+    """The same table for a terminal: a line per task and metric, a column per variant, * at the best.
+
+    The stds are left out where they do not fit into `width` characters; columns that still do not fit go
+    into further blocks below, each with the line labels.
+    """
+    table = _table(rows, tasks, variants, digits)
+    if not table.columns:
+        return "No results.\n"
+    labels = [column.heading for column in table.columns]
+    margin = max(map(len, labels))
+
+    def drawn(spread: bool) -> list[list[str]]:  # one list of equally wide cells per variant, its name on top
+        grid = []
+        for variant in table.variants:
+            cells = [f"{variant} "]
+            for column in table.columns:
+                star = "*" if column.ranks.get(variant) == 0 else " "
+                cells.append(column.text(variant) + (column.spread(variant, "±") if spread else "") + star)
+            widest = max(map(len, cells))
+            grid.append([cell.rjust(widest) for cell in cells])
+        return grid
+
+    def total(grid: list[list[str]]) -> int:
+        return margin + sum(2 + len(cells[0]) for cells in grid)
+
+    grid = drawn(spread=True)
+    if total(grid) > width:
+        grid = drawn(spread=False)
+    blocks: list[list[list[str]]] = []
+    for cells in grid:
+        if blocks and total([*blocks[-1], cells]) <= width:
+            blocks[-1].append(cells)
+        else:
+            blocks.append([cells])
+    left = [label.ljust(margin) for label in ("", *labels)]
+    drawings = (["  ".join(line).rstrip() for line in zip(left, *block, strict=True)] for block in blocks)
+    return "\n\n".join("\n".join(lines) for lines in drawings) + "\n"
+
+
+def ranking(printed: Mapping[str, float], *, higher_is_better: bool) -> dict[str, int]:
+    """Name -> place, 0 for the best; equal values share theirs."""
+    order = sorted(set(printed.values()), reverse=higher_is_better)
+    return {name: order.index(value) for name, value in printed.items()}
+
+
+def marked(text: str, rank: int | None) -> str:
+    """The best bold, the second underlined."""
+    return f"**{text}**" if rank == 0 else f"<u>{text}</u>" if rank == 1 else text
+
+
+# --- the table behind both drawings ------------------------------------------------------------------------------
+
+
+class _Column:
+    """One task's metric, or one average: values by variant, (mean, std or None) or None where diverged."""
+
+    def __init__(self, heading: str, metric: Metric, values: Mapping[str, tuple[float, float | None] | None]):
+        self.heading = f"{heading} {metric.label} {'↑' if metric.higher_is_better else '↓'}"
+        self.values = values
+        self.digits = metric.digits
+        printed = {variant: float(self.text(variant)) for variant, value in values.items() if value is not None}
+        # One lone variant is best of nothing.
+        self.ranks = ranking(printed, higher_is_better=metric.higher_is_better) if len(values) > 1 else {}
+
+    def text(self, variant: str) -> str:
+        if variant not in self.values:
+            return ""
+        value = self.values[variant]
+        return DIVERGED if value is None else f"{value[0]:.{self.digits}f}"
+
+    def spread(self, variant: str, sign: str) -> str:
+        value = self.values.get(variant)
+        return "" if value is None or value[1] is None else f"{sign}{value[1]:.{self.digits}f}"
+
+
+class _Table(NamedTuple):
+    columns: list[_Column]
+    variants: list[str]
+
+
+def _table(
+    rows: Sequence[Row], tasks: Sequence[str] | None, variants: Sequence[str] | None, digits: int | None
+) -> _Table:
+    variants = list(dict.fromkeys(row["variant"] for row in rows)) if variants is None else list(variants)
+    seen = dict.fromkeys(row["task"] for row in rows)
+    if tasks is None:
+        tasks = [task for task in TASKS if task in seen] + [task for task in seen if task not in TASKS]
+    summaries = {(s["variant"], s["task"], s["metric"]): s for s in summarise(rows) if s["variant"] in variants}
+    names = dict.fromkeys(metric for _, _, metric in summaries)
+    names = [name for name in METRICS if name in names] + [name for name in names if name not in METRICS]
+    shown = {task: [name for name in names if any((v, task, name) in summaries for v in variants)] for task in tasks}
+
+    def metric(name: str) -> Metric:
+        return find_metric(name) if digits is None else find_metric(name)._replace(digits=digits)
+
+    columns = []
+    for task in tasks:
+        for name in shown[task]:
+            found = {v: summaries[v, task, name] for v in variants if (v, task, name) in summaries}
+            values = {v: None if s["mean"] is None else (s["mean"], s["std"]) for v, s in found.items()}
+            columns.append(_Column(task, metric(name), values))
+    for kind, heading in AVERAGES.items():
+        for name in names:
+            family = [t for t in tasks if t in TASKS and TASKS[t].kind == kind and name in shown[t]]
+            if len(family) > 1:
+                lists = {v: [summaries.get((v, task, name)) for task in family] for v in variants}
+                values = {v: _average(found) for v, found in lists.items() if None not in found}
+                columns.append(_Column(heading, metric(name), values))
+    return _Table(columns, variants)
+
+
+def _average(found: Sequence[Summary]) -> tuple[float, None] | None:
+    """The client-weighted mean of task means; None where one diverged."""
+    if any(summary["mean"] is None for summary in found):
+        return None
+    return float(np.average([s["mean"] for s in found], weights=[s["clients"] for s in found])), None
