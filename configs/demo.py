@@ -29,6 +29,8 @@ def get_config(argument: str = "") -> ConfigDict:
     optimizer.warmup_rounds = 2
     optimizer.post_learning_rate = 4e-3
 
+    config.feddat.bottleneck = 4
+
     model = config.model
     model.width = 32
     model.heads = 4

@@ -31,6 +31,8 @@ def get_config(argument: str = "") -> ConfigDict:
     optimizer.warmup_rounds = 5
     optimizer.post_learning_rate = 1e-3
 
+    config.feddat.bottleneck = 4
+
     model = config.model
     model.width = 48
     model.heads = 4

@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.variants = ("tap", "tap-no-kd", "fedavg", "fedavg+post", "fedavg+2p")
 
     config.local_steps = 30
+    config.feddat.bottleneck = 16
     config.optimizer.learning_rate = 4e-4
     config.margins.image_generation = 0.01  # Table 22 has no image classification for ViLT
     config.margins.text_classification = 0.01
