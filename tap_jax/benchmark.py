@@ -3,9 +3,7 @@
 What is timed is what a round does: drawing the plan on the host and N local steps of a whole cohort on the devices.
 """
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from tap_jax import experiment
 from tap_jax.config import ConfigDict
 from tap_jax.data.sampling import sample_cohort
+from tap_jax.engine.memory import peak_memory
 from tap_jax.errors import UserError
 
 REPEATS = 5
@@ -60,7 +59,8 @@ def bench(config: ConfigDict, *, steps: int = 0, say: Callable[[str], None] = la
     times = [seconds() for _ in range(REPEATS)]
     median = statistics.median(times)
     samples = sum(int((rows.table.weights > 0).sum()) for rows in plan.rows.values())
-    peak, peak_of = peak_memory(engine.mesh.devices.flat)
+    peak = peak_memory(engine.mesh.devices.flat)
+    peak_of = "device" if "peak_device_bytes" in peak else "host"
     names = {name for client in number for name in run.federation.clients[client].shares}
     return {
         "client_steps_per_s": _round(int(np.asarray(plan.active).sum()) / median),
@@ -68,7 +68,7 @@ def bench(config: ConfigDict, *, steps: int = 0, say: Callable[[str], None] = la
         "tflops": None,
         "mfu": None,
         "compile_s": _round(max(0.0, first - median)),
-        "peak_bytes": peak,
+        "peak_bytes": peak[f"peak_{peak_of}_bytes"],
         "peak_of": peak_of,
         "device": jax.devices()[0].device_kind,
         "devices": engine.mesh.size,
@@ -77,20 +77,11 @@ def bench(config: ConfigDict, *, steps: int = 0, say: Callable[[str], None] = la
         "seconds": [_round(value) for value in times],
         "batch_size": config.batch_size,
         "microbatch": engine.settings.microbatch,
-        "rows_per_chunk": engine.settings.training.rows_per_chunk,
+        "rows_per_chunk": engine.settings.rows_per_chunk,
         "dtype": run.model.config.dtype,
         "tasks": [task.name for task in run.federation.tasks if task.name in names],
         "jax": jax.__version__,
     }
-
-
-def peak_memory(devices) -> tuple[int, str]:
-    """(bytes, "device" | "process"): the fullest device's peak, or this process's where devices do not tell."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
-    if all(peaks):
-        return max(peaks), "device"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
 
 
 def _round(value: float) -> float:

@@ -21,6 +21,7 @@ from jax import Array
 Tree = Any
 Blocks = Mapping[str, Tree]
 Stack = Mapping[str, Array]
+PRIVATE = "private/"  # how names and groups of blocks begin that are never sent
 
 
 def flatten(tree: Tree, lead: int = 0) -> Array:
@@ -53,6 +54,8 @@ class Partition:
       groups: the group of each block; blocks of one group have equal shapes.
       touches: bool [O, R], B_o: block r lies on a path of task o.
       task_mask: bool [K, O], client k has task o.
+
+    Blocks whose name begins with `PRIVATE` are never sent: their owners have them beside the others (`with_private`).
     """
 
     names: tuple[str, ...]
@@ -64,6 +67,21 @@ class Partition:
     def owned(self) -> np.ndarray:
         """bool [K, R]: a client owns the union of its tasks' blocks."""
         return (self.task_mask.astype(int) @ self.touches.astype(int)) > 0
+
+    @property
+    def sent(self) -> np.ndarray:
+        """bool [R]: the blocks that clients and server exchange, all but the private ones."""
+        return np.array([not name.startswith(PRIVATE) for name in self.names])
+
+    def with_private(self, names: Sequence[str]) -> "Partition":
+        """The partition with a private twin of each of the named blocks, in a group of its own, behind the others."""
+        twins = [self.names.index(name) for name in names]
+        return Partition(
+            (*self.names, *(PRIVATE + name for name in names)),
+            (*self.groups, *(PRIVATE + self.groups[r] for r in twins)),
+            np.concatenate([self.touches, self.touches[:, twins]], axis=1),
+            self.task_mask,
+        )
 
     def blocks_of(self, client: int) -> tuple[str, ...]:
         """Names of the blocks that client number `client` owns."""
@@ -142,14 +160,16 @@ def pack(partition: Partition, seats: Seats, holders: Sequence[Blocks], like: Bl
     """The stack of what the holders have, on the host; idle slots are zero.
 
     Args:
-      holders: one mapping per position, with at least the blocks it owns.
-      like: any mapping with every block's shapes.
+      holders: one mapping per position, with at least the blocks it owns of the groups wanted.
+      like: any mapping with the shapes of every block of the groups wanted; which these are, it says.
 
     Returns:
       Group -> float32 [G, n].
     """
     stack = {}
     for group, blocks in partition.members().items():
+        if partition.names[blocks[0]] not in like:
+            continue
         clients, numbers = np.asarray(seats.client[group]), np.asarray(seats.block[group])
         matrix = np.zeros((len(clients), count(like[partition.names[blocks[0]]])), np.float32)
         for g in np.flatnonzero(clients < len(seats.slot)):

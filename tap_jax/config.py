@@ -26,11 +26,17 @@ from tap_jax.federation import KINDS, PAPER_ROWS, TASKS, Federation, client_tabl
 
 # method -> what one run of it can yield; the first is the default. Those of one line share a trunk (Sec. 3, App. C).
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "tap": ("tap", "tap-no-kd", "local", "fedavg", "fedavg+post", "fedavg+2p"),
+    # tap-no-kd: Stage 2 without distillation; tap-stage1: no Stage 2 at all; tap-stage2: no replacement in Stage 1.
+    "tap": ("tap", "tap-no-kd", "tap-stage1", "tap-stage2", "local", "fedavg", "fedavg+post", "fedavg+2p"),
     "fedavg": ("fedavg", "fedavg+post", "fedavg+2p"),
     "local": ("local",),
+    "per_fedavg": ("per-fedavg", "per-fedavg+post"),
+    "disentafl": ("disentafl", "disentafl+post", "disentafl+2p"),
+    "feddat": ("feddat", "feddat+post"),
+    "centralised": ("centralised",),
 }
-SERVER_VARIANT = "fedavg"  # the server's blocks as they are: no client has a model of its own
+# The server's blocks as they are: no client has a model of its own.
+SERVER_VARIANTS = ("fedavg", "per-fedavg", "disentafl", "centralised")
 
 
 IMAGE_SIDE = 64  # pixels a side of every stored image
@@ -54,7 +60,9 @@ def default_config() -> ConfigDict:
     config.batch_size = 128  # samples per iteration, from the union of a client's tasks
     config.post_steps = 50  # P, iterations of Stage 2 and of post-training
     config.seed = 41  # the paper's seeds: 41-44
-    # m_{i,o} per task kind, in units of the loss (Table 22); one float stands for all kinds.
+    # m_{i,o} per task kind, in units of the loss (Table 22); one float stands for all kinds. A list of such entries
+    # trains the federated chain once and a personal chain for each: the first is "tap", any other "tap@LABEL". Inside a
+    # list a pair (low, high) is one of Tables 11-13: low for image generation and text classification.
     config.margins = ConfigDict(
         dict(image_classification=0.01, image_generation=0.005, text_classification=0.005, text_generation=0.01)
     )
@@ -74,6 +82,10 @@ def default_config() -> ConfigDict:
     replacement.history = "plain"  # ⚙ mean of a task's loss | "weighted" by its share λ_o of each minibatch
     replacement.scope = "task"  # ⚙ all of B_o | "exclusive": only blocks that no other task of the client uses
     replacement.first = "replace"  # ⚙ always, at a client's first participation | "keep"
+    # What decides, see methods/criteria.py: the rounds' losses | "held_out" losses | "gradient" or "representation"
+    # similarity. The last three look at held-out samples or at one more minibatch.
+    replacement.criterion = "loss"
+    replacement.margin = "absolute"  # | "relative": margins are parts of the loss's running scale
 
     config.distillation = distillation = ConfigDict()  # Stage 2, equation 5
     distillation.temperature = 1.0  # τ̃
@@ -82,6 +94,17 @@ def default_config() -> ConfigDict:
     distillation.weights = ConfigDict(  # β_o per task kind
         dict(image_classification=2e-3, image_generation=2e-3, text_classification=2e-3, text_generation=1.0)
     )
+
+    distillation.patience = 0  # looks at the held-out loss without a new best after which a client stops; 0: never
+    distillation.look_every = 10  # steps between two looks
+
+    config.per_fedavg = ConfigDict()
+    config.per_fedavg.inner_scale = 1.0  # inner rate / outer rate; Table 21 has one schedule for both
+    config.per_fedavg.hessian = "none"  # ⚙ first-order | "exact", by forward differentiation of the gradient
+    config.disentafl = ConfigDict(dict(weight=0.5))  # of the disentanglement loss
+    config.feddat = ConfigDict()
+    config.feddat.bottleneck = 32  # inner width of the adapters; 16 for ViLT
+    config.feddat.weight = 2e-3  # of the KL terms
 
     # --- The server model: Sec. 3.1, Tables 18-21 ------------------------------------------------------------------
     config.model = model = ConfigDict()
@@ -103,6 +126,7 @@ def default_config() -> ConfigDict:
     model.max_text = 256  # input tokens
     model.text_positions = 0  # rows of the text position table; 0: FLAVA's 512 for max_text > 128, else max_text
     model.max_answer = 256  # ⚙ target tokens; shorter where a task's data allow
+    model.backbone = "routed"  # | "standard": one stack of the same layers for everybody (App. C.4)
     model.backbone_layers = (1, 1)  # L of MoTE and MoME
     model.qv_delta = True  # ⚙ dense trainable delta on W_q and W_v of the backbone, as Table 7 counts
     model.encoder_rank = 8  # R of LoRA in the encoders
@@ -137,6 +161,7 @@ def default_config() -> ConfigDict:
     data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all
     data.test_size = 0  # samples per task; 0: all
+    data.held_out = 0.0  # part of each client's training samples that nobody trains on, for what looks at held-out loss
     data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
     data.image_classes = 0  # keep only labels below this in image classification; 0: all
     data.tokenizer = "train"  # word pieces trained on the run's own texts | hub id | folder
@@ -182,6 +207,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "replacement.history": ("plain", "weighted"),
     "replacement.scope": ("task", "exclusive"),
     "replacement.first": ("replace", "keep"),
+    "replacement.criterion": ("loss", "held_out", "gradient", "representation"),
+    "replacement.margin": ("absolute", "relative"),
+    "per_fedavg.hessian": ("none", "exact"),
+    "model.backbone": ("routed", "standard"),
     "distillation.image_loss": ("kl", "mse"),
     "model.name": ("flava", "vilt"),
     "model.head_activation": ("relu", "gelu"),
@@ -197,10 +226,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _MAY_BE_ZERO = (
     "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients", "model.text_positions",
     "optimizer.learning_rate_initial", "optimizer.warmup_rounds", "optimizer.weight_decay", "optimizer.clip_norm",
-    "data.train_size", "data.test_size", "data.image_classes",
+    "data.train_size", "data.test_size", "data.image_classes", "distillation.patience",
     "engine.microbatch", "engine.rows_per_chunk", "engine.clients_per_pass",
 )  # fmt: skip
-_FRACTIONS = ("model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
+_FRACTIONS = ("data.held_out", "model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
 _ANY_NUMBER = ("distillation.temperature_power",)
 _NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model")
 
@@ -255,7 +284,7 @@ def override(config: ConfigDict, values: Mapping[str, Any] | str) -> ConfigDict:
         section, leaf = _place(config, field)
         if field == "margins" and not isinstance(value, ConfigDict):
             with config.ignore_type():
-                config.margins = _cast("margins", value, 0.0)
+                config.margins = tuple(value) if isinstance(value, list) else value
         else:
             section[leaf] = _cast(field, value, section[leaf])
     return config
@@ -279,10 +308,9 @@ def validate(config: ConfigDict) -> None:
     """
     default, given = default_config(), _flat(config)
     expected = _flat(default)
-    if isinstance(config.get("margins"), (list, tuple)):
-        raise UserError("margins: a list is not supported; use one number, or one per task kind, and a run for each")
-    if _is_number(config.get("margins")):
-        expected = {f: v for f, v in expected.items() if not f.startswith("margins.")} | {"margins": 0.0}
+    if "margins" in config and not isinstance(config.margins, ConfigDict):
+        margins_of(config)
+        expected = {f: v for f, v in expected.items() if not f.startswith("margins.")} | {"margins": config.margins}
     for field in given:
         if field not in expected:
             _unknown(default, field)
@@ -300,6 +328,14 @@ def validate(config: ConfigDict) -> None:
                 f"variants: '{variant}' does not come out of method '{config.method}';"
                 f" use {', '.join(VARIANTS[config.method])}, or variants=() for the first"
             )
+    if model.backbone == "standard" and config.method == "disentafl":
+        raise UserError("model.backbone: 'disentafl' compares what the routed backbone's stacks put out; use 'routed'")
+    for field, wanted in (
+        ("replacement.criterion", config.replacement.criterion in ("held_out", "representation")),
+        ("distillation.patience", config.distillation.patience > 0),
+    ):
+        if config.method == "tap" and wanted and not config.data.held_out:
+            raise UserError(f"data.held_out: 0, but {field} looks at held-out samples; use a part such as 0.1")
     if len(model.backbone_layers) != 2:
         raise UserError(f"model.backbone_layers: {model.backbone_layers}; give two numbers, of MoTE and MoME layers")
     for field in ("heads", "text_heads", "text_cond_heads"):
@@ -335,28 +371,37 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"model.image_channels: {model.image_channels}; give three, for 8x8 to 64x64 pixels")
     if (federation.table == "custom") != bool(federation.rows):
         raise UserError("federation.rows: goes with federation.table='custom', and only with it; set both or neither")
-    clients = len(federation_of(config).clients)
+    clients = len(client_table(_rows(federation), groups=federation.groups).clients)
     if config.cohort_size > clients:
         raise UserError(f"cohort_size: {config.cohort_size} of {clients} clients; use at most {clients}")
 
 
 def federation_of(config: ConfigDict) -> Federation:
-    """The clients and tasks that `config.federation` describes.
+    """The clients and tasks that `config.federation` describes; for method "centralised" one client with all of it.
 
     Raises:
       UserError: unknown table or task, or shares that do not add up.
     """
-    section = config.federation
+    rows = _rows(config.federation)
+    federation = client_table(rows, groups=config.federation.groups)
+    if config.method != "centralised":
+        return federation
+    total = {task.name: min(1.0, sum(row.get(task.name, 0.0) for row in rows)) for task in federation.tasks}
+    return client_table((total,), groups=1)
+
+
+def _rows(section: ConfigDict) -> tuple[Mapping[str, float], ...]:
     rows = section.rows if section.table == "custom" else PAPER_ROWS[section.table]
     for row in rows:
         if not isinstance(row, Mapping) or not all(_is_number(share) for share in row.values()):
             raise UserError(f"federation.rows: {row!r}; use a dict task -> share such as {{'ag_news': 0.5}}")
-    return client_table(rows, groups=section.groups)
+    return rows
 
 
 def variants_of(config: ConfigDict) -> tuple[str, ...]:
-    """The results a run is to make: `config.variants`, or the method itself."""
-    return tuple(config.variants) or VARIANTS[config.method][:1]
+    """The results a run is to make: `config.variants` or the method itself, and one for each further margin."""
+    chosen = tuple(config.variants) or VARIANTS[config.method][:1]
+    return chosen + tuple(margins_of(config))[1:] if config.method == "tap" else chosen
 
 
 def data_cache(config: ConfigDict) -> str:
@@ -365,11 +410,44 @@ def data_cache(config: ConfigDict) -> str:
     return config.data.cache_dir or os.path.join(home, "tap_jax", "data")
 
 
-def margins_of(config: ConfigDict) -> dict[str, float]:
-    """m per task kind, also where the config gives one number for all."""
-    if _is_number(config.margins):
-        return dict.fromkeys(KINDS, float(config.margins))
-    return {kind: float(config.margins[kind]) for kind in KINDS}
+def margins_of(config: ConfigDict) -> dict[str, dict[str, float]]:
+    """Variant -> task kind -> m: "tap" first, and "tap@LABEL" for each further entry of a list.
+
+    A label is the number, or the pair or the distinct numbers joined by a dash: "0.01-0.04".
+
+    Raises:
+      UserError: an entry that is neither a number, a pair of numbers nor one number per task kind.
+    """
+    given = config.margins
+    entries = given if isinstance(given, (list, tuple)) and given else (given,)
+    found: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        by_kind, numbers = _by_kind(entry)
+        name = "tap@" + "-".join(f"{number:g}" for number in numbers) if found else "tap"
+        if name in found:
+            raise UserError(f"margins: {entry} is there twice; drop one")
+        found[name] = by_kind
+    return found
+
+
+LOW_MARGIN_KINDS = ("image_generation", "text_classification")  # Tables 11-13 and 22
+
+
+def _by_kind(entry: Any) -> tuple[dict[str, float], list[float]]:
+    """One entry of `margins` -> (task kind -> m, its numbers without repetition)."""
+    if _is_number(entry):
+        by_kind = dict.fromkeys(KINDS, entry)
+    elif isinstance(entry, (list, tuple)) and len(entry) == 2 and all(map(_is_number, entry)):
+        by_kind = {kind: entry[0 if kind in LOW_MARGIN_KINDS else 1] for kind in KINDS}
+    elif isinstance(entry, (Mapping, ConfigDict)) and set(entry) == set(KINDS) and all(map(_is_number, entry.values())):
+        by_kind = {kind: entry[kind] for kind in KINDS}
+    else:
+        raise UserError(
+            f"margins: {entry!r}; use numbers, pairs (low, high), or one number for each of {', '.join(KINDS)}"
+        )
+    if not all(math.isfinite(m) and m >= 0 for m in by_kind.values()):
+        raise UserError(f"margins: {entry!r}; use finite numbers of at least 0")
+    return {kind: float(m) for kind, m in by_kind.items()}, sorted({float(m) for m in by_kind.values()})
 
 
 def config_hash(config: ConfigDict) -> str:
@@ -381,7 +459,10 @@ def config_hash(config: ConfigDict) -> str:
     fields = {field: value for field, value in _flat(config).items() if field not in NEUTRAL_FIELDS}
     standard = _flat(default_config())
     fields = {field: _cast(field, value, standard[field]) for field, value in fields.items() if field in standard}
-    fields |= {f"margins.{kind}": margin for kind, margin in margins_of(config).items()}
+    fields.pop("margins", None)
+    for variant, margins in margins_of(config).items():
+        extra = variant.removeprefix("tap")
+        fields |= {f"margins{extra}.{kind}": margin for kind, margin in margins.items()}
     fields["variants"] = sorted(variants_of(config))
     # A task registered later adds an empty folder, which changes nothing.
     fields = {field: value for field, value in fields.items() if not (field.startswith("data.folders.") and not value)}

@@ -73,7 +73,9 @@ def export_client(
     check_free(out)
     experiment = build(config)
     trained, step = _blocks(experiment, workdir, model, client, variant, say)
-    restricted = ServerModel(experiment.model.config, [task for task in experiment.model.tasks if task.name in names])
+    # A finished model can have other parts than the one that was trained (FedDAT's teacher).
+    sizes = experiment.engine.finished.model.config if is_finished(model, variant) else experiment.model.config
+    restricted = ServerModel(sizes, [task for task in experiment.model.tasks if task.name in names])
     origin = {
         "model": model,
         "client": None if client is None else federation.clients[client].name,
@@ -144,14 +146,19 @@ def _blocks(
     experiment: Experiment, workdir: pathlib.Path, model: str, client: int | None, variant: str, say
 ) -> tuple[Blocks, int]:
     """The trained blocks, and after how many rounds."""
-    if model == "personal" and variant != configuration.SERVER_VARIANT:
+    if is_finished(model, variant):
         return stored_model(experiment, workdir, variant, client), experiment.config.rounds
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=say), experiment.init())
     if state is None:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
     server = experiment.engine.server_blocks(state.server)
     owned = server if client is None else experiment.partition.blocks_of(client)
-    return blocks.take(server, list(owned)), state.round
+    return blocks.take(server, [name for name in owned if not name.startswith(blocks.PRIVATE)]), state.round
+
+
+def is_finished(model: str, variant: str) -> bool:
+    """Whether a model is a client's own, as the last phase left it; the others are the server's blocks."""
+    return model == "personal" and variant not in configuration.SERVER_VARIANTS
 
 
 def _one_of(field: str, value: str, known: Sequence[str]) -> None:

@@ -1,26 +1,31 @@
 """Runs on disk: `tap-jax train` and `tap-jax evaluate`, and how the models of a finished run are had back.
 
-A run's folder holds config.json, metrics.jsonl, checkpoints/, models/, tokenizer/, results.json and report.md.
+A run's folder holds config.json, metrics.jsonl, checkpoints/, models/, tokenizer/, samples/, results.json and
+report.md.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import time
 from collections.abc import Callable
 
 import jax
 
-from tap_jax import blocks
 from tap_jax import config as configuration
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.memory import peak_memory
 from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.errors import UserError
 from tap_jax.evaluation.results import Row, write_results
+from tap_jax.evaluation.samples import write_samples
 from tap_jax.experiment import Experiment, build
 
 
@@ -65,6 +70,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     if resumed is not None:
         state = resumed
         reporter.say(f"resuming after round {state.round} of {config.rounds}")
+    experiment.evaluator.keep_samples(experiment.variants[0])
     experiment.prepare()
     built = time.monotonic()
     state = rounds.run_rounds(
@@ -83,27 +89,49 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
         f"after the last round: {', '.join(experiment.variants)} for {len(experiment.federation.clients)} clients"
     )
     rows: list[Row] = []
-    for cohort, models in experiment.finish_in_passes(state):
-        for variant, mine in models.items():
-            for client, found in mine.items():
-                write_model(workdir / "models", variant, client, found, config.rounds)
-            rows += experiment.evaluate_cohort(variant, cohort, mine, state)
-    if configuration.SERVER_VARIANT in experiment.variants:
-        rows += experiment.evaluate_server(configuration.SERVER_VARIANT, state)
+    stage2 = 0.0
+    passing, since = None, trained
+    for cohort, variant, mine in experiment.finish_in_passes(state):
+        if cohort is not passing:
+            passing = cohort
+            # "tap" is a pass's first: until it is there, teacher and student have trained (Table 7's KD phase).
+            stage2 += time.monotonic() - since if variant == "tap" else 0.0
+        for client, found in mine.items():
+            write_model(workdir / "models", variant, client, found, config.rounds)
+        rows += experiment.evaluate_cohort(variant, cohort, mine, state)
+        since = time.monotonic()
+    for variant in experiment.variants:
+        if variant in configuration.SERVER_VARIANTS:
+            rows += experiment.evaluate_server(variant, state)
     rows = experiment.in_order(rows)
+    write_samples(workdir / "samples", experiment.evaluator.sampler.samples)
     timing = {
         "build_seconds": built - started,
         "rounds_seconds": trained - built,
         "post_and_evaluation_seconds": time.monotonic() - trained,
         "total_seconds": time.monotonic() - started,
         "device": f"{len(experiment.engine.mesh.devices)} x {jax.devices()[0].device_kind}",
+        **({"stage2_seconds_per_client": stage2 / len(experiment.federation.clients)} if stage2 else {}),
+        **peak_memory(experiment.engine.mesh.devices.flat),
     }
     notes = experiment.scorer.notes if experiment.scorer else ()
     replacements = [
         entry for line in rounds.read_lines(workdir / "metrics.jsonl") for entry in line.get("replacements", [])
     ]
-    write_results(workdir, config, rows, replacements, timing, notes=notes)
+    write_results(workdir, config, rows, replacements, timing, notes=notes, config_hash=identity, versions=versions())
     return rows
+
+
+PACKAGES = ("tap-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "tokenizers", "bert-score", "nltk")
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of Python and of what the numbers of a run depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def stored_model(experiment: Experiment, workdir: pathlib.Path, variant: str, client: int) -> Blocks:
@@ -112,7 +140,8 @@ def stored_model(experiment: Experiment, workdir: pathlib.Path, variant: str, cl
     Raises:
       UserError: there are none, or they cannot be read.
     """
-    like = blocks.take(experiment.initial_blocks, experiment.partition.blocks_of(client))
+    like = experiment.engine.finished.like
+    like = {name: like[name] for name in experiment.partition.blocks_of(client) if name in like}
     return read_model(workdir / "models", variant, client, like, experiment.config.rounds)
 
 
@@ -135,7 +164,7 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
     rows = []
     for variant in experiment.variants:
-        if variant == configuration.SERVER_VARIANT:
+        if variant in configuration.SERVER_VARIANTS:
             rows += experiment.evaluate_server(variant, state)
             continue
         for cohort in experiment.engine.passes(state.round):
@@ -143,7 +172,16 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
             rows += experiment.evaluate_cohort(variant, cohort, models, state)
     rows = experiment.in_order(rows)
     notes = experiment.scorer.notes if experiment.scorer else ()
-    write_results(workdir, config, rows, results["replacements"], results["timing"], notes=notes)
+    write_results(
+        workdir,
+        config,
+        rows,
+        results["replacements"],
+        results["timing"],
+        notes=notes,
+        config_hash=configuration.config_hash(config),
+        versions=versions(),
+    )
     return rows
 
 

@@ -57,7 +57,8 @@ class Terminal:
         else:
             self._times.append(line["seconds"])
             if done % self._every == 0 or done == self.rounds or len(self._times) == 1:
-                replaced = f", {len(line['replacements'])} replaced" if "replacements" in line else ""
+                own = [entry for entry in line.get("replacements", ()) if entry.get("variant", "tap") == "tap"]
+                replaced = f", {len(own)} replaced" if "replacements" in line else ""
                 self.say(
                     f"round {done}/{self.rounds}: {losses(line)}{replaced}; {line['seconds']:.2g} s{self._left(done)}"
                 )

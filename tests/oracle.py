@@ -5,6 +5,8 @@ gives a sample's outputs and pulls their gradient back. Shared with the engine a
 (tests/models holds it against its own oracle), and which samples a minibatch has (tests/test_sampling).
 
 Faults can be put in on purpose, to see that a comparison with the oracle would notice them.
+
+The other methods' oracles are subclasses, in tests/methods.
 """
 
 import copy
@@ -56,13 +58,16 @@ class Oracle:
       replaced: per round (client, task) pairs with R_i[o] = 1.
     """
 
+    faults = FAULTS
+
     def __init__(self, experiment, fault: str = ""):
-        assert not fault or fault in FAULTS
+        assert not fault or fault in self.faults
         self.fault, self.config, self.model = fault, experiment.config, experiment.model
         self.frozen, self.data = jax.device_get(experiment.engine.frozen), experiment.data
+        self.clients, self.variants = experiment.engine.data, experiment.variants  # without what is held out
         self.tasks = {task.name: task for task in experiment.model.tasks}
         self.mine = [[t for t in self.tasks.values() if t.name in c.shares] for c in experiment.federation.clients]
-        self.owned = [sorted({b for task in tasks for b in blocks_of_task(task)}) for tasks in self.mine]
+        self.owned = [sorted({b for task in tasks for b in self.blocks_of(task)}) for tasks in self.mine]
         self.server = {name: experiment.initial_blocks[name] for name in experiment.initial_blocks}
         self.personal = [{b: self.server[b] for b in owned} for owned in self.owned]
         self.local = [dict(blocks) for blocks in self.personal]
@@ -99,9 +104,13 @@ class Oracle:
         if self.fault == "all blocks":
             return self.owned[i]
         if self.config.replacement.scope == "task":
-            return blocks_of_task(self.tasks[o])
-        others = {b for task in self.mine[i] if task.name != o for b in blocks_of_task(task)}
-        return [b for b in blocks_of_task(self.tasks[o]) if b not in others]
+            return self.blocks_of(self.tasks[o])
+        others = {b for task in self.mine[i] if task.name != o for b in self.blocks_of(task)}
+        return [b for b in self.blocks_of(self.tasks[o]) if b not in others]
+
+    def blocks_of(self, task) -> list[str]:
+        """B_o."""
+        return blocks_of_task(task)
 
     def aggregate(self, sent: dict[int, dict]) -> None:
         """Every block is averaged over the clients that sent it, weighted by |D_i|."""
@@ -110,7 +119,7 @@ class Oracle:
             if not owners:
                 continue
             uniform = (self.config.aggregation == "uniform") != (self.fault == "uniform")
-            size = {i: 1 if uniform else self.data.clients[i].samples for i in owners}
+            size = {i: 1 if uniform else self.clients[i].samples for i in owners}
             total = sum(size.values())
             self.server[b] = jax.tree.map(
                 lambda *leaves, size=size, total=total: sum(
@@ -122,73 +131,106 @@ class Oracle:
     def finish(self, i: int, t: int) -> dict[str, dict]:
         """Stage 2 of client i: variant -> its blocks."""
         teacher, *_ = self.train({b: self.server[b] for b in self.owned[i]}, i, t, "post", post=True)
-        student, *_ = self.train(self.personal[i], i, t, "distil", post=True, teacher=teacher)
-        alone, *_ = self.train(self.personal[i], i, t, "distil", post=True)
-        return {"fedavg+post": teacher, "tap": student, "tap-no-kd": alone, "local": self.local[i]}
+        distil = functools.partial(self.train, i=i, t=t, purpose="distil", post=True)
+        made = {
+            "tap": lambda: distil(self.personal[i], teacher=teacher)[0],
+            "tap-no-kd": lambda: distil(self.personal[i])[0],
+            "tap-stage1": lambda: self.personal[i],
+            "tap-stage2": lambda: distil(self.local[i], teacher=teacher)[0],
+            "local": lambda: self.local[i],
+            "fedavg+post": lambda: teacher,
+            "fedavg+2p": lambda: self.train(teacher, i, t, "post_again", post=True)[0],
+        }
+        return {variant: make() for variant, make in made.items() if variant in self.variants}
 
     def train(self, blocks: dict, i: int, t: int, purpose: str, *, post: bool = False, teacher: dict | None = None):
         """Local training on D_i -> (blocks, mean loss of each task seen, the same for the history)."""
-        leaves, structure = jax.tree.flatten(blocks)
-        params = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in leaves]
-        optimizer = torch.optim.AdamW(
-            params, lr=self.rate(t, post), betas=(0.9, 0.999), eps=1e-8, weight_decay=self.config.optimizer.weight_decay
-        )
+        adam = self.adam(blocks, self.rate(t, post))
         continued = {"post": "federated", "distil": "personal"}.get(purpose, purpose)
         if self.config.optimizer.state == "persist" and (i, continued) in self.optimizers:
-            optimizer.load_state_dict(copy.deepcopy(self.optimizers[i, continued]))
-            optimizer.param_groups[0]["lr"] = self.rate(t, post)
-        seen: dict[str, list[float]] = {}
-        for minibatch in self.minibatches(i, t, purpose, post):
-            blocks = structure.unflatten([p.detach().numpy().copy() for p in params])
-            losses, gradient = self.gradient(blocks, minibatch, teacher)
+            adam.resume(self.optimizers[i, continued])
+        seen: dict[str, list[tuple[float, float]]] = {}
+        for drawn in self.steps(i, t, purpose, post):
+            losses, gradient = self.step(adam, drawn, teacher)
+            minibatch = drawn[-1]
             for o, loss in losses.items():
                 share = len(minibatch[o]) / sum(map(len, minibatch.values()))
                 seen.setdefault(o, []).append((loss, share))
-            for p, g in zip(params, jax.tree.leaves(gradient), strict=True):
-                p.grad = torch.tensor(g)
-            if self.fault != "clip":
-                torch.nn.utils.clip_grad_norm_(params, self.config.optimizer.clip_norm)
-            optimizer.step()
-        self.optimizers[i, purpose] = copy.deepcopy(optimizer.state_dict())
-        blocks = structure.unflatten([p.detach().numpy().copy() for p in params])
+            adam.step(gradient)
+        self.optimizers[i, purpose] = adam.state()
         plain = {o: float(np.mean([loss for loss, _ in pairs])) for o, pairs in seen.items()}
         weighted = {o: float(np.mean([loss * share for loss, share in pairs])) for o, pairs in seen.items()}
-        return blocks, plain, weighted if self.config.replacement.history == "weighted" else plain
+        return adam.blocks, plain, weighted if self.config.replacement.history == "weighted" else plain
 
-    def minibatches(self, i: int, t: int, purpose: str, post: bool) -> list[dict[str, list]]:
-        """Each minibatch: task -> (domain, id) of its samples, in no particular order."""
+    draws = 1  # minibatches of one step
+
+    def steps(self, i: int, t: int, purpose: str, post: bool) -> list[tuple[dict[str, list], ...]]:
+        """The minibatches of each step; a minibatch: task -> (domain, id) of its samples, in no particular order."""
         steps = self.config.post_steps if post else self.config.local_steps
-        return minibatches(
-            self.data.clients[i], self.model.streams, self.config, i, t, purpose, steps, None if post else 1
-        )
+        rest = self.config, i, t, purpose, steps, None if post else 1
+        drawn = (minibatches(self.clients[i], self.model.streams, *rest, draw=d) for d in range(self.draws))
+        return list(zip(*drawn, strict=True))
 
-    def gradient(self, blocks: dict, minibatch: dict[str, list], teacher: dict | None):
-        """ℓ_o for each task in the minibatch, and the gradient of Σ λ_o ℓ_o (+ Σ β_o KL) in all of `blocks`."""
+    def adam(self, blocks: dict, rate: float) -> "Adam":
+        """A fresh optimiser for the blocks."""
+        section = self.config.optimizer
+        return Adam(blocks, rate, section.weight_decay, None if self.fault == "clip" else section.clip_norm)
+
+    def step(self, adam: "Adam", drawn: tuple, teacher: dict | None):
+        """(ℓ_o of each task, the gradient that AdamW is to follow) of one step."""
+        if teacher is None:
+            return self.gradient(adam.blocks, drawn[0])
+        return self.gradient(adam.blocks, drawn[0], self.outputs(teacher, drawn[0]), self.config.distillation.weights)
+
+    def gradient(self, blocks: dict, minibatch: dict[str, list], guide: dict | None = None, weight=None):
+        """ℓ_o for each task in the minibatch, and the gradient in all of `blocks` of Σ λ_o ℓ_o (+ Σ β_o KL(guide ‖ z)).
+
+        Args:
+          guide: task -> z_T, as `outputs` returns them. weight: task kind -> β_o.
+        """
         gradient = jax.tree.map(lambda leaf: np.zeros_like(leaf), blocks)
-        samples_in_all, losses = sum(map(len, minibatch.values())), {}
+        z, latents, pullbacks, batches = {}, {}, {}, {}
         for o, samples in minibatch.items():
             task = self.tasks[o]
-            batches = [self.batch(task, index) for _, index in samples]
+            batches[o] = [self.batch(task, index) for _, index in samples]
             parts = [self.collect(blocks, task, domain) for domain, _ in samples]
-            z, pullbacks = zip(*map(functools.partial(self.forward, task), parts, batches), strict=True)
-            z = torch.tensor(np.concatenate(z), requires_grad=True)
-            loss = self.loss(task, z, batches)
+            found, pullbacks[o] = zip(*map(functools.partial(self.forward, task), parts, batches[o]), strict=True)
+            one, two = zip(*found, strict=True)
+            z[o] = torch.tensor(np.concatenate(one), requires_grad=True)
+            latents[o] = torch.tensor(np.concatenate(two, axis=1), requires_grad=True)  # [|modalities|, B, D]
+        samples_in_all = sum(map(len, minibatch.values()))
+        losses = {o: self.loss(self.tasks[o], z[o], batches[o]) for o in minibatch}
+        objective = self.auxiliary(latents)
+        for o, samples in minibatch.items():
             share = 1 / len(minibatch) if self.fault == "lambda" else len(samples) / samples_in_all
-            objective = share * loss
-            if teacher is not None:
-                taught = [self.collect(teacher, task, domain) for domain, _ in samples]
-                z_t = [self.forward(task, *one)[0] for one in zip(taught, batches, strict=True)]
-                beta = self.config.distillation.weights[task.kind]
-                objective = objective + beta * self.divergence(task, torch.tensor(np.concatenate(z_t)), z, batches)
-            objective.backward()
-            losses[o] = float(loss.detach())
+            objective = objective + share * losses[o]
+            if guide is not None:
+                divergence = self.divergence(self.tasks[o], torch.tensor(guide[o]), z[o], batches[o])
+                objective = objective + weight[self.tasks[o].kind] * divergence
+        objective.backward()
+        for o, samples in minibatch.items():
             for n, (domain, _) in enumerate(samples):
-                (back,) = _pull_back(pullbacks[n], z.grad[n : n + 1].numpy())
-                self.add(gradient, jax.device_get(back), task, domain)
-        return losses, gradient
+                upstream = latents[o].grad
+                upstream = torch.zeros_like(latents[o]) if upstream is None else upstream
+                (back,) = _pull_back(pullbacks[o][n], (z[o].grad[n : n + 1].numpy(), upstream[:, n : n + 1].numpy()))
+                self.add(gradient, jax.device_get(back), self.tasks[o], domain)
+        return {o: float(loss.detach()) for o, loss in losses.items()}, gradient
+
+    def outputs(self, blocks: dict, minibatch: dict[str, list]) -> dict[str, np.ndarray]:
+        """z of every sample: task -> outputs, in the minibatch's order."""
+        z = {}
+        for o, samples in minibatch.items():
+            task = self.tasks[o]
+            rows = [(self.collect(blocks, task, domain), self.batch(task, index)) for domain, index in samples]
+            z[o] = np.concatenate([self.forward(task, *row)[0][0] for row in rows])
+        return z
+
+    def auxiliary(self, latents: dict[str, torch.Tensor]) -> torch.Tensor:
+        """A further term, of the whole minibatch's latents: task -> [|modalities|, B, D]."""
+        return torch.zeros(())
 
     def forward(self, task, parts: dict, batch: dict):
-        """One sample's outputs, and the function from their gradient to that of the parts."""
+        """One sample's (outputs, latents), and the function from their gradients to that of the parts."""
         return _forward(self.model, task)(self.frozen, parts, batch)
 
     def loss(self, task, z: torch.Tensor, batches: list[dict]) -> torch.Tensor:
@@ -267,11 +309,46 @@ class Oracle:
         return first + (last - first) * t / optimizer.warmup_rounds
 
 
-def minibatches(data: ClientData, streams, config, i: int, t: int, purpose: str, steps: int, passes: int | None):
+class Adam:
+    """PyTorch's AdamW, with clipping, on blocks.
+
+    Attributes:
+      blocks: as they stand.
+    """
+
+    def __init__(self, blocks: dict, rate: float, decay: float, clip: float | None):
+        leaves, self.structure = jax.tree.flatten(blocks)
+        self.params = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in leaves]
+        self.optimizer = torch.optim.AdamW(self.params, lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+        self.rate, self.clip = rate, clip
+
+    @property
+    def blocks(self) -> dict:
+        return self.structure.unflatten([p.detach().numpy().copy() for p in self.params])
+
+    def step(self, gradient: dict) -> None:
+        for p, g in zip(self.params, jax.tree.leaves(gradient), strict=True):
+            p.grad = torch.tensor(np.array(g))
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.params, self.clip)
+        self.optimizer.step()
+
+    def state(self) -> dict:
+        return copy.deepcopy(self.optimizer.state_dict())
+
+    def resume(self, state: dict) -> None:
+        """Goes on with the moments of another, at this one's rate."""
+        self.optimizer.load_state_dict(copy.deepcopy(state))
+        self.optimizer.param_groups[0]["lr"] = self.rate
+
+
+def minibatches(
+    data: ClientData, streams, config, i: int, t: int, purpose: str, steps: int, passes: int | None, draw: int = 0
+):
     """The minibatches of a client: per step a dict task -> list of (domain, id)."""
     by_name = {stream.name: stream for stream in streams}
     union = [(by_name[name], int(index)) for name, ids in data.streams.items() for index in ids]
-    rng = sampling.generator(config.seed, t, i, purpose)
+    rng = sampling.generator(config.seed, t, i, purpose, draw)
     drawn = sampling.minibatches(rng, len(union), batch=config.batch_size, steps=steps, passes=passes)
     out = []
     for positions in drawn:
@@ -284,7 +361,7 @@ def minibatches(data: ClientData, streams, config, i: int, t: int, purpose: str,
 @functools.lru_cache
 def _forward(model, task):
     def forward(frozen, parts, batch):
-        return jax.vjp(lambda parts: model.apply(frozen, parts, task, batch), parts)
+        return jax.vjp(lambda parts: model.forward(frozen, parts, task, batch), parts)
 
     return jax.jit(forward)
 

@@ -93,7 +93,7 @@ def test_sizes_that_are_typed_twice_agree():
     assert wide.text_rows == config_module.FLAVA_POSITIONS
     config = default_config().model
     for field in dataclasses.fields(ModelConfig):
-        assert field.name in ("attention", "dtype", "remat") or config[field.name] == field.default
+        assert field.name in ("attention", "bottleneck", "dtype", "remat") or config[field.name] == field.default
 
 
 def test_paper_configs_describe_30_clients():
@@ -145,6 +145,9 @@ def test_loading_names_the_mistake(path, overrides, message):
     ("fields", "message"),
     [
         ({"method": "fedprox"}, "method: unknown 'fedprox'; use one of tap, fedavg, local"),
+        ({"method": "disentafl", "model__backbone": "standard"}, "model.backbone: 'disentafl' .*; use 'routed'"),
+        ({"replacement__criterion": "held_out"}, "data.held_out: 0, but replacement.criterion .*; use a part"),
+        ({"distillation__patience": 2}, "data.held_out: 0, but distillation.patience looks at held-out samples"),
         ({"model__name": "clip"}, "model.name: unknown 'clip'; use one of flava, vilt"),
         ({"variants": ("feddat",)}, "variants: 'feddat' does not come out of method 'tap'; use tap, tap-no-kd"),
         ({"cohort_size": 31}, "cohort_size: 31 of 30 clients; use at most 30"),
@@ -154,7 +157,10 @@ def test_loading_names_the_mistake(path, overrides, message):
         ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm: -1.0; use at least 0"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate: nan; use a finite number"),
         ({"margins__text_generation": -0.1}, "margins.text_generation: -0.1"),
-        ({"margins": (0.1, 0.2)}, "margins: a list is not supported"),
+        ({"margins": (0.1, (0.1, -0.2))}, r"margins: \(0.1, -0.2\); use finite numbers of at least 0"),
+        ({"margins": (0.1, (0.1, 0.2, 0.3))}, r"margins: \(0.1, 0.2, 0.3\); use numbers, pairs"),
+        ({"margins": (0.1, 0.2, 0.2)}, "margins: 0.2 is there twice; drop one"),
+        ({"margins": "low"}, "margins: 'low'; use numbers"),
         ({"model__heads": 7}, "model.heads: 7 does not divide model.width 768"),
         ({"model__patch": 15}, "model.patch: 15 does not divide"),
         ({"model__upsample": 0.3}, "model.upsample: 0.3 makes 19.2 pixels of 64; use a factor that gives a whole"),
@@ -189,14 +195,36 @@ def test_a_missing_field_is_named():
 
 
 def test_margins_are_a_number_or_one_per_kind():
-    assert margins_of(load_config(VILT))["text_generation"] == 0.02
+    assert margins_of(load_config(VILT))["tap"]["text_generation"] == 0.02
     config = load_config(FLAVA, {"margins": 0})
     validate(config)
-    assert margins_of(config) == dict.fromkeys(KINDS, 0.0)
-    with pytest.raises(UserError, match="margins"):
-        load_config(FLAVA, {"margins": [0.01, 0.04]})
-    with pytest.raises(UserError, match="margins: -1.0; use at least 0"):
+    assert margins_of(config) == {"tap": dict.fromkeys(KINDS, 0.0)}
+    assert config_hash(config) == config_hash(load_config(FLAVA, {"margins": 0.0}))
+    with pytest.raises(UserError, match="margins: -1; use finite numbers of at least 0"):
         load_config(FLAVA, {"margins": -1})
+
+
+def test_a_list_of_margins_makes_a_variant_of_each():
+    table22 = default_config().margins.to_dict()
+    config = load_config(FLAVA, {"margins": [table22, (0.01, 0.04), 0.05], "variants": ("tap", "local")})
+    found = margins_of(config)
+    assert variants_of(config) == ("tap", "local", "tap@0.01-0.04", "tap@0.05")
+    assert found["tap"] == table22 and found["tap@0.05"] == dict.fromkeys(KINDS, 0.05)
+    # Tables 11 to 13: the lower one for image generation and text classification.
+    low = {kind for kind, margin in found["tap@0.01-0.04"].items() if margin == 0.01}
+    assert low == {"image_generation", "text_classification"} and set(found["tap@0.01-0.04"].values()) == {0.01, 0.04}
+    again = from_json(to_json(config))
+    validate(again)
+    assert margins_of(again) == found and config_hash(again) == config_hash(config)
+    # What "tap" is does not depend on what is trained beside it; the run as a whole does.
+    assert config_hash(config) != config_hash(load_config(FLAVA, {"variants": ("tap", "local")}))
+
+
+def test_centralised_is_one_client_with_all_the_data():
+    federation = federation_of(load_config(FLAVA, {"method": "centralised", "variants": ()}))
+    assert len(federation.clients) == 1
+    whole = pytest.approx({task.name: 1.0 for task in federation.tasks}, abs=0.011)
+    assert federation.clients[0].shares == whole, "ag_news: the paper's thirds are 33, 33 and 34 %"
 
 
 def test_value_of_a_field():
@@ -217,7 +245,7 @@ def test_custom_federation():
 
 def test_variants_default_to_the_method():
     for method in VARIANTS:
-        assert variants_of(override(default_config(), {"method": method})) == (method,)
+        assert variants_of(override(default_config(), {"method": method})) == (method.replace("_", "-"),)
     assert "fedavg+2p" in variants_of(load_config(FLAVA))
 
 

@@ -1,7 +1,5 @@
 """The engine against the literal oracle: a small heterogeneous federation, from round 0 to the end of Stage 2."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from tap_jax import experiment as experiments
 from tap_jax.federation import KINDS
 from tests import oracle
 from tests.oracle import Oracle
+from tests.trajectories import TOLERANCE, agree, alive, difference, play
 
 ROWS = (
     {"ag_news": 0.2},  # 10 samples: two steps of three, the second one short
@@ -32,60 +31,6 @@ SETTINGS = {
     "optimizer.learning_rate": 1e-4,
     "optimizer.post_learning_rate": 1e-4,
 }
-TOLERANCE = 1e-4
-
-
-def alive(experiment):
-    """No zeros in the adapters, so that every path counts.
-
-    The image head's ReLUs are moved away from their kink: of a million pixels one would fall on its other side.
-    """
-    rng = np.random.default_rng(0)
-    noisy = jax.tree.map(
-        lambda leaf: (leaf + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), dict(experiment.initial_blocks)
-    )
-    for name, head in noisy.get("head/image_generation", {}).items():
-        head["bias"] += 0.0 if name == "deconv_2" else 1.0
-    return dataclasses.replace(experiment, initial_blocks=noisy)
-
-
-def difference(blocks, expected, start=None) -> float:
-    """‖a - b‖ / ‖b‖ of the worst block; with `start` (before any training), as a part of the change: / ‖b - start‖.
-
-    A block that has not changed must be the same to the bit. Left out is the key bias of the text head: a softmax does
-    not see it, so its whole gradient is rounding noise.
-    """
-
-    def flat(name, tree):
-        if name == "head/text_generation":
-            bias = tree["block"]["attn_c_attn"]["bias"]
-            bias = np.concatenate([part for n, part in enumerate(np.split(np.asarray(bias), 3)) if n != 1])
-            tree = tree | {"block": tree["block"] | {"attn_c_attn": tree["block"]["attn_c_attn"] | {"bias": bias}}}
-        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-    assert set(blocks) == set(expected)
-    worst = 0.0
-    for name in expected:
-        ours, theirs = flat(name, blocks[name]), flat(name, expected[name])
-        gap, size = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
-        if start is not None:
-            size = np.linalg.norm(theirs - flat(name, start[name]))
-        worst = max(worst, np.inf if gap > 0 and size == 0 else gap / max(size, 1e-30))
-    return worst
-
-
-def agree(blocks, expected, start) -> bool:
-    """To 1e-4 of the parameters, and to 2 % of what training did to them."""
-    return difference(blocks, expected) < TOLERANCE and difference(blocks, expected, start) < 0.02
-
-
-def play(experiment):
-    """Every state and line of a run, and its finished models."""
-    state, played = experiment.init(), []
-    for _ in range(experiment.config.rounds):
-        state, line = experiment.round(state)
-        played.append((state.replace(server=experiment.engine.server_blocks(state.server)), line))
-    return played, experiment.finish(state)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +98,8 @@ def check(experiment, run, replacements=0):
             for o in (task.name for task in mine):
                 k = tasks.index(o)
                 assert state.local_loss[i, k] == pytest.approx(reference.h_l[i].get(o, np.inf), rel=TOLERANCE)
-                assert state.personal_loss[i, k] == pytest.approx(reference.h_p[i][o], rel=TOLERANCE)
-                assert state.replacements[i, k] == sum((i, o) in pairs for pairs in reference.replaced)
+                assert state.personal_loss["personal"][i, k] == pytest.approx(reference.h_p[i][o], rel=TOLERANCE)
+                assert state.replacements["personal"][i, k] == sum((i, o) in pairs for pairs in reference.replaced)
     assert kept > 0 and sum(map(len, reference.replaced)) > replacements, "both outcomes of equation 3 must occur"
 
     for i in range(len(ROWS)):

@@ -7,7 +7,7 @@ Letters: K clients of a cohort shard, τ steps, N rows of a family that fit in o
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,8 @@ from flax import struct
 
 from tap_jax.data.families import Family
 
-PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil")
+# Draws are seeded by a purpose's place: add at the end.
+PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil", "held_out", "probe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Table(struct.PyTreeNode):
 
 
 class Rows(struct.PyTreeNode):
-    """A table and how many of its rows are real: count int32 [τ]."""
+    """A table and how many of its rows are real: count int32 [τ]; the first `lead` int32 [τ] are of leading clients."""
 
     table: Table
     count: np.ndarray
+    lead: np.ndarray
 
 
 class Plan(struct.PyTreeNode):
@@ -70,23 +72,40 @@ class Plan(struct.PyTreeNode):
       rows: family name -> `Rows`.
       clients: int32 [K], client numbers (-1: no client at this position).
       active: bool [τ, K], client k takes a step.
+      first: int32, the step to begin with.
       steps: int32, the last step in which anybody is active, plus one.
     """
 
     rows: Mapping[str, Rows]
     clients: np.ndarray
     active: np.ndarray
+    first: np.ndarray
     steps: np.ndarray
 
 
-def generator(seed: int, round_: int, client: int, purpose: str) -> np.random.Generator:
-    """The random stream of one (seed, round, client, purpose); independent of everything else."""
-    return np.random.default_rng([seed, round_, client, PURPOSES.index(purpose)])
+def generator(seed: int, round_: int, client: int, purpose: str, draw: int = 0) -> np.random.Generator:
+    """The random stream of one (seed, round, client, purpose, draw); independent of everything else."""
+    return np.random.default_rng([seed, round_, client, PURPOSES.index(purpose), *([draw] if draw else [])])
 
 
 def sample_cohort(seed: int, round_: int, clients: int, size: int) -> np.ndarray:
     """`size` of `clients` clients, uniformly without replacement, in increasing order; int64 [size]."""
     return np.sort(generator(seed, round_, 0, "cohort").choice(clients, size, replace=False))
+
+
+def hold_out(data: ClientData, part: float, seed: int, client: int) -> tuple[ClientData, ClientData]:
+    """(training, held-out) samples of a client: `part` of each of its streams is held out, but never all of one."""
+    rng, kept, held = generator(seed, 0, client, "held_out"), {}, {}
+    for name, ids in data.streams.items():
+        order = rng.permutation(len(ids))
+        cut = min(round(part * len(ids)), len(ids) - 1)
+        kept[name], held[name] = np.sort(order[cut:]), np.sort(order[:cut])
+
+    def chosen(places: Mapping[str, np.ndarray]) -> ClientData:
+        parts = ({n: part[n][at] for n, at in places.items() if len(at)} for part in (data.streams, data.tokens))
+        return ClientData(*parts)
+
+    return chosen(kept), chosen(held)
 
 
 def minibatches(rng: np.random.Generator, samples: int, *, batch: int, steps: int, passes: int | None):
@@ -138,6 +157,8 @@ def draw_plan(
     starts: Mapping[str, int],
     length: int | None = None,
     passes: int | None = 1,
+    draw: int = 0,
+    lead: Collection[int] = (),
 ) -> Plan:
     """The plan of one cohort shard.
 
@@ -149,26 +170,35 @@ def draw_plan(
       starts: task name -> where its samples start in its family's arrays.
       length: τ of the arrays (>= steps), so that phases of different length share one program.
       passes: see `minibatches`.
+      draw: number of the draw, where a step takes several independent ones.
+      lead: client numbers whose rows come first.
     """
     length = steps if length is None else length
     rows = {family.name: _empty(length, capacities[family.name], microbatch) for family in families}
     active = np.zeros((length, len(clients)), bool)
-    for position, client in enumerate(clients):
+    order = sorted(range(len(clients)), key=lambda position: clients[position] not in lead)
+    for position in order:
+        client = int(clients[position])
         if client < 0:
             continue
         mine = data[client]
+        if not mine.streams:
+            continue
         owner = np.repeat(np.arange(len(mine.streams)), [len(ids) for ids in mine.streams.values()])
         pool = _Pool(
             list(mine.streams), owner, *(np.concatenate(list(part.values())) for part in (mine.streams, mine.tokens))
         )
-        rng = generator(seed, round_, int(client), purpose)
+        rng = generator(seed, round_, client, purpose, draw)
         drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, passes=passes)
         for step, chosen in enumerate(drawn):
             active[step, position] = True
             for family in families:
                 _add_rows(rows[family.name], family, starts, pool, position, step, chosen)
+                if client in lead:
+                    rows[family.name].lead[step] = rows[family.name].count[step]
     used = np.flatnonzero(active.any(1))
-    return Plan(rows, np.asarray(clients, np.int32), active, np.int32(used[-1] + 1 if len(used) else 0))
+    last = np.int32(used[-1] + 1 if len(used) else 0)
+    return Plan(rows, np.asarray(clients, np.int32), active, np.int32(0), last)
 
 
 class _Pool(NamedTuple):
@@ -190,7 +220,7 @@ def _empty(length: int, rows: int, microbatch: int) -> Rows:
         share=whole(np.float32),
         part=whole(np.int32),
     )
-    return Rows(table, np.zeros(length, np.int32))
+    return Rows(table, np.zeros(length, np.int32), np.zeros(length, np.int32))
 
 
 def _add_rows(rows: Rows, family: Family, starts, pool: _Pool, position: int, step: int, chosen: np.ndarray) -> None:

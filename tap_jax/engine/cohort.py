@@ -9,7 +9,8 @@ Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +24,12 @@ from tap_jax.data.families import families, offsets
 from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan
 from tap_jax.data.store import device_arrays
 from tap_jax.engine import parallel
-from tap_jax.engine.local_training import (
-    DistillationLoss,
-    Losses,
-    SampleLoss,
-    TrainingSettings,
-    local_training,
-    part_table,
-)
+from tap_jax.engine.local_training import Losses, TrainingSettings, local_training
+from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
+from tap_jax.engine.probes import Probes
 from tap_jax.engine.programs import Program, abstract
 from tap_jax.federation import Task
+from tap_jax.methods.base import LocalRule
 
 # Phase -> the phase with whose optimizer states it goes on, where they persist; the others go on with their own.
 CONTINUES = {"post": "federated", "post_again": "post", "distil": "personal"}
@@ -45,7 +42,8 @@ class EngineSettings:
     Attributes:
       cohort_size, clients_per_pass: clients in a round, and at once in phases over all clients.
       batch: samples per iteration. local_steps: τ. post_steps: P.
-      microbatch: s, samples of a row. training: static choices of the program.
+      microbatch: s, samples of a row. rows_per_chunk: v, rows side by side. training: static choices of the program.
+      persist: a client goes on with its optimizer states instead of starting every local training afresh.
       rate: round -> learning rate. post_rate: learning rate after the last round.
       aggregation: "samples" or "uniform".
       scope: of a replacement, see `Partition.replaceable`.
@@ -58,12 +56,22 @@ class EngineSettings:
     local_steps: int
     post_steps: int
     microbatch: int
+    rows_per_chunk: int
     training: TrainingSettings
+    persist: bool
     rate: Callable[[int], float]
     post_rate: float
     aggregation: str
     scope: str
     seed: int
+
+
+class Finished(NamedTuple):
+    """What a model's blocks are like: shapes by name, and family -> what a forward pass takes of them."""
+
+    model: Any
+    like: Blocks
+    tables: Mapping[str, Mapping[str, Part]]
 
 
 class Engine:
@@ -74,8 +82,10 @@ class Engine:
       partition: the federation's blocks.
       frozen: Ŵ, host or device arrays; one copy is put on every device.
       arrays: task -> training set (`data.text.TaskArrays`).
-      data: one `ClientData` per client.
-      sample_loss, distillation_loss: see `local_training`; without the second no cohort can distil.
+      data: one `ClientData` per client. held_out: likewise, samples that nobody trains on.
+      sample_loss: see `objective`. rule: how clients train.
+      like: shapes of every block by name, private ones too.
+      finished: what the blocks of finished models are of, see `Finished`; default: of `model`.
       mesh: with the axis "clients".
     """
 
@@ -86,14 +96,17 @@ class Engine:
         *,
         frozen: Tree,
         arrays: Mapping,
+        like: Blocks,
+        finished: tuple[Any, Blocks] | None = None,
         data: Sequence[ClientData],
+        held_out: Sequence[ClientData] = (),
         sample_loss: SampleLoss,
+        rule: LocalRule,
         settings: EngineSettings,
         mesh: Mesh,
-        distillation_loss: DistillationLoss | None = None,
     ):
         self.model, self.partition, self.settings, self.mesh = model, partition, settings, mesh
-        self.data = tuple(data)
+        self.data, self.held_out, self.rule = tuple(data), tuple(held_out), rule
         self.tasks: tuple[Task, ...] = model.tasks
         self.shared = parallel.shared_sharding(mesh)
         self.by_client = parallel.client_sharding(mesh)
@@ -102,15 +115,19 @@ class Engine:
         self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
         self.arrays = device_arrays(self.families, arrays, self.shared)
         self.server_seats = blocks.server_seats(partition)
-        self.like = blocks_like(model)
+        self.like = like
         self.moments_like = {
             name: jax.ShapeDtypeStruct((1 + 2 * blocks.count(tree),), np.float32) for name, tree in self.like.items()
         }
-        self.tables = {f.name: part_table(f, model.roles, partition, self.like) for f in self.families}
-        self.distils = distillation_loss is not None
+        self.finished = self._tabled(*(finished or (model, like)))
+        tables = self._tabled(model, like).tables
+        self.objective = Objective(sample_loss, self.tasks, self.families, tables, settings.rows_per_chunk, rule)
+        self.probes = Probes(self)
+        mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
+        self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
         self._blank: dict[tuple, Stack] = {}
         self._replaceable = partition.replaceable(settings.scope)
-        rows = settings.training.rows_per_chunk
+        rows = settings.rows_per_chunk
         self._work = [
             sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
             for client in self.data
@@ -118,17 +135,18 @@ class Engine:
         self._shape: Callable[[int], _Shape] = functools.cache(
             lambda clients: _shape(self.data, self.families, partition, settings, mesh.size, clients, rows)
         )
-        # (frozen, data, stack, moments, teacher, seats, plan, rate, key); the stack is donated. The moments are not:
-        # two phases may start from the same ones.
-        program = local_training(
-            sample_loss, self.tasks, self.families, self.tables, settings.training, distillation_loss
-        )
+        # (frozen, data, stack, moments, aid, seats, plan, rate, key); the stack is donated. The moments are not: two
+        # phases may start from the same ones.
         by_client = (False, False, True, True, True, True, True, False, False)
-        sharded = parallel.over_clients(program, mesh, by_client)
+        sharded = parallel.over_clients(local_training(self.objective, settings.training), mesh, by_client)
         self._train = Program(functools.partial(_train, sharded), donate_argnums=(2,))
         self._broadcast = jax.jit(functools.partial(_broadcast, self.server_seats), out_shardings=self.by_client)
         self._aggregate = jax.jit(functools.partial(_aggregate, self.server_seats), out_shardings=self.shared)
         self._replace = jax.jit(_replace, donate_argnums=(0,), out_shardings=self.by_client)
+
+    def _tabled(self, model, like: Blocks) -> "Finished":
+        tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
+        return Finished(model, like, tables)
 
     def cohort(self, clients: Sequence[int], round_: int, moments: Mapping | None = None) -> "Cohort":
         """The clients of round `round_` (0-based); `moments` as in `State`, where optimizer states persist."""
@@ -184,12 +202,23 @@ class Cohort:
         """W̃[i] for every client, [D, G, n]."""
         return self.engine._broadcast(server, self.seats)
 
-    def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks]) -> Stack:
-        """The clients' blocks from host memory, [D, G, n]."""
-        return self._put(chain, self.engine.like)
+    def load(
+        self,
+        chain: Sequence[Blocks] | Mapping[int, Blocks],
+        rest: Stack | None = None,
+        like: Blocks | None = None,
+    ) -> Stack:
+        """The clients' blocks from host memory, [D, G, n]; where the chain is of private blocks, with those of `rest`.
+
+        Args:
+          like: shapes of the blocks, where they are not those that are trained.
+        """
+        return {**(rest or {}), **self._put(chain, self.engine.like if like is None else like)}
 
     def _put(self, chain: Sequence[Blocks] | Mapping[int, Blocks], like: Blocks) -> Stack:
         holders = [chain[k] if k >= 0 else {} for k in self.clients]
+        kinds = {name.startswith(blocks.PRIVATE) for mine in holders for name in mine}
+        like = {name: shapes for name, shapes in like.items() if name.startswith(blocks.PRIVATE) in kinds}
         flat = blocks.pack(self.engine.partition, self.flat_seats, holders, like)
         shards = len(self._table)
         split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), flat)
@@ -209,11 +238,18 @@ class Cohort:
         held = blocks.unpack(self.engine.partition, self.flat_seats, flat, like)
         return {int(k): mine for k, mine in zip(self.clients, held, strict=True) if k >= 0}
 
-    def plan(self, purpose: str, *, post: bool) -> Plan:
-        """The draw of this (seed, round, purpose), with the shard axis; numpy."""
+    def plan(self, purpose: str, *, post: bool, without: Collection[int] = ()) -> Plan:
+        """The draws of this (seed, round, purpose), rows [D, draws, τ, ...]; numpy.
+
+        Args:
+          without: positions that take no step.
+        """
         settings, engine = self.engine.settings, self.engine
-        drawn = [
-            draw_plan(
+        left_out = np.isin(np.arange(self.clients.size), list(without)).reshape(self._table.shape)
+        table = np.where(left_out, -1, self._table)
+
+        def one(clients, draw):
+            return draw_plan(
                 engine.data,
                 clients,
                 engine.families,
@@ -227,45 +263,66 @@ class Cohort:
                 starts=engine.starts,
                 length=max(settings.post_steps, settings.local_steps),
                 passes=None if post else 1,
+                draw=draw,
+                lead=engine._lead,
             )
-            for clients in self._table
-        ]
-        return jax.tree.map(lambda *x: np.stack(x), *drawn)
 
-    def train(self, stack: Stack, purpose: str, *, post: bool = False, teacher: Stack | None = None):
-        """Local training -> (stack, `Losses` [P, O]); the stack given is consumed."""
+        shards = []
+        for clients in table:
+            drawn = [one(clients, draw) for draw in range(engine.rule.draws)]
+            shards.append(drawn[0].replace(rows=jax.tree.map(lambda *x: np.stack(x), *(plan.rows for plan in drawn))))
+        return jax.tree.map(lambda *x: np.stack(x), *shards)
+
+    def train(
+        self,
+        stack: Stack,
+        purpose: str,
+        *,
+        chain: str | None = None,
+        post: bool = False,
+        teacher: Stack | None = None,
+        steps: tuple[int, int] | None = None,
+        idle: np.ndarray | None = None,
+    ) -> tuple[Stack, Losses]:
+        """Local training -> (stack, `Losses` [P, O]); see `methods.base.Cohort`."""
         engine, settings = self.engine, self.engine.settings
         key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
         key = jax.random.fold_in(key, PURPOSES.index(purpose))
         rate = np.float32(settings.post_rate if post else settings.rate(self.round))
-        plan = jax.device_put(self.plan(purpose, post=post), engine.by_client)
+        plan = self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
+        if steps is not None:
+            plan = plan.replace(first=np.full_like(plan.first, steps[0]), steps=np.minimum(plan.steps, steps[1]))
+        plan = jax.device_put(plan, engine.by_client)
         rate, key = jax.device_put((rate, key), engine.shared)
-        teacher, moments = self._teacher(teacher), self._remembered(purpose)
-        stack, self._moments[purpose], losses = engine._train(
-            engine.frozen, engine.arrays, stack, moments, teacher, self.seats, plan, rate, key
+        aid, moments = self._aid(teacher), self._remembered(purpose, chain, steps is not None and steps[0] > 0)
+        stack, after, losses = engine._train(
+            engine.frozen, engine.arrays, stack, moments, aid, self.seats, plan, rate, key
         )
+        self._moments[purpose if post else chain or purpose] = after
         return stack, losses
 
-    def _remembered(self, purpose: str) -> Stack | None:
-        """The optimizer states with which a phase goes on, or None where each starts afresh."""
-        if not self.engine.settings.training.persist:
+    def _remembered(self, purpose: str, chain: str | None, again: bool) -> Stack | None:
+        """The optimizer states with which a phase goes on, or None where no phase does."""
+        if not self.engine.settings.training.remember:
             return None
-        before = CONTINUES.get(purpose, purpose)
-        if before in self._moments:
+        if again:
+            return self._moments[purpose]
+        before = chain or CONTINUES.get(purpose, purpose)
+        if self.engine.settings.persist and before in self._moments:
             return self._moments[before]
-        if before in self._before:
+        if self.engine.settings.persist and before in self._before:
             return self._put(self._before[before], self.engine.moments_like)
         return self.engine._nobody(self.abstract_stack(self.engine.moments_like))
 
-    def _teacher(self, stack: Stack | None):
+    def _aid(self, teacher: Stack | None):
         """A teacher's stack and whether it is one, per shard: one program serves training and distillation."""
         engine = self.engine
-        if not engine.distils:
-            if stack is not None:
-                raise ValueError("this engine was built without a distillation loss")
+        if not engine.rule.guided:
+            if teacher is not None:
+                raise ValueError("the method's rule takes no teacher")
             return None
-        flag = jax.device_put(np.full(len(self._table), stack is not None), engine.by_client)
-        return flag, engine._nobody(self.abstract_stack()) if stack is None else stack
+        flag = jax.device_put(np.full(len(self._table), teacher is not None), engine.by_client)
+        return flag, engine._nobody(self.abstract_stack()) if teacher is None else teacher
 
     def prepare(self) -> None:
         """Starts compiling `train` in the background."""
@@ -275,8 +332,8 @@ class Cohort:
         engine._train.prepare(
             *abstract((engine.frozen, engine.arrays), engine.shared),
             stack,
-            self.abstract_stack(engine.moments_like) if engine.settings.training.persist else None,
-            (flag, stack) if engine.distils else None,
+            self.abstract_stack(engine.moments_like) if engine.settings.training.remember else None,
+            (flag, stack) if engine.rule.guided else None,
             *abstract((self.seats, self.plan(PURPOSES[-1], post=True)), engine.by_client),
             *abstract((np.float32(0), jax.random.key(0)), engine.shared),
         )
@@ -286,7 +343,7 @@ class Cohort:
         like = self.engine.like if like is None else like
         shards, groups = len(self._table), self.engine.partition.members()
         names = {group: self.engine.partition.names[members[0]] for group, members in groups.items()}
-        sizes = {group: blocks.count(like[name]) for group, name in names.items()}
+        sizes = {group: blocks.count(like[name]) for group, name in names.items() if name in like}
         zero = {g: jax.ShapeDtypeStruct((shards, self._shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
         return abstract(zero, self.engine.by_client)
 
@@ -295,13 +352,29 @@ class Cohort:
         samples = np.array([self.engine.data[k].samples if k >= 0 else 0 for k in self.clients], np.float32)
         if self.engine.settings.aggregation == "uniform":
             samples = (samples > 0).astype(np.float32)
-        weights = np.where(self._owned, samples[:, None], 0).astype(np.float32)
+        weights = np.where(self._owned & self.engine.partition.sent, samples[:, None], 0).astype(np.float32)
         return self.engine._aggregate(server, stack, self.flat_seats, weights, losses)
 
     def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:
         """Equation 4; `indicator` bool [P, O]. `personal` is consumed."""
         allowed = self.engine._replaceable[np.maximum(self.clients, 0)]
         return self.engine._replace(personal, federated, self.flat_seats, indicator, allowed)
+
+    def held_out_loss(self, stack: Stack) -> Array:
+        """See `methods.base.Cohort`."""
+        return self.engine.probes.held_out_loss(self, stack)
+
+    def task_gradient(self, stack: Stack, task: Task) -> Stack:
+        """See `methods.base.Cohort`."""
+        return self.engine.probes.task_gradient(self, stack, task)
+
+    def similarity(self, stack: Stack, other: Stack) -> Array:
+        """See `methods.base.Cohort`."""
+        return self.engine.probes.similarity(self, stack, other)
+
+    def inner(self, stack: Stack, other: Stack) -> Array:
+        """See `methods.base.Cohort`."""
+        return self.engine.probes.inner(self, stack, other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,8 +440,3 @@ def _replace(personal: Stack, federated: Stack, seats: Seats, indicator: Array, 
     chosen = blocks.chosen_blocks(indicator, replaceable)
     out = blocks.replace(_flat(personal), _flat(federated), seats, chosen)
     return jax.tree.map(lambda new, old: new.reshape(old.shape), out, dict(personal))
-
-
-def blocks_like(model) -> Blocks:
-    """Shapes of every block by name, without allocating any."""
-    return jax.eval_shape(model.init, jax.random.key(0))[1]

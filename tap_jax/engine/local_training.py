@@ -1,35 +1,22 @@
-"""Local training of a whole cohort as one compiled program (design: rows with dynamic trip counts).
+"""Local training of a whole cohort as one compiled program: a loop over steps, each as the method's rule says.
 
-One step of the cohort = for every family of streams a loop over chunks of v rows whose number is data, not shape:
-what nobody has costs nothing, and any cohort, batch mix or data size runs the same program. Each chunk takes its rows'
-blocks out of the stack, differentiates v rows side by side (the frozen weights shared, so their products stay
-single large ones) and adds the gradients back; then one AdamW update of the stack.
-
-Letters: K cohort positions, O tasks, G slots of a group, τ steps, v rows of a chunk, s samples of a row.
+Letters: K cohort positions, O tasks, G slots of a group, n parameters of a block.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree, flatten, unflatten
-from tap_jax.data.families import Family
-from tap_jax.data.sampling import Plan, Table
-from tap_jax.data.store import cut
-from tap_jax.federation import Stream, Task
-
-ROWS_PER_STEP = 4096  # bound on a client's rows of one task in a step; keeps dropout keys apart
-# (frozen, parts, task, batch, key) -> (outputs, loss [B] of the task)
-SampleLoss = Callable[..., tuple[Array, Array]]
-# (frozen, teacher's parts, outputs, task, batch) -> weighted distillation loss [B]
-DistillationLoss = Callable[..., Array]
+from tap_jax.blocks import Seats, Stack
+from tap_jax.data.sampling import Plan
+from tap_jax.engine.objective import Objective, Where, collect, gradient, no_losses
+from tap_jax.methods.base import StepLosses
 
 
 class Losses(struct.PyTreeNode):
@@ -61,194 +48,110 @@ class TrainingSettings:
     """Static choices of the program.
 
     Attributes:
-      rows_per_chunk: v, rows differentiated side by side.
       clip_norm: bound on a client's global gradient norm; 0 for none.
       weight_decay: AdamW's decoupled weight decay.
-      persist: go on with a client's optimizer state instead of starting every local training afresh.
+      remember: take and give back optimizer states, a slot each, instead of starting every local training afresh.
     """
 
-    rows_per_chunk: int = 1
     clip_norm: float = 1.0
     weight_decay: float = 0.01
-    persist: bool = False
+    remember: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One part of a family's forward pass: blocks of one group, which of them by variant.
-
-    Attributes:
-      group: where the blocks are.
-      blocks: int [variants] (one block) or [variants, P] (one per path), numbers of blocks.
-      like: shapes of one block.
-    """
-
-    group: str
-    blocks: np.ndarray
-    like: Tree
-
-
-def part_table(
-    family: Family, roles: Callable[[Stream], Mapping[str, Any]], partition: Partition, like: Blocks
-) -> dict[str, Part]:
-    """What a family's forward pass is made of, from the model's `roles`; `like` holds every block's shapes."""
-    number = {name: r for r, name in enumerate(partition.names)}
-    by_variant = [roles(stream) for stream in family.streams]
-    table = {}
-    for part, example in by_variant[0].items():
-        blocks = np.vectorize(number.__getitem__)(np.array([found[part] for found in by_variant]))
-        first = example if isinstance(example, str) else example[0]
-        table[part] = Part(partition.groups[number[first]], blocks, like[first])
-    return table
-
-
-def take_parts(stack: Stack, seats: Seats, table: Mapping[str, Part], client: Array, variant: Array):
-    """The parts of one row's forward pass out of a stack, and where they sit.
-
-    Returns:
-      (part -> tree, leaves [...] or [P, ...]; part -> slots [] or [P]).
-    """
-    mine = seats.slot[client]
-    slots = {name: mine[jnp.asarray(part.blocks)[variant]] for name, part in table.items()}
-    parts = {
-        name: unflatten(stack[part.group].at[slots[name]].get(mode="promise_in_bounds"), part.like)
-        for name, part in table.items()
-    }
-    return parts, slots
-
-
-def local_training(
-    sample_loss: SampleLoss,
-    tasks: Sequence[Task],
-    families: Sequence[Family],
-    tables: Mapping[str, Mapping[str, Part]],
-    settings: TrainingSettings,
-    distillation_loss: DistillationLoss | None = None,
-):
-    """Builds `train(frozen, data, stack, moments, teacher, seats, plan, rate, key) -> (stack, moments, Losses)`.
+def local_training(objective: Objective, settings: TrainingSettings):
+    """Builds `train(frozen, data, stack, moments, aid, seats, plan, rate, key) -> (stack, moments, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
       frozen: Ŵ. data: family -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only in the
       steps in which its client is active, an idle slot never. moments: AdamW's state by slot, group -> [G, 1 + 2n]
-      (`remembered_update`), or None to start afresh and forget it. teacher: (bool, a stack of the same seats): where
-      true, the loss is that of equation 6; None if there is no distillation loss. rate: learning rate, float32.
-      key: of (seed, round, purpose); dropout keys are folded from it by client, step, family and row, so they do not
-      depend on who else is in the cohort.
-
-    Args:
-      sample_loss: task losses, see `SampleLoss`.
-      tasks: the federation's tasks, O of them.
-      families: their families.
-      tables: family -> what `part_table` gives.
-      distillation_loss: the second term of equation 6.
+      (`remembered_update`), or None to start afresh and forget it. aid: what the rule's steps are given. rate:
+      learning rate, float32. key: of (seed, round, purpose).
     """
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
-    v = settings.rows_per_chunk
+    rule = objective.rule
 
-    def gradient(frozen, data, stack, teacher, seats: Seats, plan: Plan, step, key):
-        """Gradient of the whole cohort's objectives at one step, and ℓ, λℓ, λ per client and task."""
-        empty = jnp.zeros((plan.active.shape[1], len(tasks)), jnp.float32)
-        carry = (jax.tree.map(jnp.zeros_like, stack), empty, empty, empty)
-        for number, family in enumerate(families):
-            table, task = tables[family.name], family.tasks[0]
-            task_of = jnp.array([tasks.index(stream.task) for stream in family.streams])
-
-            def one(row: Table, family=family, table=table, task=task, number=number):
-                parts, slots = take_parts(stack, seats, table, row.client, row.variant)
-                batch = cut(data[family.name], row.ids)
-                row_key = jax.random.fold_in(key, plan.clients[row.client])
-                row_key = jax.random.fold_in(row_key, (step * len(families) + number) * ROWS_PER_STEP + row.part)
-
-                def weighted(losses):
-                    return jnp.where(row.weights > 0, row.weights * losses, 0).sum()
-
-                def objective(parts):
-                    outputs, losses = sample_loss(frozen, parts, task, batch, row_key)
-                    loss = weighted(losses)
-                    total = row.share * loss
-                    if teacher is not None:
-                        distils, taught = teacher
-
-                        def divergence(outputs):
-                            guide, _ = take_parts(taught, seats, table, row.client, row.variant)
-                            return weighted(distillation_loss(frozen, guide, outputs, task, batch))
-
-                        total += jax.lax.cond(distils, divergence, lambda _: jnp.zeros(()), outputs)
-                    return total, loss
-
-                (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(parts)
-                return loss, {name: flatten(grads[name], slots[name].ndim) for name in grads}, slots
-
-            def chunk(index, carry, family=family, table=table, task_of=task_of, one=one):
-                grads, plain, weighted, share = carry
-                cut_rows = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf[step], index * v, v)  # noqa: E731
-                rows = jax.tree.map(cut_rows, plan.rows[family.name].table)
-                if v == 1:
-                    loss, row_grads, slots = one(jax.tree.map(lambda leaf: leaf[0], rows))
-                else:
-                    loss, row_grads, slots = jax.vmap(one)(rows)
-                    # Padding rows run with somebody's blocks; 0 times what is no number would reach others' slots.
-                    real = rows.weights[:, 0] > 0
-                    row_grads = {
-                        name: jnp.where(real.reshape(-1, *(1,) * (grad.ndim - 1)), grad, 0)
-                        for name, grad in row_grads.items()
-                    }
-                for name, part in table.items():
-                    total = grads[part.group].at[slots[name]].add(row_grads[name], mode="promise_in_bounds")
-                    grads = grads | {part.group: total}
-                at = (rows.client, task_of[rows.variant])
-                return (
-                    grads,
-                    plain.at[at].add(loss),
-                    weighted.at[at].add(rows.share * loss),
-                    share.at[at].add(jnp.where(rows.weights[:, 0] > 0, rows.share, 0)),
-                )
-
-            carry = jax.lax.fori_loop(0, -(-plan.rows[family.name].count[step] // v), chunk, carry)
-        return carry
-
-    def train(frozen, data, stack, moments, teacher, seats: Seats, plan: Plan, rate, key):
-        zeros = jnp.zeros((plan.active.shape[1], len(tasks)), jnp.float32)
+    def train(frozen, data, stack, moments, aid, seats: Seats, plan: Plan, rate, key):
+        zeros = jnp.zeros((plan.active.shape[1], len(objective.tasks)), jnp.float32)
         losses = Losses(zeros, zeros, zeros.astype(jnp.int32))
 
         def step(index, carry):
             stack, state, losses = carry
-            grads, plain, weighted, share = gradient(frozen, data, stack, teacher, seats, plan, index, key)
-            if settings.clip_norm:
-                grads = clip_per_client(grads, seats, settings.clip_norm)
             active = jnp.append(plan.active[index], False)
-            if settings.persist:
-                updates, state = remembered_update(optimizer, grads, state, stack, active, seats)
-            else:
-                updates, state = optimizer.update(grads, state, stack)
-            stack = {
-                group: jnp.where(active[seats.client[group]][:, None], matrix - rate * updates[group], matrix)
-                for group, matrix in stack.items()
-            }
+            tools = Tools(objective, settings, optimizer, (frozen, data, seats, plan), index, key, rate, active)
+            stack, state, found = rule.step(tools, stack, state, aid)
             losses = Losses(
-                losses.plain + plain, losses.weighted + weighted, losses.steps + (share > 0).astype(jnp.int32)
+                losses.plain + found.plain,
+                losses.weighted + found.weighted,
+                losses.steps + (found.share > 0).astype(jnp.int32),
             )
             return stack, state, losses
 
-        state = moments if settings.persist else optimizer.init(stack)
-        stack, state, losses = jax.lax.fori_loop(0, plan.steps, step, (stack, state, losses))
+        state = dict(moments) if settings.remember else {group: optimizer.init(leaf) for group, leaf in stack.items()}
+        stack, state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(stack), state, losses))
         broken = broken_clients(stack, seats)
-        if settings.persist:  # whoever is broken starts afresh next time
+        if settings.remember:  # whoever is broken starts afresh next time
             state = {g: jnp.where(broken[seats.client[g]][:, None], 0, moment) for g, moment in state.items()}
-        return stack, state if settings.persist else None, without_broken(losses, broken)
+        return stack, state if settings.remember else None, without_broken(losses, broken)
 
     return train
 
 
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """See `methods.base.Tools`; of one step, inside the compiled program."""
+
+    objective: Objective
+    settings: TrainingSettings
+    optimizer: optax.GradientTransformation
+    surroundings: tuple  # frozen, data, seats, plan
+    step: Array
+    key: Array
+    rate: Array
+    active: Array
+
+    def _where(self, draw) -> Where:
+        draw = 0 if self.objective.rule.draws == 1 else jnp.asarray(draw)
+        return Where(*self.surroundings, draw, self.step, self.key)
+
+    @property
+    def no_losses(self) -> StepLosses:
+        """Zeros [K, O]."""
+        return no_losses(self.objective, self.surroundings[-1])
+
+    def gradient(self, stack: Stack, aid: Any = None, *, draw: Any = 0) -> tuple[dict[str, Array], StepLosses]:
+        """See `gradient`."""
+        return gradient(self.objective, self._where(draw), stack, aid)
+
+    def collect(self, stack: Stack, *, draw: Any = 0) -> dict[str, Any]:
+        """See `collect`."""
+        return collect(self.objective, self._where(draw), stack)
+
+    def update(self, stack: Stack, state: Mapping, gradient: Stack) -> tuple[dict[str, Array], dict[str, Any]]:
+        """One clipped AdamW update; of slots whose client is idle in this step, nothing changes."""
+        _, _, seats, _ = self.surroundings
+        if self.settings.clip_norm:
+            gradient = clip_per_client(gradient, seats, self.settings.clip_norm)
+        updates, after = {}, {}
+        for group, matrix in stack.items():
+            live = self.active[seats.client[group]][:, None]
+            if self.settings.remember:
+                update, moments = remembered_update(self.optimizer, gradient[group], state[group], matrix)
+                after[group] = jnp.where(live, moments, state[group])
+            else:
+                update, after[group] = self.optimizer.update(gradient[group], state[group], matrix)
+            updates[group] = jnp.where(live, matrix - self.rate * update, matrix)
+        return updates, after
+
+
 def remembered_update(
-    optimizer: optax.GradientTransformation, grads: Stack, moments: Stack, stack: Stack, active: Array, seats: Seats
-) -> tuple[Stack, Stack]:
-    """An AdamW update in which every slot has a state of its own, unchanged where its client is idle.
+    optimizer: optax.GradientTransformation, grads: Array, moments: Array, matrix: Array
+) -> tuple[Array, Array]:
+    """An AdamW update of a group in which every slot has a state of its own.
 
     Args:
       optimizer: `scale_by_adam` and `add_decayed_weights`.
-      moments: group -> float32 [G, 1 + 2n]: steps taken, first and second moments.
-      active: bool [K + 1], by position.
+      grads, matrix: float32 [G, n].
+      moments: float32 [G, 1 + 2n]: steps taken, first and second moments.
 
     Returns:
       (updates, moments).
@@ -260,11 +163,7 @@ def remembered_update(
         update, (state, _) = optimizer.update(grad, state, row)
         return update, jnp.concatenate([state.count[None].astype(jnp.float32), state.mu, state.nu])
 
-    updates, after = {}, {}
-    for group, matrix in stack.items():
-        updates[group], new = jax.vmap(one)(grads[group], moments[group], matrix)
-        after[group] = jnp.where(active[seats.client[group]][:, None], new, moments[group])
-    return updates, after
+    return jax.vmap(one)(grads, moments, matrix)
 
 
 def broken_clients(stack: Stack, seats: Seats) -> Array:

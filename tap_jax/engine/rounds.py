@@ -18,24 +18,30 @@ from tap_jax.methods.base import Method, State, put_chain
 LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
 
 
-def initial_state(engine: Engine, server: Blocks, chains: Sequence[str]) -> State:
-    """The state before round 0: every client's chains start as its blocks of the server's (Sec. 3.2)."""
-    partition = engine.partition
+def initial_state(engine: Engine, server: Blocks, method: Method) -> State:
+    """The state before round 0: every client's chains start as its blocks of the server's (Sec. 3.2).
+
+    Where there are private blocks, chains are of those, since the server holds the others.
+    """
+    partition, chains = engine.partition, method.chains
     table = partition.task_mask
-    start = tuple(blocks.take(server, partition.blocks_of(k)) for k in range(len(table)))
+    kept = [name for name, sent in zip(partition.names, partition.sent, strict=True) if not sent] or partition.names
+    start = tuple(
+        blocks.take(server, [name for name in partition.blocks_of(k) if name in kept]) for k in range(len(table))
+    )
     never = np.full(table.shape, np.inf, np.float32)
-    trained = ("federated", *chains)
+    trained = ("federated", *(chain for chain in chains if kept == partition.names))
     untouched = tuple(
         {name: np.zeros(engine.moments_like[name].shape, np.float32) for name in partition.blocks_of(k)}
-        for k in range(len(table) if engine.settings.training.persist else 0)
+        for k in range(len(table) if engine.settings.persist else 0)
     )
     return State(
         round=0,
         server=engine.server_stack(server),
         chains=dict.fromkeys(chains, start),
         local_loss=never,
-        personal_loss=never.copy(),
-        replacements=np.zeros(table.shape, np.int32),
+        personal_loss={chain: never.copy() for chain in method.margins},
+        replacements={chain: np.zeros(table.shape, np.int32) for chain in method.margins},
         finite={name: np.ones(table.shape, bool) for name in trained},
         moments=dict.fromkeys(trained, untouched) if untouched else {},
     )
@@ -81,9 +87,10 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
     }
     if "replaced" in metrics:
         line["replacements"] = [
-            {"round": round_, "client": int(cohort.clients[p]), "task": names[o]}
+            {"round": round_, "client": int(cohort.clients[p]), "task": names[o], "variant": variant}
+            for variant, replaced in metrics["replaced"].items()
             for p in real
-            for o in np.flatnonzero(metrics["replaced"][p])
+            for o in np.flatnonzero(replaced[p])
         ]
     if "federated" in line["losses"]:
         # Every client receives its blocks (Algorithm 1); those of the cohort send as much.
@@ -93,9 +100,10 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
 
 
 def client_bytes(engine: Engine) -> list[int]:
-    """Bytes of each client's blocks W̃[i]."""
+    """Bytes of each client's blocks W̃[i]; private blocks stay where they are."""
     partition = engine.partition
-    return [blocks.size_bytes(blocks.take(engine.like, partition.blocks_of(k))) for k in range(len(engine.data))]
+    sizes = np.array([blocks.size_bytes(engine.like[name]) for name in partition.names])
+    return (partition.owned @ (sizes * partition.sent)).tolist()
 
 
 def run_rounds(

@@ -1,20 +1,23 @@
 """What a method is: pure functions of the state and of a cohort that can train.
 
-The engine knows no method by name. It hands a method a `Cohort`: the clients of a round (or of a pass over all
-clients) with the compiled operations on their stacks. A method composes them; see `methods/tap.py`.
+The engine knows no method by name. It hands a method two things to compose. A `Cohort`: the clients of a round (or of a
+pass over all clients) with the compiled operations on their stacks; see `methods/tap.py`. And, inside the compiled
+local training, the `Tools` of one step: gradient, update, collect; see `plain_step` here and `methods/per_fedavg.py`.
 
-Letters: K clients of the federation, P positions of a cohort (some may be empty), O tasks, R blocks.
+Letters: K clients of the federation, P positions of a cohort (some may be empty), O tasks, R blocks, s samples of a
+row.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Blocks, Stack
+from tap_jax.blocks import Blocks, Stack, Tree
+from tap_jax.federation import Task
 
 
 class State(struct.PyTreeNode):
@@ -25,8 +28,9 @@ class State(struct.PyTreeNode):
       server: W̃, stack with one slot per block.
       chains: name -> one mapping of owned blocks per client, on the host. "personal" is X, "local" the chain of a
         client that never communicates.
-      local_loss, personal_loss: h^(l), h^(p), float32 [K, O]; +inf before the first participation.
-      replacements: int32 [K, O], how often R_i[o] was 1.
+      local_loss: h^(l), float32 [K, O]; +inf before the first participation.
+      personal_loss: name of a personal chain -> h^(p), likewise.
+      replacements: name of a personal chain -> int32 [K, O], how often R_i[o] was 1.
       finite: name of a trained chain ("federated" or one of `chains`) -> bool [K, O]: the task's loss has always
         been a number.
       moments: where optimizer states persist, name of a trained chain -> per client, block -> float32 [1 + 2n]: steps
@@ -38,8 +42,8 @@ class State(struct.PyTreeNode):
     server: Stack
     chains: Mapping[str, tuple[Blocks, ...]]
     local_loss: np.ndarray
-    personal_loss: np.ndarray
-    replacements: np.ndarray
+    personal_loss: Mapping[str, np.ndarray]
+    replacements: Mapping[str, np.ndarray]
     finite: Mapping[str, np.ndarray]
     moments: Mapping[str, tuple[Blocks, ...]] = struct.field(default_factory=dict)
 
@@ -56,6 +60,96 @@ class Losses(Protocol):
         """Mean loss of every client and task."""
 
 
+class Row(NamedTuple):
+    """What a further term of the loss sees of one row: samples of one client, one stream, one minibatch.
+
+    Attributes:
+      frozen: Ŵ.
+      task: one of the row's family: of the row's own kind, modalities and shapes.
+      batch: the samples' fields, [s, ...].
+      weights: float32 [s]; over a client's minibatch and task they add up to 1, and padding has 0.
+      client: int32, position in the cohort shard.
+      take: a stack -> the parts of this row's forward pass, of the row's client.
+      key: dropout key of the row.
+    """
+
+    frozen: Tree
+    task: Task
+    batch: Mapping[str, Array]
+    weights: Array
+    client: Array
+    take: Callable[[Stack], Tree]
+    key: Array
+
+
+class StepLosses(NamedTuple):
+    """Of one step: ℓ_o, λ_o ℓ_o and λ_o of every client and task, float32 [P, O]; 0 where the task is not seen."""
+
+    plain: Array
+    weighted: Array
+    share: Array
+
+
+class Tools(Protocol):
+    """What one step of local training is made of; every stack is the whole cohort's.
+
+    Attributes:
+      rate: η, float32.
+      no_losses: zeros, to start a loop over gradients with.
+    """
+
+    rate: Array
+    no_losses: StepLosses
+
+    def gradient(self, stack: Stack, aid: Any = None, *, draw: Any = 0) -> tuple[Stack, StepLosses]:
+        """Gradient of Σ_o λ_o ℓ_o, plus the rule's `extra_loss` given `aid`, on minibatch number `draw` of the step."""
+
+    def collect(self, stack: Stack, *, draw: Any = 0) -> Mapping[str, Any]:
+        """Sums of the rule's `measure` over a client's minibatch: name -> leaves [P, ...]; same dropout as `gradient`.
+
+        Only for clients that the rule says are `coupled`; others may have sums of 0.
+        """
+
+    def update(self, stack: Stack, state: Mapping, gradient: Stack) -> tuple[Stack, Mapping]:
+        """One clipped AdamW update of clients that take the step; `state` is a mapping by group, as `stack` is."""
+
+
+# (tools, stack, optimizer state, aid) -> (stack, optimizer state, the step's losses)
+LocalStep = Callable[[Tools, Stack, Mapping, Any], tuple[Stack, Mapping, StepLosses]]
+
+
+def plain_step(tools: Tools, stack: Stack, state: Mapping, aid: Any) -> tuple[Stack, Mapping, StepLosses]:
+    """One gradient, one AdamW update: Local, FedAvg, TAP."""
+    gradient, losses = tools.gradient(stack, aid)
+    return *tools.update(stack, state, gradient), losses
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalRule:
+    """How a cohort trains locally: pure functions that the engine compiles into one program.
+
+    Attributes:
+      step: see `LocalStep`.
+      draws: minibatches that one step reads, drawn independently of each other.
+      guided: whether training may be given a second stack (`Cohort.train`'s `teacher`). A step's `aid` is then
+        (whether it was, bool; that stack), else None.
+      extra_loss: (row, outputs, latents, aid) -> a further term of the objective on this row, a scalar; `outputs` and
+        `latents` are those of the model's `forward`. It is added to λ_o ℓ_o as it is.
+      measure: (row, latents) -> name -> tree of sums over the row's samples, for `Tools.collect`.
+      coupled: tasks of a client -> whether it is worth collecting for.
+    """
+
+    step: LocalStep = plain_step
+    draws: int = 1
+    guided: bool = False
+    extra_loss: Callable[[Row, Array, Array, Any], Array] | None = None
+    measure: Callable[[Row, Array], Mapping[str, Any]] | None = None
+    coupled: Callable[[Sequence[Task]], bool] = lambda tasks: False
+
+
+PLAIN = LocalRule()
+
+
 class Cohort(Protocol):
     """Clients that train together.
 
@@ -68,24 +162,51 @@ class Cohort(Protocol):
     def broadcast(self, server: Stack) -> Stack:
         """W̃[i] for every client."""
 
-    def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks]) -> Stack:
-        """The clients' blocks from a chain of the state."""
+    def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks], rest: Stack | None = None) -> Stack:
+        """The clients' blocks from a chain of the state; where that is of private blocks, with those of `rest`."""
 
     def unload(self, stack: Stack) -> dict[int, Blocks]:
         """Client number -> its blocks, on the host."""
 
-    def train(self, stack: Stack, purpose: str, *, post: bool = False, teacher: Stack | None = None):
+    def train(
+        self,
+        stack: Stack,
+        purpose: str,
+        *,
+        chain: str | None = None,
+        post: bool = False,
+        teacher: Stack | None = None,
+        steps: tuple[int, int] | None = None,
+        idle: np.ndarray | None = None,
+    ) -> tuple[Stack, "Losses"]:
         """Local training -> (stack, Losses): τ steps of the round, or P steps after the last one.
 
-        `purpose` names the draw of minibatches and dropout. The stack given is consumed. With a teacher the loss
-        is equation 6.
+        `purpose` names the draw of minibatches and dropout. `chain` is what is trained, where optimizer states persist
+        (default: what the purpose says). The stack given is consumed, the teacher is not; for a TAP-like rule the loss
+        is equation 6 where there is one. `steps`: only those from the first to before the second; where the first is
+        not 0, the optimizer goes on from the call before. `idle`, bool [P]: positions that take none of them.
         """
 
-    def aggregate(self, server: Stack, stack: Stack, losses: Losses) -> Stack:
+    def aggregate(self, server: Stack, stack: Stack, losses: "Losses") -> Stack:
         """Component-wise FedAvg; clients whose loss is not finite have no say."""
 
     def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:
         """Equation 4 with R = `indicator` bool [P, O]."""
+
+    def held_out_loss(self, stack: Stack) -> Array:
+        """Mean loss of every client and task on its held-out samples, without dropout, float32 [P, O].
+
+        0 where a client has none of the task.
+        """
+
+    def task_gradient(self, stack: Stack, task: Task) -> Stack:
+        """Gradient of ℓ_o alone, on a minibatch of the client's samples of that task; 0 for clients without it."""
+
+    def similarity(self, stack: Stack, other: Stack) -> Array:
+        """Mean cosine between the path vectors of two models on the same held-out samples, float32 [P, O]."""
+
+    def inner(self, stack: Stack, other: Stack) -> Array:
+        """Inner products of two stacks per client and block, float32 [P, R]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +216,17 @@ class Method:
     Attributes:
       chains: names of the per-client chains that the state must carry.
       round: (cohort, state) -> (state, metrics); metrics maps names to arrays [P, O].
-      finish: (cohort, state, variants) -> variant -> client -> blocks, for one pass over some clients after the
-        last round. It leaves out "fedavg", whose models are the server's blocks.
+      finish: (cohort, state, variants) yields (variant, client -> blocks), for one pass over some clients after the
+        last round. It leaves out variants whose models are the server's blocks.
+      rule: how clients train locally.
+      margins: name of a personal chain -> variant, for each chain with its own margins.
     """
 
     chains: tuple[str, ...]
     round: Callable[[Cohort, State], tuple[State, dict[str, Any]]]
-    finish: Callable[[Cohort, State, Sequence[str]], dict[str, dict[int, Blocks]]]
+    finish: Callable[[Cohort, State, Sequence[str]], Iterator[tuple[str, dict[int, Blocks]]]]
+    rule: LocalRule = PLAIN
+    margins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def put_rows(table: np.ndarray, clients: np.ndarray, rows: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:

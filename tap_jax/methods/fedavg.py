@@ -2,43 +2,47 @@
 
 for t = 0..T-1: sample C_t; each client trains W̃[i] from the server's blocks; the server averages per block
 afterwards (+ post): each client trains its W̃[i] for P iterations (+ 2p: for 2P)
+
+Methods that differ in the local step only (Per-FedAvg, DisentAFL) and the centralised run are this one with another
+`LocalRule`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import Cohort, Method, State, put_rows
+from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State, put_rows
 
 
 def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
-    """One round of FedAvg: returns the state with the server's new blocks and h^(l) of the seen tasks."""
+    """One round of FedAvg: returns the state with the server's new blocks and the loss of the seen tasks."""
     federated, losses = cohort.train(cohort.broadcast(state.server), "federated")
     return state.replace(
         round=state.round + 1,
         server=cohort.aggregate(state.server, federated, losses),
-        **record(cohort, state, "federated", losses),
+        finite=still_finite(cohort, state, "federated", losses),
     ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
 
-def record(cohort: Cohort, state: State, chain: str, losses, **others) -> dict:
-    """State fields after training `chain`: its tasks' finiteness, and further tables in `others`."""
-    mean = losses.mean()
-    finite = put_rows(state.finite[chain], cohort.clients, mean * 0 == 0, losses.seen) & state.finite[chain]
-    return {"finite": {**state.finite, chain: finite}, **others}
+def still_finite(cohort: Cohort, state: State, chain: str, losses) -> dict:
+    """`State.finite` after training `chain`."""
+    finite = put_rows(state.finite[chain], cohort.clients, losses.mean() * 0 == 0, losses.seen) & state.finite[chain]
+    return {**state.finite, chain: finite}
 
 
-def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> dict:
-    """Post-training of every client's W̃[i]; plain FedAvg is the server's blocks."""
-    results = {}
-    if {"fedavg+post", "fedavg+2p"} & set(variants):
+def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
+    """FedAvg as a method: no chains beside the server's.
+
+    Args:
+      name: of its variants NAME (the server's blocks), NAME+post and NAME+2p.
+      rule: how clients train, in the rounds and after them.
+    """
+
+    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
+        if not {f"{name}+post", f"{name}+2p"} & set(variants):
+            return
         stack, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
-        if "fedavg+post" in variants:
-            results["fedavg+post"] = cohort.unload(stack)
-        if "fedavg+2p" in variants:
-            stack, _ = cohort.train(stack, "post_again", post=True)
-            results["fedavg+2p"] = cohort.unload(stack)
-    return results
+        if f"{name}+post" in variants:
+            yield f"{name}+post", cohort.unload(stack)
+        if f"{name}+2p" in variants:
+            yield f"{name}+2p", cohort.unload(cohort.train(stack, "post_again", post=True)[0])
 
-
-def fedavg() -> Method:
-    """FedAvg as a method: no chains beside the server's."""
-    return Method((), federated_round, finish)
+    return Method((), federated_round, finish, rule)

@@ -3,10 +3,10 @@
 So every method spends the same local iterations; sampling all clients every round is cohort_size = K.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tap_jax.methods.base import Cohort, Method, State, put_chain
-from tap_jax.methods.fedavg import record
+from tap_jax.methods.fedavg import still_finite
 
 CHAIN = "local"
 
@@ -15,7 +15,8 @@ def train_local(cohort: Cohort, state: State) -> tuple[State, dict]:
     """The cohort's local chains go on for τ iterations; the round counter is left alone."""
     stack, losses = cohort.train(cohort.load(state.chains[CHAIN]), "local")
     chain = put_chain(state.chains[CHAIN], cohort.unload(stack))
-    state = state.replace(chains={**state.chains, CHAIN: chain}, **record(cohort, state, CHAIN, losses))
+    finite = still_finite(cohort, state, CHAIN, losses)
+    state = state.replace(chains={**state.chains, CHAIN: chain}, finite=finite)
     return state, {"local_loss": losses.mean(), "seen": losses.seen}
 
 
@@ -25,9 +26,14 @@ def local_round(cohort: Cohort, state: State) -> tuple[State, dict]:
     return state.replace(round=state.round + 1), metrics
 
 
-def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> dict:
+def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
     """Local has no phase after the rounds: its result is its chain."""
-    return {"local": {int(k): state.chains[CHAIN][k] for k in cohort.clients if k >= 0}}
+    yield "local", as_it_is(cohort, state, CHAIN)
+
+
+def as_it_is(cohort: Cohort, state: State, chain: str) -> dict:
+    """Client number -> its blocks of a chain, untouched."""
+    return {int(k): state.chains[chain][k] for k in cohort.clients if k >= 0}
 
 
 def local() -> Method:

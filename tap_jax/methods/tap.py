@@ -10,93 +10,140 @@ for t = 0..T-1:
     train X[i] on D_i;  h^(p)[o] = its mean loss, for seen o
   aggregate per block; send every client its blocks
 for every c_i: train W̃[i] for P iterations (teacher); train X[i] for P iterations on eq. 6
+
+W̃ does not depend on X, so one run serves several margins: each has its own X, h^(p) and R beside the one W̃.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.blocks import replacement_indicator
-from tap_jax.methods import fedavg, local
-from tap_jax.methods.base import Cohort, Method, State, put_chain, put_rows, take_rows
+from tap_jax.blocks import Stack
+from tap_jax.federation import Task
+from tap_jax.methods import local
+from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State, put_chain, put_rows, take_rows
+from tap_jax.methods.criteria import Criterion, Evidence, loss, relative_margin
+from tap_jax.methods.early_stopping import Patience, distil
+from tap_jax.methods.fedavg import still_finite
 
 CHAIN = "personal"
-# criterion(h^(l) [P, O], h^(p) [P, O], margin [O], seen bool [P, O]) -> R bool [P, O]
-Criterion = Callable[[Array, Array, Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """Choices of Stage 1.
+
+    Attributes:
+      history: "plain" mean of a task's loss, or "weighted" by its share λ_o of each minibatch.
+      first: "replace" or "keep" X at a client's first participation, when h^(p) is still +inf.
+      criterion: decides R (eq. 3).
+      relative: margins are parts of the loss's running scale, not absolute.
+    """
+
+    history: str = "plain"
+    first: str = "replace"
+    criterion: Criterion = loss
+    relative: bool = False
+
+
+PAPER = Replacement()
 
 
 def tap(
-    margins: np.ndarray,
+    tasks: Sequence[Task],
+    margins: Mapping[str, np.ndarray],
     *,
-    history: str = "plain",
-    first: str = "replace",
     variants: Sequence[str] = ("tap",),
-    criterion: Criterion = replacement_indicator,
+    replacement: Replacement = PAPER,
+    patience: Patience | None = None,
+    rule: LocalRule = PLAIN,
 ) -> Method:
     """TAP as a method.
 
     Args:
-      margins: m [O], in the loss's units (Table 22).
-      history: "plain" mean of a task's loss, or "weighted" by its share λ_o of each minibatch.
-      first: "replace" or "keep" X at a client's first participation, when h^(p) is still +inf.
-      variants: what the run is to yield; "local" adds a third chain trained on the same rounds.
-      criterion: decides R (eq. 3).
+      tasks: of the federation, O of them.
+      margins: variant -> m [O], in the loss's units (Table 22): "tap" and any number of "tap@LABEL".
+      variants: what the run is to yield; "local" and "tap-stage2" need a chain that never communicates, trained on the
+        same rounds.
+      patience: when to stop distilling before P iterations are over; None: never.
+      rule: with the distillation loss of equation 6; without it nothing can be distilled.
     """
+    chains = {CHAIN + variant.removeprefix("tap"): variant for variant in margins}
+    with_local = bool({"local", "tap-stage2"} & set(variants))
+
+    def personal_round(cohort: Cohort, state: State, chain: str, federated: Stack, losses) -> tuple[State, Array, dict]:
+        """Stage 1 of one personal chain, given W̃[i] after its local training -> (state, R, metrics)."""
+        h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[chain], cohort.clients)
+        margin = margins[chains[chain]]
+        if replacement.relative:
+            margin = relative_margin(margin, h_l, take_rows(state.local_loss, cohort.clients))
+        personal = cohort.load(state.chains[chain])
+        evidence = Evidence(cohort, federated, personal, h_l, h_p, margin, losses.seen, tuple(tasks))
+        indicator = replacement.criterion(evidence)
+        never = ~np.isfinite(h_p)
+        if replacement.first == "keep":
+            indicator = indicator & ~never
+        else:  # whatever the criterion; by equation 3 it follows from h^(p) = +inf
+            indicator = indicator | (losses.seen & never & jnp.isfinite(h_l))
+
+        personal = cohort.replace(personal, federated, indicator)
+        personal, own = cohort.train(personal, "personal", chain=chain)
+        count = take_rows(state.replacements[chain], cohort.clients) + np.asarray(indicator)
+        h_p = put_rows(state.personal_loss[chain], cohort.clients, own.mean(replacement.history), own.seen)
+        state = state.replace(
+            chains={**state.chains, chain: put_chain(state.chains[chain], cohort.unload(personal))},
+            personal_loss={**state.personal_loss, chain: h_p},
+            replacements={**state.replacements, chain: put_rows(state.replacements[chain], cohort.clients, count)},
+            finite=still_finite(cohort, state, chain, own),
+        )
+        return state, {"personal_loss": own.mean(), "replaced": indicator}
 
     def tap_round(cohort: Cohort, state: State) -> tuple[State, dict]:
         federated, losses = cohort.train(cohort.broadcast(state.server), "federated")
-        h_l = losses.mean(history)
-        h_p = take_rows(state.personal_loss, cohort.clients)
-        indicator = criterion(h_l, h_p, margins, losses.seen)
-        if first == "keep":
-            indicator &= np.isfinite(h_p)
-
-        personal = cohort.replace(cohort.load(state.chains[CHAIN]), federated, indicator)
-        personal, own_losses = cohort.train(personal, "personal")
-        server = cohort.aggregate(state.server, federated, losses)
-
-        metrics = {
-            "federated_loss": losses.mean(),
-            "personal_loss": own_losses.mean(),
-            "replaced": indicator,
-            "seen": losses.seen,
-        }
-        state = state.replace(server=server, **fedavg.record(cohort, state, "federated", losses))
-        state = state.replace(
+        metrics = {"federated_loss": losses.mean(), "seen": losses.seen, "replaced": {}}
+        after = state
+        for chain, variant in chains.items():
+            after, found = personal_round(cohort, after, chain, federated, losses)
+            metrics["replaced"][variant] = found["replaced"]
+            if chain == CHAIN:
+                metrics["personal_loss"] = found["personal_loss"]
+        after = after.replace(
             round=state.round + 1,
-            chains={**state.chains, CHAIN: put_chain(state.chains[CHAIN], cohort.unload(personal))},
-            local_loss=put_rows(state.local_loss, cohort.clients, h_l, losses.seen),
-            personal_loss=put_rows(state.personal_loss, cohort.clients, own_losses.mean(history), own_losses.seen),
-            replacements=put_rows(
-                state.replacements,
-                cohort.clients,
-                take_rows(state.replacements, cohort.clients) + np.asarray(indicator),
-            ),
-            **fedavg.record(cohort, state, CHAIN, own_losses),
+            server=cohort.aggregate(state.server, federated, losses),
+            local_loss=put_rows(state.local_loss, cohort.clients, losses.mean(replacement.history), losses.seen),
+            finite=still_finite(cohort, after, "federated", losses),
         )
-        if "local" in variants:
-            state, more = local.train_local(cohort, state)
-            metrics |= {"local_loss": more["local_loss"]}
-        return state, metrics
+        if with_local:
+            after, more = local.train_local(cohort, after)
+            metrics["local_loss"] = more["local_loss"]
+        return after, metrics
 
-    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> dict:
-        results = {}
+    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
         teacher, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
-        if "fedavg+post" in variants:
-            results["fedavg+post"] = cohort.unload(teacher)
-        if "tap" in variants:
-            student, _ = cohort.train(cohort.load(state.chains[CHAIN]), "distil", post=True, teacher=teacher)
-            results["tap"] = cohort.unload(student)
-        if "tap-no-kd" in variants:
-            student, _ = cohort.train(cohort.load(state.chains[CHAIN]), "distil", post=True)
-            results["tap-no-kd"] = cohort.unload(student)
-        if "fedavg+2p" in variants:
-            longer, _ = cohort.train(teacher, "post_again", post=True)
-            results["fedavg+2p"] = cohort.unload(longer)
-        if "local" in variants:
-            results |= local.finish(cohort, state, variants)
-        return results
 
-    chains = (CHAIN, local.CHAIN) if "local" in variants else (CHAIN,)
-    return Method(chains, tap_round, finish)
+        def student(chain: str) -> dict:
+            return distil(cohort, state.chains[chain], chain, teacher, patience)
+
+        # First, so that the time until it is there is Stage 2's.
+        for chain, variant in chains.items():
+            if variant in variants:
+                yield variant, student(chain)
+        if "tap-stage2" in variants:
+            yield "tap-stage2", student(local.CHAIN)
+        if "tap-stage1" in variants:
+            yield "tap-stage1", local.as_it_is(cohort, state, CHAIN)
+        if "tap-no-kd" in variants:
+            alone, _ = cohort.train(cohort.load(state.chains[CHAIN]), "distil", chain=CHAIN, post=True)
+            yield "tap-no-kd", cohort.unload(alone)
+        if "local" in variants:
+            yield "local", local.as_it_is(cohort, state, local.CHAIN)
+        if "fedavg+post" in variants:
+            yield "fedavg+post", cohort.unload(teacher)
+        if "fedavg+2p" in variants:
+            yield "fedavg+2p", cohort.unload(cohort.train(teacher, "post_again", post=True)[0])
+
+    carried = (*chains, local.CHAIN) if with_local else tuple(chains)
+    return Method(carried, tap_round, finish, rule, margins=chains)

@@ -19,13 +19,13 @@ class Counting:
     """A model whose forward passes are counted: when they are traced, and when they run."""
 
     def __init__(self, model):
-        self.apply = model.apply
+        self.forward = model.forward
         self.traced, self.executed = collections.Counter(), collections.Counter()
 
     def __call__(self, frozen, parts, task, batch, *, key=None):
         self.traced[task.name] += 1
         jax.debug.callback(lambda: self.executed.update([task.name]))
-        return self.apply(frozen, parts, task, batch, key=key)
+        return self.forward(frozen, parts, task, batch, key=key)
 
     def run(self, function):
         """Forward passes that ran, by the first task of their family."""
@@ -38,8 +38,8 @@ class Counting:
 @pytest.fixture(scope="module")
 def counted(tiny):
     experiment = experiments.build(tiny(ROWS, SETTINGS))
-    experiment.model.apply = Counting(experiment.model)
-    return experiment, experiment.model.apply
+    experiment.model.forward = Counting(experiment.model)
+    return experiment, experiment.model.forward
 
 
 def rows_needed(experiment, clients, purpose, round_=0, *, post=False) -> dict[str, int]:

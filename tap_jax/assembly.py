@@ -1,0 +1,188 @@
+"""From a configuration to the parts of an experiment: sizes, losses, the method and how it runs."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from tap_jax import config as configuration
+from tap_jax.config import ConfigDict
+from tap_jax.engine.cohort import EngineSettings
+from tap_jax.engine.local_training import TrainingSettings
+from tap_jax.federation import Federation, Task
+from tap_jax.methods.base import LocalRule, Method, Row
+from tap_jax.methods.criteria import CRITERIA, Criterion
+from tap_jax.methods.disentafl import disentafl
+from tap_jax.methods.early_stopping import Patience
+from tap_jax.methods.fedavg import fedavg
+from tap_jax.methods.feddat import feddat
+from tap_jax.methods.local import local
+from tap_jax.methods.losses import distillation_loss, task_loss
+from tap_jax.methods.per_fedavg import per_fedavg
+from tap_jax.methods.tap import Replacement, tap
+from tap_jax.models.layers import ModelConfig
+from tap_jax.models.server_model import ServerModel
+
+
+def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:
+    """The federation's tasks with the number of classes in use (`data.image_classes`)."""
+    most = config.data.image_classes
+    return tuple(
+        dataclasses.replace(task, classes=min(task.classes, most))
+        if most and task.kind == "image_classification"
+        else task
+        for task in federation.tasks
+    )
+
+
+def compute_dtype(config: ConfigDict) -> str:
+    """bfloat16 on accelerators, float32 on CPU, unless the configuration says otherwise."""
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model_config(config: ConfigDict, *, vocab: int | None = None) -> ModelConfig:
+    """The model section as `ModelConfig`."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    fields = {name: value for name, value in config.model.items() if name in names}
+    fields |= {"attention": config.engine.attention, "remat": config.engine.remat, "dtype": compute_dtype(config)}
+    fields |= {"bottleneck": config.feddat.bottleneck if config.method == "feddat" else 0}
+    return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
+
+
+def method_of(
+    config: ConfigDict, model: ServerModel, variants: tuple[str, ...], criterion: Criterion | None = None
+) -> Method:
+    """The method that the configuration names.
+
+    Args:
+      variants: what the run is to yield.
+      criterion: of replacement, in the place of the configuration's.
+    """
+    match config.method:
+        case "fedavg":
+            return fedavg()
+        case "centralised":
+            return fedavg("centralised")
+        case "local":
+            return local()
+        case "per_fedavg":
+            return per_fedavg(scale=config.per_fedavg.inner_scale, exact=config.per_fedavg.hessian == "exact")
+        case "disentafl":
+            return disentafl(weight=config.disentafl.weight)
+        case "feddat":
+            return feddat(adapter_divergence(config, model), model.dual)
+    margins = {
+        variant: np.array([by_kind[task.kind] for task in model.tasks], np.float32)
+        for variant, by_kind in configuration.margins_of(config).items()
+    }
+    section, distillation = config.replacement, config.distillation
+    patience = Patience(config.post_steps, distillation.look_every, distillation.patience)
+    return tap(
+        model.tasks,
+        margins,
+        variants=variants,
+        replacement=Replacement(
+            section.history, section.first, criterion or CRITERIA[section.criterion], section.margin == "relative"
+        ),
+        patience=patience if distillation.patience else None,
+        rule=LocalRule(guided=True, extra_loss=teaching_loss(config, model)),
+    )
+
+
+def finished_model(model: ServerModel) -> ServerModel:
+    """The model that finished blocks are of: FedDAT's has adapters of both kinds side by side, twice as wide."""
+    if not model.config.bottleneck:
+        return model
+    return ServerModel(dataclasses.replace(model.config, bottleneck=2 * model.config.bottleneck), model.tasks)
+
+
+def sample_loss(model: ServerModel):
+    """(frozen, parts, task, batch, key) -> (outputs, latents, ℓ [B]): the task losses of equation 2."""
+
+    def loss(frozen, parts, task, batch, key):
+        outputs, latents = model.forward(frozen, parts, task, batch, key=key)
+        return outputs, latents, task_loss(task.kind, outputs, batch)
+
+    return loss
+
+
+def teaching_loss(config: ConfigDict, model: ServerModel):
+    """The second term of equation 6, Σ_n w_n β·KL, where there is a teacher; as `LocalRule.extra_loss`."""
+    distillation = config.distillation
+
+    def loss(row: Row, outputs, latents, aid):
+        given, teacher = aid
+
+        def taught(outputs):
+            divergence = distillation_loss(
+                row.task.kind,
+                jax.lax.stop_gradient(model.apply(row.frozen, row.take(teacher), row.task, row.batch)),
+                outputs,
+                row.batch,
+                temperature=distillation.temperature,
+                power=distillation.temperature_power,
+                image_loss=distillation.image_loss,
+            )
+            return distillation.weights[row.task.kind] * weighted(row, divergence)
+
+        return jax.lax.cond(given, taught, lambda _: jax.numpy.zeros(()), outputs)
+
+    return loss
+
+
+def adapter_divergence(config: ConfigDict, model: ServerModel):
+    """weight · KL from the model with two sets of adapters, ½ each, in FedDAT's local training (Chen et al., 2024)."""
+
+    def divergence(row: Row, outputs, first, second):
+        parts = model.dual(row.take(first), row.take(second))
+        guide = jax.lax.stop_gradient(model.apply(row.frozen, parts, row.task, row.batch, key=row.key))
+        kl = distillation_loss(row.task.kind, guide, outputs, row.batch, image_loss=config.distillation.image_loss)
+        return config.feddat.weight * weighted(row, kl)
+
+    return divergence
+
+
+def weighted(row: Row, losses):
+    """Σ_n w_n ℓ_n over a row's real samples."""
+    return jax.numpy.where(row.weights > 0, row.weights * losses, 0).sum()
+
+
+def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
+    """The configuration's numbers, with the platform's defaults where it leaves them open.
+
+    On CPU: one row at a time (wide rows lose to caches), phases in passes of the cohort's size so that one program
+    serves everything. On accelerators: 8 rows of 32 side by side, all clients in one pass.
+    """
+    cpu, optimizer = jax.default_backend() == "cpu", config.optimizer
+    # All data in one place: as many iterations a round as all the cohort's clients take together.
+    cohort, pooled = (1, config.cohort_size) if config.method == "centralised" else (config.cohort_size, 1)
+    settings = TrainingSettings(
+        clip_norm=optimizer.clip_norm,
+        weight_decay=optimizer.weight_decay,
+        remember=optimizer.state == "persist" or bool(config.distillation.patience),
+    )
+
+    def rate(round_: int) -> float:
+        """Linear from learning_rate_initial over warmup_rounds, then constant (Table 21)."""
+        done = min(1.0, round_ / optimizer.warmup_rounds) if optimizer.warmup_rounds else 1.0
+        first = optimizer.learning_rate_initial
+        return first + done * (optimizer.learning_rate - first)
+
+    return EngineSettings(
+        cohort_size=cohort,
+        clients_per_pass=min(clients, config.engine.clients_per_pass or (cohort if cpu else clients)),
+        batch=config.batch_size,
+        local_steps=config.local_steps * pooled,
+        post_steps=config.post_steps,
+        microbatch=config.engine.microbatch or min(32, config.batch_size),
+        rows_per_chunk=config.engine.rows_per_chunk or (1 if cpu else 8),
+        training=settings,
+        persist=optimizer.state == "persist",
+        rate=rate,
+        post_rate=optimizer.post_learning_rate,
+        aggregation=config.aggregation,
+        scope=config.replacement.scope,
+        seed=config.seed,
+    )

@@ -1,0 +1,15 @@
+"""Measured memory: what a process and its devices have held at most so far."""
+
+import resource
+import sys
+from collections.abc import Iterable
+
+import jax
+
+
+def peak_memory(devices: Iterable[jax.Device]) -> dict[str, int]:
+    """Bytes: "peak_host_bytes" of this process and, where devices tell, "peak_device_bytes" of the fullest of them."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return found | ({"peak_device_bytes": max(peaks)} if all(peaks) else {})

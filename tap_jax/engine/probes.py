@@ -1,0 +1,156 @@
+"""What a replacement criterion may ask of a cohort beyond its training losses; compiled when first asked for.
+
+Letters: D shards, P positions, O tasks, R blocks, s samples of a row.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tap_jax.blocks import Stack
+from tap_jax.data.sampling import ClientData, Plan, capacities, draw_plan
+from tap_jax.engine import parallel
+from tap_jax.engine.objective import Objective, Where, gradient, no_losses, over_rows
+from tap_jax.errors import UserError
+from tap_jax.federation import Task
+from tap_jax.methods.base import Row
+
+if TYPE_CHECKING:
+    from tap_jax.engine.cohort import Cohort, Engine
+
+
+class Probes:
+    """Of one engine; see `methods.base.Cohort` for what each method returns."""
+
+    def __init__(self, engine: "Engine"):
+        self.engine = engine
+        # Nobody's rule: probes see the tasks' losses alone.
+        old = engine.objective
+        self.objective = Objective(old.sample_loss, old.tasks, old.families, old.tables, old.rows_per_chunk)
+
+    def held_out_loss(self, cohort: "Cohort", stack: Stack) -> Array:
+        """[P, O]."""
+        return self._mean_loss(*self._inputs(cohort, (stack,), self._held_out_plan(cohort)))
+
+    def similarity(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
+        """[P, O]."""
+        return self._mean_cosine(*self._inputs(cohort, (stack, other), self._held_out_plan(cohort)))
+
+    def task_gradient(self, cohort: "Cohort", stack: Stack, task: Task) -> Stack:
+        """Stacks [D, G, n]."""
+        settings, names = self.engine.settings, {stream.name for stream in task.streams}
+
+        def only(data: ClientData) -> ClientData:
+            return ClientData(
+                *({name: found[name] for name in found if name in names} for found in (data.streams, data.tokens))
+            )
+
+        data = [only(mine) for mine in self.engine.data]
+        rows = cohort._shape.rows
+        plan = self._plan(cohort, data, "probe", cohort.round, settings.batch, settings.microbatch, rows)
+        return self._gradient(*self._inputs(cohort, stack, plan))
+
+    def inner(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
+        """[P, R]."""
+        return self._inner(stack, other, cohort.flat_seats)
+
+    def _held_out_plan(self, cohort: "Cohort") -> Plan:
+        """All held-out samples as one minibatch."""
+        held = self.engine.held_out
+        if not any(mine.streams for mine in held):
+            raise UserError("data.held_out: 0 leaves nothing to look at; hold out a part such as 0.1")
+        batch = max(mine.samples for mine in held)
+        sizes = {"batch": batch, "microbatch": self.engine.settings.microbatch}
+        chunk = self.engine.settings.rows_per_chunk
+        rows = capacities(held, self.engine.families, positions=cohort.positions, **sizes)
+        rows = {name: -(-count // chunk) * chunk for name, count in rows.items()}
+        return self._plan(cohort, held, "held_out", 0, *sizes.values(), rows)
+
+    def _plan(self, cohort, data: Sequence[ClientData], purpose, round_, batch, microbatch, rows) -> Plan:
+        """One minibatch of every client, with the shard axis and the axis of draws; on the devices."""
+        shards = [
+            draw_plan(
+                data,
+                clients,
+                self.engine.families,
+                seed=self.engine.settings.seed,
+                round_=round_,
+                purpose=purpose,
+                batch=batch,
+                microbatch=microbatch,
+                steps=1,
+                capacities=rows,
+                starts=self.engine.starts,
+                passes=None,
+            )
+            for clients in cohort._table
+        ]
+        shards = [plan.replace(rows=jax.tree.map(lambda leaf: leaf[None], plan.rows)) for plan in shards]
+        return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *shards), self.engine.by_client)
+
+    def _inputs(self, cohort, stacks, plan: Plan) -> tuple:
+        engine = self.engine
+        return engine.frozen, engine.arrays, stacks, cohort.seats, plan
+
+    def _program(self, function: Callable) -> Callable:
+        """`function(where, stacks)` of one shard, over the mesh."""
+
+        def shard(frozen, data, stacks, seats, plan):
+            return function(Where(frozen, data, seats, plan, 0, jnp.int32(0), jax.random.key(0)), stacks)
+
+        return jax.jit(parallel.over_clients(shard, self.engine.mesh, (False, False, True, True, True)))
+
+    def _mean(self, value: Callable) -> Callable:
+        """Program of the mean over a minibatch of `value(row, *parts)` [s] per client and task, [P, O]."""
+
+        def total(where: Where, stacks):
+            def one(row: Row, entry, table):
+                return jnp.where(row.weights > 0, row.weights * value(row, *map(row.take, stacks)), 0).sum()
+
+            def add(sums, found, rows, real, table, task_of):
+                return sums.at[rows.client, task_of[rows.variant]].add(jnp.where(real, found, 0))
+
+            start = no_losses(self.objective, where.plan).plain
+            return over_rows(self.objective, where, one, add, start, lambda rows: rows.count)
+
+        program = self._program(total)
+        return lambda *inputs: program(*inputs).reshape(-1, len(self.engine.tasks))
+
+    @functools.cached_property
+    def _mean_loss(self) -> Callable:
+        return self._mean(
+            lambda row, parts: self.objective.sample_loss(row.frozen, parts, row.task, row.batch, None)[2]
+        )
+
+    @functools.cached_property
+    def _mean_cosine(self) -> Callable:
+        model = self.engine.model
+
+        def cosine(row: Row, *both) -> Array:
+            a, b = (model.represent(row.frozen, parts, row.task, row.batch).mean(1) for parts in both)
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+            return (a * b).sum(-1) * jax.lax.rsqrt(jnp.maximum(jnp.square(a).sum(-1) * jnp.square(b).sum(-1), 1e-30))
+
+        return self._mean(cosine)
+
+    @functools.cached_property
+    def _gradient(self) -> Callable:
+        return self._program(lambda where, stack: gradient(self.objective, where, stack)[0])
+
+    @functools.cached_property
+    def _inner(self) -> Callable:
+        names = len(self.engine.partition.names)
+
+        def inner(stack, other, seats):
+            out = jnp.zeros((len(seats.slot) + 1, names), jnp.float32)
+            for group, matrix in stack.items():
+                product = (matrix * other[group]).reshape(-1, matrix.shape[-1]).sum(1)
+                out = out.at[seats.client[group], seats.block[group]].add(product)
+            return out[:-1]
+
+        return jax.jit(inner)

@@ -1,0 +1,105 @@
+"""Stage 1's question, whether a client's personal blocks of a task give way to its federated ones (eq. 3).
+
+The paper compares the training losses of the round. Its conclusion asks for other evidence; three are here, off by
+default. A criterion is one function `Evidence -> bool [P, O]`, so one's own is a few lines; for example
+
+    def never(evidence): return evidence.seen & False
+
+Letters: P positions of a cohort, O tasks, R blocks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tap_jax.blocks import Stack, replacement_indicator
+from tap_jax.federation import Task
+from tap_jax.methods.base import Cohort
+
+
+class Evidence(NamedTuple):
+    """What a criterion may look at, after W̃[i]'s local training and before X[i]'s.
+
+    Attributes:
+      cohort: the clients, with the operations of `Cohort`.
+      federated, personal: stacks W̃[i] and X[i]; not to be consumed.
+      federated_loss, personal_loss: h^(l), h^(p) float32 [P, O]; h^(p) is +inf before the first participation.
+      margin: m, float32 [O] or [P, O].
+      seen: bool [P, O], tasks in the round's minibatches.
+      tasks: O of them.
+    """
+
+    cohort: Cohort
+    federated: Stack
+    personal: Stack
+    federated_loss: Array
+    personal_loss: Array
+    margin: Array
+    seen: Array
+    tasks: tuple[Task, ...]
+
+
+Criterion = Callable[[Evidence], Array]
+
+
+def loss(evidence: Evidence) -> Array:
+    """The paper's: h^(l) + m < h^(p) (eq. 3)."""
+    e = evidence
+    return replacement_indicator(e.federated_loss, e.personal_loss, e.margin, e.seen)
+
+
+def held_out(evidence: Evidence) -> Array:
+    """Equation 3 with the losses of both models on the client's held-out samples, as they are now."""
+    e = evidence
+    federated, personal = e.cohort.held_out_loss(e.federated), e.cohort.held_out_loss(e.personal)
+    return replacement_indicator(federated, personal, e.margin, e.seen)
+
+
+def gradient(evidence: Evidence) -> Array:
+    """The way from X[i] to W̃[i] descends: cos(-∇ℓ_o(X[i]), W̃[i] - X[i]) > m over the blocks of B_o.
+
+    Here m is a cosine, not a loss. A first-order statement: it says that a small step that way would help.
+    """
+    e = evidence
+    way = {group: e.federated[group] - e.personal[group] for group in e.personal}
+    length = e.cohort.inner(way, way)
+    columns = []
+    for o, task in enumerate(e.tasks):
+        slope = e.cohort.task_gradient(e.personal, task)
+        # Outside of B_o the gradient is 0; the way is cut to the blocks in which it is not.
+        steepness = e.cohort.inner(slope, slope)
+        squares = jnp.where(steepness > 0, length, 0).sum(1) * steepness.sum(1)
+        cosine = -e.cohort.inner(slope, way).sum(1) / jnp.sqrt(jnp.where(squares > 0, squares, 1))
+        columns.append((squares > 0) & (cosine > jnp.broadcast_to(e.margin, e.seen.shape)[:, o]))
+    return e.seen & jnp.stack(columns, 1)
+
+
+def representation(evidence: Evidence, *, least: float = 0.5) -> Array:
+    """Equation 3, where W̃[i] also represents the client's held-out samples much as X[i] does: mean cosine >= `least`.
+
+    Blocks that see the world in another way would not fit those that stay.
+    """
+    e = evidence
+    return loss(evidence) & (e.cohort.similarity(e.federated, e.personal) >= least)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "loss": loss,
+    "held_out": held_out,
+    "gradient": gradient,
+    "representation": representation,
+}
+
+
+def relative_margin(margin: np.ndarray, now: Array, before: np.ndarray) -> Array:
+    """m times the running scale of the loss: the mean of h^(l) now and at the client's last participation, [P, O].
+
+    Args:
+      margin: m [O], as a part of the loss.
+      now, before: h^(l) [P, O]; `before` is +inf where there was none.
+    """
+    scale = jnp.where(jnp.isfinite(before), (now + jnp.where(jnp.isfinite(before), before, 0)) / 2, now)
+    return margin * scale

@@ -1,0 +1,65 @@
+"""Stage 2 that ends, client by client, when it no longer helps (the paper's open question on the choice of P)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tap_jax.blocks import Blocks, Stack
+from tap_jax.methods.base import Cohort
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """When to stop.
+
+    Attributes:
+      steps: P, the most there are.
+      every: steps between two looks at the held-out loss.
+      looks: a client stops after so many looks in a row without a new best.
+    """
+
+    steps: int
+    every: int
+    looks: int
+
+
+def distil(
+    cohort: Cohort,
+    blocks: Sequence[Blocks] | Mapping[int, Blocks],
+    chain: str,
+    teacher: Stack,
+    patience: Patience | None = None,
+) -> dict[int, Blocks]:
+    """Stage 2 of every client of the cohort: client number -> its blocks.
+
+    With patience, a client keeps the blocks with the least held-out loss (summed over its tasks) of those looked at,
+    before the first step and after every few; its minibatches up to where it stops are those it has without patience.
+
+    Args:
+      blocks: the students, by client number; `chain`: whose they are.
+      teacher: not consumed.
+    """
+    stack = cohort.load(blocks)
+    if patience is None:
+        return cohort.unload(cohort.train(stack, "distil", chain=chain, post=True, teacher=teacher)[0])
+    least = np.asarray(cohort.held_out_loss(stack)).sum(1)
+    found, stale, start = cohort.unload(stack), np.zeros(len(least), int), 0
+    while start < patience.steps and (stale < patience.looks).any():
+        stop = min(start + patience.every, patience.steps)
+        stack, _ = cohort.train(
+            stack,
+            "distil",
+            chain=chain,
+            post=True,
+            teacher=teacher,
+            steps=(start, stop),
+            idle=stale >= patience.looks,
+        )
+        now = np.asarray(cohort.held_out_loss(stack)).sum(1)
+        # A loss of 0: nothing is held out, so nothing says when to stop.
+        better = ((now < least) | (now == 0) & (cohort.clients >= 0)) & (stale < patience.looks)
+        least, stale, start = np.where(better, now, least), np.where(better, 0, stale + 1), stop
+        clients = cohort.clients[better]
+        found |= {k: mine for k, mine in cohort.unload(stack).items() if k in clients}
+    return found

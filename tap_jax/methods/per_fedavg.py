@@ -1,0 +1,52 @@
+"""Per-FedAvg (Fallah et al., 2020): FedAvg whose clients train for the loss after one more step of their own.
+
+for t = 0..T-1: sample C_t; each client, τ times, from W̃[i]:
+    draw minibatches D, D'
+    w' = w - α ∇f(w; D)                                 (inner step, plain SGD)
+    g  = ∇f(w'; D')                                     (first-order)
+    g  = g - α ∇²f(w; D) g                              (exact: the gradient of w -> f(w - α ∇f(w; D); D'))
+    w  = AdamW(w, g)
+  the server averages per block
+afterwards (+ post): each client goes on so from the server's blocks, for P iterations (App. C.1)
+
+What is evaluated without post-training is the server's blocks. α is η times `scale` (Table 21 has the same schedule).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tap_jax.methods.base import LocalRule, Method, Tools
+from tap_jax.methods.fedavg import fedavg
+
+
+def meta_step(*, scale: float = 1.0, exact: bool = False):
+    """The local step.
+
+    Args:
+      scale: α / η.
+      exact: with the Hessian-vector product, by forward differentiation of the gradient; else first-order.
+    """
+
+    def step(tools: Tools, stack, state, aid):
+        alpha = scale * tools.rate
+
+        def descend(draw, carry):
+            at, *_ = carry
+            gradient, losses = tools.gradient(at, draw=draw)
+            return jax.tree.map(lambda w, g: w - alpha * g, at, gradient), gradient, losses
+
+        # Two steps of one loop, so that the gradient is compiled once. The second starts from w': its gradient is the
+        # outer one, and where it leads does not matter.
+        nothing = jax.tree.map(jnp.zeros_like, stack)
+        _, outer, losses = jax.lax.fori_loop(0, 2, descend, (stack, nothing, tools.no_losses))
+        if exact:
+            _, curved = jax.jvp(lambda w: tools.gradient(w, draw=0)[0], (stack,), (outer,))
+            outer = jax.tree.map(lambda g, h: g - alpha * h, outer, curved)
+        return *tools.update(stack, state, outer), losses
+
+    return step
+
+
+def per_fedavg(*, scale: float = 1.0, exact: bool = False) -> Method:
+    """Per-FedAvg as a method, with the variants "per-fedavg" and "per-fedavg+post"; see `meta_step`."""
+    return fedavg("per-fedavg", LocalRule(meta_step(scale=scale, exact=exact), draws=2))

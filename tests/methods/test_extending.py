@@ -1,0 +1,111 @@
+"""One's own criterion and one's own method, without a change to the package (quoted in the README)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tap_jax
+from tap_jax.methods.base import LocalRule, Method
+from tests.methods.oracles import FedAvg
+from tests.trajectories import agree
+
+ROWS = ({"ag_news": 0.2}, {"ag_news": 0.4}, {"ag_news": 0.4})
+SETTINGS = {
+    "batch_size": 6,
+    "engine.microbatch": 6,
+    "optimizer.learning_rate_initial": 5e-5,
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.post_learning_rate": 1e-4,
+}
+
+
+def opposed(evidence):
+    """Replace where W̃[i] is better on held-out samples, or where the models' gradients of the task contradict."""
+    cohort, columns = evidence.cohort, []
+    federated, personal = cohort.held_out_loss(evidence.federated), cohort.held_out_loss(evidence.personal)
+    for task in evidence.tasks:
+        one, other = (cohort.task_gradient(stack, task) for stack in (evidence.federated, evidence.personal))
+        columns.append(cohort.inner(one, other).sum(1) < 0)
+    return evidence.seen & (jnp.stack(columns, 1) | (federated + evidence.margin < personal))
+
+
+def test_own_criterion(tiny):
+    config = tiny(ROWS, SETTINGS | {"data.held_out": 0.25, "margins": 0.0})
+    decisions = []
+
+    def watched(evidence):
+        decisions.append((evidence.cohort.clients, np.asarray(opposed(evidence))))
+        return decisions[-1][1]
+
+    experiment = tap_jax.build(config, criterion=watched)
+    state, taken_part = experiment.init(), set()
+    for _ in range(config.rounds):
+        state, line = experiment.round(state)
+        clients, decided = decisions[-1]
+        expected = {int(k) for k, yes in zip(clients, decided[:, 0], strict=True) if yes or k not in taken_part}
+        assert {entry["client"] for entry in line["replacements"]} == expected
+        taken_part |= set(clients.tolist())
+    assert len(decisions) == config.rounds
+    rows = experiment.evaluate(experiment.finish(state))
+    assert [(row["variant"], row["client"]) for row in rows] == [("tap", k) for k in range(len(ROWS))]
+
+
+def fedprox(strength):
+    """FedProx (Li et al., 2020): FedAvg whose clients are drawn back to the blocks they received."""
+
+    def step(tools, stack, state, aid):
+        _, received = aid
+        gradient, losses = tools.gradient(stack)
+        gradient = {group: gradient[group] + strength * (stack[group] - received[group]) for group in stack}
+        return *tools.update(stack, state, gradient), losses
+
+    def train(cohort, server, *purpose, **kwargs):
+        return cohort.train(cohort.broadcast(server), *purpose, teacher=cohort.broadcast(server), **kwargs)
+
+    def play(cohort, state):
+        trained, losses = train(cohort, state.server, "federated")
+        server = cohort.aggregate(state.server, trained, losses)
+        state = state.replace(round=state.round + 1, server=server)
+        return state, {"federated_loss": losses.mean(), "seen": losses.seen}
+
+    def finish(cohort, state, variants):
+        if "fedprox+post" in variants:  # "fedprox" itself is the server's blocks
+            yield "fedprox+post", cohort.unload(train(cohort, state.server, "post", post=True)[0])
+
+    return Method(chains=(), round=play, finish=finish, rule=LocalRule(step, guided=True))
+
+
+class FedProx(FedAvg):
+    """The oracle."""
+
+    name, strength = "fedprox", 300.0
+
+    def train(self, blocks, *args, **kwargs):
+        self.start = blocks
+        return super().train(blocks, *args, **kwargs)
+
+    def step(self, adam, drawn, teacher):
+        losses, gradient = super().step(adam, drawn, teacher)
+        pull = jax.tree.map(lambda w, start: np.float32(self.strength) * (w - start), adam.blocks, self.start)
+        return losses, jax.tree.map(np.add, gradient, pull)
+
+
+def test_own_method(tiny):
+    config = tiny(ROWS, SETTINGS)
+    experiment = tap_jax.build(config, method=fedprox(FedProx.strength), variants=("fedprox", "fedprox+post"))
+    state, reference = experiment.init(), FedProx(experiment)
+    plain = FedAvg(experiment)
+    for t in range(config.rounds):
+        state, line = experiment.round(state)
+        for oracle in (reference, plain):
+            oracle.round(t, line["clients"])
+    finished, start = experiment.finish(state), experiment.initial_blocks
+    server = experiment.engine.server_blocks(state.server)
+    assert agree(server, reference.server, start) and not agree(server, plain.server, start)
+    for i in range(len(ROWS)):
+        assert agree(finished.models["fedprox+post"][i], reference.finish(i, config.rounds)["fedprox+post"], start)
+    rows = experiment.evaluate(finished)
+    assert {(row["variant"], row["client"]) for row in rows} == {
+        (variant, k) for variant in ("fedprox", "fedprox+post") for k in range(len(ROWS))
+    }
+    assert all(0 <= row["value"] <= 100 for row in rows)

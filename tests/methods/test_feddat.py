@@ -1,0 +1,75 @@
+"""FedDAT: three sets of adapters, two turns on every minibatch, and the teacher of two of them."""
+
+import jax
+import numpy as np
+import pytest
+
+from tap_jax import experiment as experiments
+from tests.methods.oracles import FedDAT
+from tests.trajectories import agree, alive, check_trunk, play
+
+ROWS = ({"ag_news": 0.2}, {"fashion_mnist": 0.3, "ag_news": 0.5}, {"fashion_mnist": 0.4})
+SETTINGS = {
+    "method": "feddat",
+    "variants": ("feddat", "feddat+post"),
+    "batch_size": 5,
+    "engine.microbatch": 4,
+    "feddat.bottleneck": 3,
+    "feddat.weight": 2.0,
+    "optimizer.learning_rate_initial": 1e-3,
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.post_learning_rate": 2e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny):
+    return alive(experiments.build(tiny(ROWS, SETTINGS)))
+
+
+@pytest.fixture(scope="module")
+def run(experiment):
+    return play(experiment)
+
+
+def check(experiment, run, reference):
+    """Losses, what the server has, the finished teachers, and every client's A0 after every round."""
+    private = []
+    play_round = reference.round
+
+    def round_(t, cohort):
+        found = play_round(t, cohort)
+        private.append(list(reference.private))
+        return found
+
+    reference.round = round_
+    check_trunk(experiment, run, reference)
+    for (state, _), expected in zip(run[0], private, strict=True):
+        for mine, blocks in zip(state.chains["private"], expected, strict=True):
+            named = {f"private/{b}": tree for b, tree in blocks.items()}
+            assert agree(mine, named, experiment.initial_blocks)
+
+
+def test_run_equals_oracle(experiment, run):
+    cohorts = [line["clients"] for _, line in run[0]]
+    assert any(sum(i in cohort for cohort in cohorts) > 1 for i in range(len(ROWS))), "somebody must take part twice"
+    check(experiment, run, FedDAT(experiment))
+
+
+@pytest.mark.parametrize("fault", ["never refreshed", "forgetful", "late", "heads once", "clip"])
+def test_the_comparison_notices(experiment, run, fault):
+    """A2 of the first round for ever, A0 anew every time, z_1 of after A1's step, heads that step in one turn only."""
+    with pytest.raises(AssertionError):
+        check(experiment, run, FedDAT(experiment, fault))
+
+
+def test_only_the_communicated_adapters_travel(experiment, run):
+    """The server's twins of private blocks stay what they were; a client pays for its A1 and heads alone."""
+    last, line = run[0][-1]
+    for name, tree in last.server.items():
+        if name.startswith("private/"):
+            jax.tree.map(np.testing.assert_array_equal, tree, experiment.initial_blocks[name])
+    reference = FedDAT(experiment)
+    for i, sent in line["bytes_received"].items():
+        leaves = jax.tree.leaves(reference.received(int(i)))
+        assert sent == sum(4 * leaf.size for leaf in leaves)

@@ -1,0 +1,81 @@
+"""Runs and oracles side by side."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+TOLERANCE = 1e-4
+
+
+def alive(experiment):
+    """No zeros in the adapters, so that every path counts.
+
+    The image head's ReLUs are moved away from their kink: of a million pixels one would fall on its other side.
+    """
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(
+        lambda leaf: (leaf + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), dict(experiment.initial_blocks)
+    )
+    for name, head in noisy.get("head/image_generation", {}).items():
+        head["bias"] += 0.0 if name == "deconv_2" else 1.0
+    return dataclasses.replace(experiment, initial_blocks=noisy)
+
+
+def difference(blocks, expected, start=None) -> float:
+    """‖a - b‖ / ‖b‖ of the worst block; with `start` (before any training), as a part of the change: / ‖b - start‖.
+
+    A block that has not changed must be the same to the bit. Left out is the key bias of the text head: a softmax does
+    not see it, so its whole gradient is rounding noise.
+    """
+
+    def flat(name, tree):
+        if name == "head/text_generation":
+            bias = tree["block"]["attn_c_attn"]["bias"]
+            bias = np.concatenate([part for n, part in enumerate(np.split(np.asarray(bias), 3)) if n != 1])
+            tree = tree | {"block": tree["block"] | {"attn_c_attn": tree["block"]["attn_c_attn"] | {"bias": bias}}}
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+    assert set(blocks) == set(expected)
+    worst = 0.0
+    for name in expected:
+        ours, theirs = flat(name, blocks[name]), flat(name, expected[name])
+        gap, size = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
+        if start is not None:
+            size = np.linalg.norm(theirs - flat(name, start[name]))
+        worst = max(worst, np.inf if gap > 0 and size == 0 else gap / max(size, 1e-30))
+    return worst
+
+
+def agree(blocks, expected, start) -> bool:
+    """To 1e-4 of the parameters, and to 2 % of what training did to them."""
+    return difference(blocks, expected) < TOLERANCE and difference(blocks, expected, start) < 0.02
+
+
+def play(experiment):
+    """Every state and line of a run, and its finished models."""
+    state, played = experiment.init(), []
+    for _ in range(experiment.config.rounds):
+        state, line = experiment.round(state)
+        played.append((state.replace(server=experiment.engine.server_blocks(state.server)), line))
+    return played, experiment.finish(state)
+
+
+def check_trunk(experiment, run, reference) -> None:
+    """A run of a method without personal chains against its oracle: losses and server's blocks of every round, and
+    the finished model of every client."""
+    played, finished = run
+    start = experiment.initial_blocks
+    for t, (state, line) in enumerate(played):
+        losses = reference.round(t, line["clients"])["federated"]
+        found = line["losses"]["federated"]
+        assert {int(i): set(by_task) for i, by_task in found.items()} == {i: set(x) for i, x in losses.items()}
+        for i, by_task in losses.items():
+            assert found[str(i)] == pytest.approx(by_task, rel=TOLERANCE), (t, i)
+        assert agree({b: state.server[b] for b in reference.server}, reference.server, start), t
+    trained = {variant: models for variant, models in finished.models.items() if models is not None}
+    for i in range(len(reference.mine)):
+        expected = reference.finish(i, len(played))
+        for variant, models in trained.items():
+            assert agree(models[i], expected[variant], reference.start_of(i)), (variant, i)
