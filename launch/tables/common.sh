@@ -4,8 +4,8 @@
 #
 # SIZE (the argument): full is the paper's setting and needs an accelerator, the data sets and the checkpoints; demo is the
 # embedded suite with tiny models; mini is real data with small models and needs DATA=<folder of parquet files>.
-# Environment: SEEDS ("41 42 43 44" in full, else "41"), RUNS (runs/SIZE), OUT (reports/SIZE), JOBS (runs at a time, 1),
-# FIELDS (further --config.KEY=VALUE arguments of every run).
+# Environment: SEEDS ("41 42 43 44" in full, else "41"), RUNS (runs/SIZE), OUT (reports/SIZE), JOBS (runs at a time, 1; in
+# demo 2, since much of such a run is compiling), FIELDS (further --config.KEY=VALUE arguments of every run).
 #
 # Runs are shared: each is trained once, under RUNS, and a finished one is not trained again. One TAP run yields TAP, all
 # its ablations and margins, Local, FedAvg, FedAvg + Post-train and FedAvg + 2P.
@@ -16,7 +16,7 @@ SIZE=${1:-full}
 case $SIZE in
     full) SEEDS=${SEEDS:-41 42 43 44} ;;
     mini) : "${DATA:?set it to the folder of parquet files}" ;;
-    demo) ;;
+    demo) JOBS=${JOBS:-2} ;;
     *) echo "$0: unknown size '$SIZE'; use full, mini or demo" >&2; exit 2 ;;
 esac
 SEEDS=${SEEDS:-41} RUNS=${RUNS:-runs/$SIZE} OUT=${OUT:-reports/$SIZE} JOBS=${JOBS:-1} FIELDS=${FIELDS:-}
