@@ -83,10 +83,11 @@ def headline(run: Experiment) -> list[str]:
     sizes = _block_sizes(partition, run.engine.like)
     mine = partition.owned @ sizes
     samples = [client.samples for client in run.data.clients]
-    pushed = f"{config.local_steps} steps of up to {config.batch_size} samples"
+    settings = run.engine.settings
+    pushed = f"{settings.local_steps} steps of up to {config.batch_size} samples"
     return [
         f"{_devices(run.engine.mesh.size)}, {run.model.config.dtype}",
-        f"{config.method}: {config.rounds} rounds, {config.cohort_size} of {len(federation.clients)} clients in each,"
+        f"{config.method}: {config.rounds} rounds, {settings.cohort_size} of {len(federation.clients)} clients in each,"
         f" {pushed}; yields {', '.join(run.variants)}",
         f"tasks: {', '.join(task.name for task in federation.tasks)}; data: {config.data.root},"
         f" {min(samples):,} to {max(samples):,} samples a client",
@@ -100,11 +101,11 @@ def headline(run: Experiment) -> list[str]:
 
 def _head(found: Outline) -> str:
     config, federation = found.config, found.federation
+    cohort = assembly.engine_settings(config, len(federation.clients)).cohort_size
     vocab = ", an upper bound: the tokenizer is trained on the data" if config.data.tokenizer == "train" else ""
     lines = [
-        f"{config.model.name}, {config.method}: {config.rounds} rounds, {config.cohort_size} of"
-        f" {len(federation.clients)} clients in each ({len(found.patterns)} patterns); yields"
-        f" {', '.join(configuration.variants_of(config))}",
+        f"{config.model.name}, {config.method}: {config.rounds} rounds, {cohort} of {len(federation.clients)} clients"
+        f" in each ({len(found.patterns)} patterns); yields {', '.join(configuration.variants_of(config))}",
         f"tasks: {', '.join(task.name for task in federation.tasks)}",
         _adapters(found.model),
     ]
@@ -209,9 +210,11 @@ def _map(found: Outline) -> str:
 
 def _memory(found: Outline, devices: int) -> str:
     """What lies where, in MiB; the stacks are sized for the most demanding clients."""
-    config, partition, model = found.config, found.partition, found.model
+    config, model = found.config, found.model
+    partition = found.partition.with_private(model.adapter_blocks)
     settings = assembly.engine_settings(config, len(found.federation.clients))
     variants = configuration.variants_of(config)
+    method = assembly.method_of(config, model, variants)
     frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)
     sizes = _block_sizes(partition, trainable)
@@ -229,7 +232,7 @@ def _memory(found: Outline, devices: int) -> str:
         # Federated blocks wait for the aggregation while the personal ones train.
         parts |= {"federated blocks": stack} if waiting else {}
         # The teacher's place is kept throughout, so that one program serves every phase.
-        parts |= {"teacher's blocks": stack} if "tap" in variants else {}
+        parts |= {"teacher's blocks": stack} if method.rule.guided else {}
         rows.extend((f"{title}, {positions} clients: {name}", size) for name, size in parts.items())
         rows.append(
             (f"= {title}, without activations{' and data' if data is None else ''}", always + sum(parts.values()))
@@ -240,13 +243,17 @@ def _memory(found: Outline, devices: int) -> str:
         phase("after the last", settings.clients_per_pass, False)
 
     owned = 4 * int((partition.owned @ sizes).sum())
-    chains = assembly.method_of(config, model, variants).chains
+    alone = 4 * int(
+        (partition.owned @ (sizes * ~partition.sent)).sum()
+    )  # where there are private blocks, chains are those
     made = sum(variant not in configuration.SERVER_VARIANTS for variant in variants)
-    host = [(f"{name} models of all clients, only the blocks they own", owned) for name in chains]
+    host = [(f"{name} blocks of all clients, only those they own", alone or owned) for name in method.chains]
     if config.optimizer.state == "persist":
-        host += [(f"AdamW's two moments of {name} models", 2 * owned) for name in ("federated", *chains)]
+        trained = ("federated", *(() if alone else method.chains))
+        host += [(f"AdamW's two moments of {name} blocks", 2 * owned) for name in trained]
     part = min(1.0, settings.clients_per_pass / len(partition.owned))
-    host += [(f"finished models, a pass at a time ({made} variants)", round(made * owned * part))] if made else []
+    # A teacher of two sets of adapters is about as large as both.
+    host += [("finished models, one variant of a pass at a time", round(owned * part))] if made else []
     notes = ["Activations are not estimated: `tap-jax bench` reports the peak."]
     if data is None:
         notes.append("Neither are the data, whose size is known once they are read (data.train_size bounds it).")
@@ -271,7 +278,8 @@ def _tasks(found: Outline, client: int):
 
 
 def _block_sizes(partition: Partition, like: blocks.Blocks) -> np.ndarray:
-    return np.array([blocks.count(like[name]) for name in partition.names])
+    """Parameters of every block [R]; a private one has as many as its twin."""
+    return np.array([blocks.count(like[name.removeprefix(blocks.PRIVATE)]) for name in partition.names])
 
 
 def _data_bytes(found: Outline) -> int | None:

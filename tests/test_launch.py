@@ -1,4 +1,4 @@
-"""The scripts of launch/tables: which runs each asks for, with a command in the place of tap-jax that notes its arguments."""
+"""The scripts of launch/tables: which runs each asks for, with a tap-jax that only notes its arguments."""
 
 import os
 import pathlib
@@ -14,8 +14,10 @@ TABLES = ROOT / "launch" / "tables"
 NOTING = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$CALLS"
 for argument; do
-    case $argument in --workdir=*) mkdir -p "${argument#--workdir=}"; echo '{}' > "${argument#--workdir=}/results.json" ;; esac
+    workdir=${argument#--workdir=}
+    [[ $workdir == "$argument" ]] || { mkdir -p "$workdir"; echo '{}' > "$workdir/results.json"; }
 done
+exit 0
 """
 
 
