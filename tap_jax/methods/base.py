@@ -215,7 +215,8 @@ class Method:
 
     Attributes:
       chains: names of the per-client chains that the state must carry.
-      round: (cohort, state) -> (state, metrics); metrics maps names to arrays [P, O].
+      round: (cohort, state) -> (state, metrics). Metrics are tables [P, O]: "seen", and of "federated_loss",
+        "personal_loss" and "local_loss" those that the method has; "replaced" maps variants to such tables.
       finish: (cohort, state, variants) yields (variant, client -> blocks), for one pass over some clients after the
         last round. It leaves out variants whose models are the server's blocks.
       rule: how clients train locally.

@@ -167,6 +167,9 @@ class FedDAT(FedAvg):
             a2 = self.first[i]
         elif self.fault == "forgetful":
             a0 = self.adam({b: self.initial[f"private/{b}"] for b in self.private[i]}, self.rate(t, post))
+        if self.config.optimizer.state == "persist" and i in self.optimizers:
+            for adam, before in zip((a1, a0, heads), self.optimizers[i], strict=True):
+                adam.resume(before)
         weight = dict.fromkeys(self.config.distillation.weights, self.config.feddat.weight)
         seen: dict[str, list[float]] = {}
         for (minibatch,) in self.steps(i, t, purpose, post):
@@ -182,6 +185,7 @@ class FedDAT(FedAvg):
                 seen.setdefault(o, []).append(loss)
         if not post:
             self.private[i] = a0.blocks
+            self.optimizers[i] = [adam.state() for adam in (a1, a0, heads)]
         self.teacher = halves(a0.blocks, a2) | heads.blocks
         means = {o: float(np.mean(found)) for o, found in seen.items()}
         return a1.blocks | heads.blocks, means, means

@@ -179,10 +179,8 @@ def decided(experiment, cohort, decision) -> dict:
 
 
 def around(values) -> list[float]:
-    """Numbers below, between and above the given ones."""
-    values = sorted(values)
-    between = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
-    return [values[0] - 0.1, *between, values[-1] + 0.1]
+    """Numbers just below and just above each of the given ones."""
+    return [value + d for value in values for d in (-1e-3, 1e-3)]
 
 
 def test_held_out_criterion(experiment, models, cohort):

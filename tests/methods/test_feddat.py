@@ -22,9 +22,10 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def experiment(tiny):
-    return alive(experiments.build(tiny(ROWS, SETTINGS)))
+@pytest.fixture(scope="module", params=["fresh", "persist"])
+def experiment(request, tiny):
+    """With AdamW afresh at every local training, and with a client's own of before for A1, A0 and heads."""
+    return alive(experiments.build(tiny(ROWS, SETTINGS | {"optimizer.state": request.param})))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,7 @@ def test_run_equals_oracle(experiment, run):
 
 
 @pytest.mark.parametrize("fault", ["never refreshed", "forgetful", "late", "heads once", "clip"])
+@pytest.mark.parametrize("experiment", ["fresh"], indirect=True)
 def test_the_comparison_notices(experiment, run, fault):
     """A2 of the first round for ever, A0 anew every time, z_1 of after A1's step, heads that step in one turn only."""
     with pytest.raises(AssertionError):
