@@ -54,6 +54,31 @@ def test_pack_and_unpack_are_inverse(touches, tasks, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(masks, owners, seeds)
+def test_private_blocks_have_their_owners_but_are_never_sent(touches, tasks, seed):
+    public = partition(touches, tasks)
+    p, twins = public.with_private(NAMES[1:4]), [blocks.PRIVATE + name for name in NAMES[1:4]]
+    assert p.names == (*NAMES, *twins) and [n for n, s in zip(p.names, p.sent, strict=True) if not s] == twins
+    for k in range(CLIENTS):
+        mine = set(public.blocks_of(k))
+        assert set(p.blocks_of(k)) == mine | {t for t in twins if t.removeprefix(blocks.PRIVATE) in mine}
+    # A private group can be packed without the others: the chain of what a client keeps to itself.
+    rng, like = np.random.default_rng(seed), {t: LIKE[t.removeprefix(blocks.PRIVATE)] for t in twins}
+    clients = [
+        {
+            t: jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), like[t])
+            for t in p.blocks_of(k)
+            if t in like
+        }
+        for k in range(CLIENTS)
+    ]
+    seats = blocks.seat(p, p.owned)
+    stack = blocks.pack(p, seats, clients, like)
+    assert all(group.startswith(blocks.PRIVATE) for group in stack)
+    jax.tree.map(np.testing.assert_array_equal, blocks.unpack(p, seats, stack, like), clients)
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, owners, seeds)
 def test_broadcast_gives_every_client_its_blocks_of_the_server(touches, tasks, seed):
     p = partition(touches, tasks)
     server, _, (server_stack, _), server_seats, seats = cohort(p, np.random.default_rng(seed))

@@ -150,9 +150,7 @@ def test_memory_plan_of_a_federation_counted_by_hand(tiny):
     data = plan["training and test data, at most"]
     assert plan["= round, without activations"] == pytest.approx(sum(parts) + fixed + data, abs=0.5)
     assert data == pytest.approx(600 * (64 * 64 * 3 + 4 + 4 * 16 + 4) / MIB, abs=0.06)
-    assert plan["personal blocks of all clients, only those they own"] == pytest.approx(
-        4 * mine.sum() / MIB, abs=0.06
-    )
+    assert plan["personal blocks of all clients, only those they own"] == pytest.approx(4 * mine.sum() / MIB, abs=0.06)
 
 
 def test_more_devices_share_the_cohort(tiny):

@@ -5,7 +5,8 @@
 # SIZE (the argument): full is the paper's setting and needs an accelerator, the data sets and the checkpoints; demo is the
 # embedded suite with tiny models; mini is real data with small models and needs DATA=<folder of parquet files>.
 # Environment: SEEDS ("41 42 43 44" in full, else "41"), RUNS (runs/SIZE), OUT (reports/SIZE), JOBS (runs at a time, 1; in
-# demo 2, since much of such a run is compiling), FIELDS (further --config.KEY=VALUE arguments of every run).
+# demo 2, since much of such a run is compiling), FIELDS (further --config.KEY=VALUE arguments of every run), SWEEP (the
+# margins besides Table 22's; set it to nothing where Tables 11-13 and Figure 4 are not wanted: a third of the time).
 #
 # Runs are shared: each is trained once, under RUNS, and a finished one is not trained again. One TAP run yields TAP, all
 # its ablations and margins, Local, FedAvg, FedAvg + Post-train and FedAvg + 2P.
@@ -24,7 +25,7 @@ SEEDS=${SEEDS:-41} RUNS=${RUNS:-runs/$SIZE} OUT=${OUT:-reports/$SIZE} JOBS=${JOB
 # Table 22, and the settings of Tables 11-13: low for image generation and text classification, high for the others.
 flava_margins="{'image_classification':0.01,'image_generation':0.005,'text_classification':0.005,'text_generation':0.01}"
 vilt_margins="{'image_classification':0.01,'image_generation':0.01,'text_classification':0.01,'text_generation':0.02}"
-sweep="(0.01,0.04),(0.02,0.05),(0.05,0.1)"
+sweep=${SWEEP-(0.01,0.04),(0.02,0.05),(0.05,0.1)}
 tap_variants="('tap','tap-no-kd','tap-stage1','tap-stage2','local','fedavg','fedavg+post','fedavg+2p')"
 
 config_of() { # model -> config file and the fields that make it that model

@@ -203,7 +203,7 @@ class Cohort(Protocol):
         """Gradient of ℓ_o alone, on a minibatch of the client's samples of that task; 0 for clients without it."""
 
     def similarity(self, stack: Stack, other: Stack) -> Array:
-        """Mean cosine between the path vectors of two models on the same held-out samples, float32 [P, O]."""
+        """Mean cosine between two models' mean path vectors of the same held-out samples, float32 [P, O]."""
 
     def inner(self, stack: Stack, other: Stack) -> Array:
         """Inner products of two stacks per client and block, float32 [P, R]."""

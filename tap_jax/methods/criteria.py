@@ -59,9 +59,10 @@ def held_out(evidence: Evidence) -> Array:
 
 
 def gradient(evidence: Evidence) -> Array:
-    """The way from X[i] to W̃[i] descends: cos(-∇ℓ_o(X[i]), W̃[i] - X[i]) > m over the blocks of B_o.
+    """The way from X[i] to W̃[i] descends: cos(-∇ℓ_o(X[i]), W̃[i] - X[i]) > m over the blocks that the gradient reaches.
 
-    Here m is a cosine, not a loss. A first-order statement: it says that a small step that way would help.
+    Here m is a cosine, not a loss. A first-order statement: it says that a small step that way would help. The gradient
+    is that of one minibatch of the task, so domains that it lacks are left out.
     """
     e = evidence
     way = {group: e.federated[group] - e.personal[group] for group in e.personal}
@@ -69,7 +70,7 @@ def gradient(evidence: Evidence) -> Array:
     columns = []
     for o, task in enumerate(e.tasks):
         slope = e.cohort.task_gradient(e.personal, task)
-        # Outside of B_o the gradient is 0; the way is cut to the blocks in which it is not.
+        # The way is cut to the blocks in which the gradient is not 0.
         steepness = e.cohort.inner(slope, slope)
         squares = jnp.where(steepness > 0, length, 0).sum(1) * steepness.sum(1)
         cosine = -e.cohort.inner(slope, way).sum(1) / jnp.sqrt(jnp.where(squares > 0, squares, 1))

@@ -35,6 +35,7 @@ def distil(
 
     With patience, a client keeps the blocks with the least held-out loss (summed over its tasks) of those looked at,
     before the first step and after every few; its minibatches up to where it stops are those it has without patience.
+    A client without held-out samples takes all P steps.
 
     Args:
       blocks: the students, by client number; `chain`: whose they are.

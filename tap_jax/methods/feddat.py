@@ -59,12 +59,15 @@ def choose(flag: Array, yes, no):
 
 
 def step(tools: Tools, stack: Stack, state, aid):
-    """Both updates on one minibatch, as two turns of one loop, so that the gradient is compiled once."""
+    """Both updates on one minibatch, as two turns of one loop, so that the gradient is compiled once.
+
+    The losses are those of A1's turn, since that is what the client sends.
+    """
     _, received = aid
     before = stack
 
     def turn(number, carry):
-        stack, state, _ = carry
+        stack, state, sent = carry
         own = number == 1
         seen, moments = (choose(own, with_own(tree), shared(tree)) for tree in (stack, state))
         # The teacher: the heads as they are with A0 and, of what was received, A2. In the second turn A1 as it was
@@ -73,7 +76,7 @@ def step(tools: Tools, stack: Stack, state, aid):
         second = choose(own, shared(before), shared(received))
         gradient, losses = tools.gradient(seen, (first, second))
         seen, moments = tools.update(seen, moments, gradient)
-        return put(stack, seen, own), put(state, moments, own), losses
+        return put(stack, seen, own), put(state, moments, own), choose(own, sent, losses)
 
     return jax.lax.fori_loop(0, 2, turn, (stack, state, tools.no_losses))
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tap_jax.data.families import Family
-from tap_jax.data.sampling import ClientData, capacities, draw_plan, minibatches, sample_cohort
+from tap_jax.data.sampling import ClientData, capacities, draw_plan, hold_out, minibatches, sample_cohort
 from tap_jax.federation import TASKS
 
 NEWS, MMLU, GEN = TASKS["ag_news"], TASKS["mmlu"], TASKS["common_gen"]
@@ -19,7 +19,9 @@ def client(rng, sizes):
     return ClientData(streams, tokens)
 
 
-def plan_of(data, clients, *, batch=16, microbatch=4, steps=5, passes=1, purpose="federated", seed=3, round_=2):
+def plan_of(
+    data, clients, *, batch=16, microbatch=4, steps=5, passes=1, purpose="federated", seed=3, round_=2, draw=0, lead=()
+):
     rows = capacities(data, FAMILIES, positions=len(clients), batch=batch, microbatch=microbatch)
     return draw_plan(
         data,
@@ -34,6 +36,8 @@ def plan_of(data, clients, *, batch=16, microbatch=4, steps=5, passes=1, purpose
         capacities=rows,
         starts=STARTS,
         passes=passes,
+        draw=draw,
+        lead=lead,
     )
 
 
@@ -107,8 +111,39 @@ def test_a_client_draws_the_same_whoever_is_with_it_and_otherwise_for_every_seed
     data = [client(rng, {"ag_news": 60, "mmlu/law": 9, "common_gen": 30}) for _ in range(3)]
     alone = drawn(plan_of(data, [2]), 0)
     assert drawn(plan_of(data, [0, -1, 2]), 2) == alone == drawn(plan_of(data, [2]), 0)
-    for change in ({"seed": 4}, {"round_": 3}, {"purpose": "personal"}):
+    for change in ({"seed": 4}, {"round_": 3}, {"purpose": "personal"}, {"draw": 1}):
         assert drawn(plan_of(data, [2], **change), 0) != alone
+
+
+def test_rows_of_leading_clients_come_first_and_are_counted():
+    rng = np.random.default_rng(2)
+    data = [client(rng, {"ag_news": 40, "common_gen": 20}) for _ in range(3)]
+    plain, led = plan_of(data, [0, 1, 2]), plan_of(data, [0, 1, 2], lead={2})
+    for family in FAMILIES:
+        rows = led.rows[family.name]
+        for step in range(led.steps):
+            clients = rows.table.client[step, : rows.count[step]]
+            assert (clients[: rows.lead[step]] == 2).all() and (clients[rows.lead[step] :] != 2).all()
+        assert rows.lead.sum() > 0 and not plain.rows[family.name].lead.any()
+    for position in range(3):
+        assert drawn(led, position) == drawn(plain, position)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.floats(0, 0.99), st.integers(0, 10**6))
+def test_what_is_held_out_is_not_trained_on(sizes, part, seed):
+    mine = client(np.random.default_rng(seed), sizes)
+    kept, held = hold_out(mine, part, seed, 3)
+    for name, ids in mine.streams.items():
+        ours, theirs = kept.streams[name], held.streams.get(name, np.zeros(0, int))
+        assert sorted([*ours, *theirs]) == sorted(ids) and len(ours) >= 1
+        assert len(theirs) == min(round(part * len(ids)), len(ids) - 1)
+        tokens = dict(zip(ids.tolist(), mine.tokens[name].tolist(), strict=True))
+        for found in (kept, held):
+            if name in found.streams:
+                assert found.tokens[name].tolist() == [tokens[id_] for id_ in found.streams[name].tolist()]
+    again, _ = hold_out(mine, part, seed, 3)
+    assert all(np.array_equal(kept.streams[name], again.streams[name]) for name in kept.streams)
 
 
 def test_minibatches_and_cohorts():

@@ -175,11 +175,11 @@ class FedDAT(FedAvg):
         for (minibatch,) in self.steps(i, t, purpose, post):
             z_t = self.outputs(halves(a0.blocks, a2) | heads.blocks, minibatch)
             z_1 = self.outputs(a1.blocks | heads.blocks, minibatch)
-            _, gradient = self.gradient(a1.blocks | heads.blocks, minibatch, z_t, weight)
+            losses, gradient = self.gradient(a1.blocks | heads.blocks, minibatch, z_t, weight)
             step_together((a1, heads), gradient)
             if self.fault == "late":
                 z_1 = self.outputs(a1.blocks | heads.blocks, minibatch)
-            losses, gradient = self.gradient(a0.blocks | heads.blocks, minibatch, z_1, weight)
+            _, gradient = self.gradient(a0.blocks | heads.blocks, minibatch, z_1, weight)
             step_together((a0,) if self.fault == "heads once" else (a0, heads), gradient)
             for o, loss in losses.items():
                 seen.setdefault(o, []).append(loss)
