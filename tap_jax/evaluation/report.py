@@ -75,10 +75,12 @@ def compose(runs: Sequence[FinishedRun], notes: Sequence[str], parameters: Param
             text += _heading(number, section[0])
         prefix = "" if together else f"experiment{number}_"
         text.append("## Tables")
-        for table in _tables(section, parameters):
+        tables = _tables(section, parameters)
+        for table in tables:
             label = "" if together else str(number)
             records.setdefault(_slug(table.name), []).extend(_records(table, label))
-            text += _table_text(table)
+            text += [] if _is_empty(table) else _table_text(table)
+        text += _not_run([table.name for table in tables if _is_empty(table)])
         text += _absent(section)
         drawn = illustrations(section, prefix)
         if drawn:
@@ -126,11 +128,19 @@ def _heading(number: int, comparison: Comparison) -> list[str]:
 def _table_text(table: Table | Grid) -> list[str]:
     title = f"### {table.name}. {table.caption}"
     file = f"[CSV](tables/{_slug(table.name)}.csv)"
-    if not table.runs or (isinstance(table, Table) and table.empty):
-        return [title, f"Not run. {file}"]
     if isinstance(table, Grid):
         return [title, table.markdown(), f"{table.note} {_runs(table.runs)} {file}"]
     return [title, paper_tables.markdown(table), f"{_seeds(table)} {_runs(table.runs)} {file}"]
+
+
+def _is_empty(table: Table | Grid) -> bool:
+    return not table.runs or (isinstance(table, Table) and table.empty)
+
+
+def _not_run(names: Sequence[str]) -> list[str]:
+    """Tables of which there is nothing to show but TAP's own line, if that."""
+    listed = ", ".join(f"[{name}](tables/{_slug(name)}.csv)" for name in names)
+    return [f"Not run, but for TAP at most: {listed}."] if names else []
 
 
 def _seeds(table: Table) -> str:
