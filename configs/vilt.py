@@ -14,8 +14,9 @@ stand-ins of the same shapes: `--config.model.weights= --config.data.tokenizer=t
 
     tap-jax describe --config=configs/vilt.py
 
-The baseline Local: `configs/vilt.py:method=local,variants=()`. Data from a folder of parquet files instead of the
-hub: `--config.data.root=DIR`. No data at hand: `--config.data.root=synthetic`.
+Baselines are other methods of this file, `configs/vilt.py:method=feddat,variants=()`; `launch/tables` has them all.
+Data from a folder of parquet files instead of the hub: `--config.data.root=DIR`. No data at hand:
+`--config.data.root=synthetic`.
 
 Hardware: one GPU with 80 GB in bfloat16, or several through `mesh.clients`; `describe` prints the memory plan. Needs
 the network (or a filled cache) for the data, the weights and their tokenizer (BERT's).

@@ -17,7 +17,7 @@ from tap_jax.evaluation.paper_tables import Table
 from tap_jax.evaluation.selection import Comparison, comparisons
 
 MARK = "<!-- made by tap-jax report -->"
-_FIELDS = 3  # in a heading
+_FIELDS, _LONGEST = 3, 40  # in a heading: fields, and characters of each
 PARTS = ("figures", "report.md", "tables")  # all that a report's folder holds
 
 
@@ -120,9 +120,12 @@ def _tables(section: Sequence[Comparison], parameters: Parameters) -> list[Table
 def _heading(number: int, comparison: Comparison) -> list[str]:
     """What sets an experiment apart: in the heading as far as it fits, and below in full."""
     fields = comparison.differing
-    more = f" and {len(fields) - _FIELDS} other fields" if len(fields) > _FIELDS else ""
-    heading = f"# Experiment {number}: {MODELS[comparison.model]} with {', '.join(fields[:_FIELDS])}{more}"
-    return [heading, *([f"All that differs: `{'`, `'.join(fields)}`."] if more else [])]
+    short = [field if len(field) <= _LONGEST else field.partition("=")[0] for field in fields[:_FIELDS]]
+    left = len(fields) - _FIELDS
+    more = f" and {left} other field{'s' * (left > 1)}" if left > 0 else ""
+    heading = f"# Experiment {number}: {MODELS[comparison.model]} with {', '.join(short)}{more}"
+    whole = short == list(fields)
+    return [heading, *([] if whole else [f"All that differs: `{'`, `'.join(fields)}`."])]
 
 
 def _table_text(table: Table | Grid) -> list[str]:
