@@ -17,7 +17,9 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
 CHAINS = {"federated": BLUE, "personal": VERMILION, "local": GREY}
 MARGIN_STYLES = [
     {"color": color, "linestyle": style}
-    for color, style in ((BLACK, "-"), (ORANGE, "-"), (BLUE, "--"), (PURPLE, "-."), (GREEN, ":"))
+    for color, style in zip(
+        (BLACK, ORANGE, BLUE, PURPLE, GREEN, VERMILION, SKY), ("-", "-", "--", "-.", ":", "--", "-."), strict=True
+    )
 ]
 _TASK_COLOURS = (ORANGE, SKY, GREEN, PURPLE, BLUE, VERMILION, BLACK, GREY)
 _DASHES = {  # a second sign beside the colour
