@@ -156,12 +156,12 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
     serves everything. On accelerators: 8 rows of 32 side by side, all clients in one pass.
     """
     cpu, optimizer = jax.default_backend() == "cpu", config.optimizer
-    # All data in one place: as many iterations a round as all the cohort's clients take together.
+    # All data in one place: as many iterations a round as the cohort's clients can take together.
     cohort, pooled = (1, config.cohort_size) if config.method == "centralised" else (config.cohort_size, 1)
     settings = TrainingSettings(
         clip_norm=optimizer.clip_norm,
         weight_decay=optimizer.weight_decay,
-        remember=optimizer.state == "persist" or bool(config.distillation.patience),
+        remember=optimizer.state == "persist" or (config.method == "tap" and bool(config.distillation.patience)),
     )
 
     def rate(round_: int) -> float:

@@ -43,7 +43,8 @@ def bench(config: ConfigDict, *, steps: int = 0, say: Callable[[str], None] = la
     say("bench: reading data, building the model")
     run = experiment.build(config)
     engine = run.engine
-    number = sample_cohort(config.seed, 0, len(run.federation.clients), config.cohort_size)
+    size = engine.settings.cohort_size
+    number = sample_cohort(config.seed, 0, len(run.federation.clients), size)
     cohort = engine.cohort(number, 0)
     plan = cohort.plan("post", post=True)
     server = engine.server_stack(run.initial_blocks)
@@ -54,7 +55,7 @@ def bench(config: ConfigDict, *, steps: int = 0, say: Callable[[str], None] = la
         jax.block_until_ready(cohort.train(stack, "post", post=True))
         return time.perf_counter() - started
 
-    say(f"bench: compiling, then {REPEATS} runs of {config.local_steps} steps with {config.cohort_size} clients")
+    say(f"bench: compiling, then {REPEATS} runs of {config.local_steps} steps with {size} clients")
     first = seconds()
     times = [seconds() for _ in range(REPEATS)]
     median = statistics.median(times)
@@ -72,7 +73,7 @@ def bench(config: ConfigDict, *, steps: int = 0, say: Callable[[str], None] = la
         "peak_of": peak_of,
         "device": jax.devices()[0].device_kind,
         "devices": engine.mesh.size,
-        "clients": config.cohort_size,
+        "clients": size,
         "steps": config.local_steps,
         "seconds": [_round(value) for value in times],
         "batch_size": config.batch_size,

@@ -90,7 +90,7 @@ def default_config() -> ConfigDict:
     config.distillation = distillation = ConfigDict()  # Stage 2, equation 5
     distillation.temperature = 1.0  # τ̃
     distillation.temperature_power = -2.0  # ⚙ p in τ̃^p: equation 5 says -2, Hinton et al. +2; equal at τ̃ = 1
-    distillation.image_loss = "kl"  # ⚙ over pixels along the width | "mse"
+    distillation.image_loss = "kl"  # ⚙ over pixels along the width | "mse"; FedDAT's, too
     distillation.weights = ConfigDict(  # β_o per task kind
         dict(image_classification=2e-3, image_generation=2e-3, text_classification=2e-3, text_generation=1.0)
     )
@@ -330,6 +330,10 @@ def validate(config: ConfigDict) -> None:
             )
     if model.backbone == "standard" and config.method == "disentafl":
         raise UserError("model.backbone: 'disentafl' compares what the routed backbone's stacks put out; use 'routed'")
+    if config.replacement.criterion == "gradient" and config.replacement.margin == "relative":
+        raise UserError(
+            "replacement.margin: 'relative' scales losses, and criterion 'gradient' compares cosines; drop one"
+        )
     for field, wanted in (
         ("replacement.criterion", config.replacement.criterion in ("held_out", "representation")),
         ("distillation.patience", config.distillation.patience > 0),

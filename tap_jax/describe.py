@@ -254,7 +254,7 @@ def _memory(found: Outline, devices: int) -> str:
     part = min(1.0, settings.clients_per_pass / len(partition.owned))
     # A teacher of two sets of adapters is about as large as both.
     host += [("finished models, one variant of a pass at a time", round(owned * part))] if made else []
-    notes = ["Activations are not estimated: `tap-jax bench` reports the peak."]
+    notes = ["Activations are not estimated, nor what a method holds within a step: `tap-jax bench` reports the peak."]
     if data is None:
         notes.append("Neither are the data, whose size is known once they are read (data.train_size bounds it).")
     in_mib = lambda lines: _columns([(name, f"{size / MIB:,.1f}") for name, size in lines], left=(0,))  # noqa: E731

@@ -152,7 +152,7 @@ class Experiment:
 
     def evaluate_server(self, variant: str, state: State) -> list[Row]:
         """Result rows of the server's blocks, for every client."""
-        return self.evaluator.evaluate_server(variant, state.server, state.finite.get("federated"))
+        return self.evaluator.evaluate_server(variant, state.server, state.finite.get("federated"), state.seen)
 
     @property
     def _server_variant(self) -> str:
@@ -184,6 +184,10 @@ def build(
       UserError: whatever is wrong with it, in one line.
     """
     configuration.validate(config)
+    if criterion and (method or config.method != "tap"):
+        raise UserError("criterion: replacement is TAP's; use it with method='tap' and no method of your own")
+    if method and not variants:
+        raise UserError("variants: missing; name what the method's finish yields, and what is the server's blocks")
     federation = configuration.federation_of(config)
     tasks = assembly.tasks_of(config, federation)
     variants = tuple(variants) if method else configuration.variants_of(config)

@@ -147,6 +147,7 @@ def test_loading_names_the_mistake(path, overrides, message):
         ({"method": "fedprox"}, "method: unknown 'fedprox'; use one of tap, fedavg, local"),
         ({"method": "disentafl", "model__backbone": "standard"}, "model.backbone: 'disentafl' .*; use 'routed'"),
         ({"replacement__criterion": "held_out"}, "data.held_out: 0, but replacement.criterion .*; use a part"),
+        ({"replacement__criterion": "gradient", "replacement__margin": "relative"}, "replacement.margin: 'relative'"),
         ({"distillation__patience": 2}, "data.held_out: 0, but distillation.patience looks at held-out samples"),
         ({"model__name": "clip"}, "model.name: unknown 'clip'; use one of flava, vilt"),
         ({"variants": ("feddat",)}, "variants: 'feddat' does not come out of method 'tap'; use tap, tap-no-kd"),

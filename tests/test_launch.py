@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TABLES = ROOT / "launch" / "tables"
 NOTING = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$CALLS"
+if [[ -n ${FAIL:-} && $* == train*$FAIL* ]]; then exit 1; fi
 for argument; do
     workdir=${argument#--workdir=}
     [[ $workdir == "$argument" ]] || { mkdir -p "$workdir"; echo '{}' > "$workdir/results.json"; }
@@ -92,6 +93,13 @@ def test_the_demo_has_every_table_and_the_checks(launch):
     checks = {name for name in configs(calls) if name.startswith("check-")}
     assert checks == {f"check-{path.stem}-41" for path in (ROOT / "configs" / "checks").glob("*.py")}
     assert [call.split()[0] for call in calls].count("report") == 2
+
+
+def test_a_run_that_fails_does_not_stop_the_others(launch):
+    calls, done = launch("table_02.sh", "demo", FAIL="disentafl", JOBS="1")
+    assert done.returncode == 1 and "flava-disentafl-41 failed" in done.stderr
+    assert len(configs(calls)) == 4
+    assert calls[-1].startswith("report ") and "flava-feddat-41" in calls[-1] and "disentafl" not in calls[-1]
 
 
 def test_a_wrong_size_is_named(launch):

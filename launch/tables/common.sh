@@ -92,9 +92,12 @@ play() { # trains what was noted, JOBS at a time
     printf '%s\0' "${runs[@]}" | xargs -0 -n 2 -P "$JOBS" bash -c 'train "$@"' train
 }
 
-report() { # plays the runs and makes the report of exactly those
-    local folders=() i
-    play
-    for ((i = 1; i < ${#runs[@]}; i += 2)); do folders+=("$RUNS/${runs[i]}"); done
+report() { # plays the runs and makes the report of those that finished; fails if any did not
+    local folders=() i failed=0
+    play || failed=1
+    for ((i = 1; i < ${#runs[@]}; i += 2)); do
+        [[ ! -f $RUNS/${runs[i]}/results.json ]] || folders+=("$RUNS/${runs[i]}")
+    done
     tap-jax report "${folders[@]}" --out="$OUT"
+    return "$failed"
 }

@@ -132,7 +132,7 @@ class Engine:
             sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
             for client in self.data
         ]
-        self._shape: Callable[[int], _Shape] = functools.cache(
+        self.shape_of: Callable[[int], _Shape] = functools.cache(
             lambda clients: _shape(self.data, self.families, partition, settings, mesh.size, clients, rows)
         )
         # (frozen, data, stack, moments, aid, seats, plan, rate, key); the stack is donated. The moments are not: two
@@ -183,18 +183,18 @@ class Cohort:
     ):
         self.engine, self.round = engine, round_
         self._before, self._moments = moments or {}, {}
-        self._shape = engine._shape(size)
+        self.shape = engine.shape_of(size)
         table = parallel.deal(
             clients,
             [engine._work[k] for k in clients],
             shards=engine.mesh.size,
-            positions=self._shape.positions,
+            positions=self.shape.positions,
         )
         self.clients = table.reshape(-1)
         owned = engine.partition.owned[table] & (table >= 0)[..., None]
-        shards = [blocks.seat(engine.partition, mine, self._shape.slots) for mine in owned]
-        self.positions = self._shape.positions
-        self._table, self._owned = table, owned.reshape(len(self.clients), -1)
+        shards = [blocks.seat(engine.partition, mine, self.shape.slots) for mine in owned]
+        self.positions = self.shape.positions
+        self.table, self._owned = table, owned.reshape(len(self.clients), -1)
         self.seats: Seats = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *shards), engine.by_client)
         self.flat_seats: Seats = _flatten_seats(shards)
 
@@ -220,7 +220,7 @@ class Cohort:
         kinds = {name.startswith(blocks.PRIVATE) for mine in holders for name in mine}
         like = {name: shapes for name, shapes in like.items() if name.startswith(blocks.PRIVATE) in kinds}
         flat = blocks.pack(self.engine.partition, self.flat_seats, holders, like)
-        shards = len(self._table)
+        shards = len(self.table)
         split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), flat)
         return jax.device_put(split, self.engine.by_client)
 
@@ -245,8 +245,8 @@ class Cohort:
           without: positions that take no step.
         """
         settings, engine = self.engine.settings, self.engine
-        left_out = np.isin(np.arange(self.clients.size), list(without)).reshape(self._table.shape)
-        table = np.where(left_out, -1, self._table)
+        left_out = np.isin(np.arange(self.clients.size), list(without)).reshape(self.table.shape)
+        table = np.where(left_out, -1, self.table)
 
         def one(clients, draw):
             return draw_plan(
@@ -259,7 +259,7 @@ class Cohort:
                 batch=settings.batch,
                 microbatch=settings.microbatch,
                 steps=settings.post_steps if post else settings.local_steps,
-                capacities=self._shape.rows,
+                capacities=self.shape.rows,
                 starts=engine.starts,
                 length=max(settings.post_steps, settings.local_steps),
                 passes=None if post else 1,
@@ -298,7 +298,8 @@ class Cohort:
         stack, after, losses = engine._train(
             engine.frozen, engine.arrays, stack, moments, aid, self.seats, plan, rate, key
         )
-        self._moments[purpose if post else chain or purpose] = after
+        if settings.persist or steps is not None:
+            self._moments[purpose if post else chain or purpose] = after
         return stack, losses
 
     def _remembered(self, purpose: str, chain: str | None, again: bool) -> Stack | None:
@@ -321,14 +322,14 @@ class Cohort:
             if teacher is not None:
                 raise ValueError("the method's rule takes no teacher")
             return None
-        flag = jax.device_put(np.full(len(self._table), teacher is not None), engine.by_client)
+        flag = jax.device_put(np.full(len(self.table), teacher is not None), engine.by_client)
         return flag, engine._nobody(self.abstract_stack()) if teacher is None else teacher
 
     def prepare(self) -> None:
         """Starts compiling `train` in the background."""
         engine = self.engine
         stack = self.abstract_stack()
-        flag = abstract(np.zeros(len(self._table), bool), engine.by_client)
+        flag = abstract(np.zeros(len(self.table), bool), engine.by_client)
         engine._train.prepare(
             *abstract((engine.frozen, engine.arrays), engine.shared),
             stack,
@@ -341,10 +342,10 @@ class Cohort:
     def abstract_stack(self, like: Blocks | None = None) -> Stack:
         """The shapes of the cohort's stacks, of blocks or of what else has a vector per block."""
         like = self.engine.like if like is None else like
-        shards, groups = len(self._table), self.engine.partition.members()
+        shards, groups = len(self.table), self.engine.partition.members()
         names = {group: self.engine.partition.names[members[0]] for group, members in groups.items()}
         sizes = {group: blocks.count(like[name]) for group, name in names.items() if name in like}
-        zero = {g: jax.ShapeDtypeStruct((shards, self._shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
+        zero = {g: jax.ShapeDtypeStruct((shards, self.shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
         return abstract(zero, self.engine.by_client)
 
     def aggregate(self, server: Stack, stack: Stack, losses: Losses) -> Stack:

@@ -96,8 +96,8 @@ class Objective:
 class Where(NamedTuple):
     """A minibatch of a cohort: the plan (rows [draws, τ, ...]), which draw and step of it, and the phase's key.
 
-    A row's dropout key is folded from `key` by client, step, family and row (and draw, past the first), so it does not
-    depend on who else is in the cohort.
+    A row's dropout key is folded from `key` by client, step, family and row (and draw, where a step takes several), so
+    it does not depend on who else is in the cohort.
     """
 
     frozen: Tree

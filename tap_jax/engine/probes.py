@@ -29,9 +29,13 @@ class Probes:
 
     def __init__(self, engine: "Engine"):
         self.engine = engine
-        # Nobody's rule: probes see the tasks' losses alone.
+        # Nobody's rule and no dropout: probes see the tasks' losses alone.
         old = engine.objective
-        self.objective = Objective(old.sample_loss, old.tasks, old.families, old.tables, old.rows_per_chunk)
+
+        def loss(frozen, parts, task, batch, key):
+            return old.sample_loss(frozen, parts, task, batch, None)
+
+        self.objective = Objective(loss, old.tasks, old.families, old.tables, old.rows_per_chunk)
 
     def held_out_loss(self, cohort: "Cohort", stack: Stack) -> Array:
         """[P, O]."""
@@ -51,7 +55,7 @@ class Probes:
             )
 
         data = [only(mine) for mine in self.engine.data]
-        rows = cohort._shape.rows
+        rows = cohort.shape.rows
         plan = self._plan(cohort, data, "probe", cohort.round, settings.batch, settings.microbatch, rows)
         return self._gradient(*self._inputs(cohort, stack, plan))
 
@@ -88,7 +92,7 @@ class Probes:
                 starts=self.engine.starts,
                 passes=None,
             )
-            for clients in cohort._table
+            for clients in cohort.table
         ]
         shards = [plan.replace(rows=jax.tree.map(lambda leaf: leaf[None], plan.rows)) for plan in shards]
         return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *shards), self.engine.by_client)

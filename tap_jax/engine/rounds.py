@@ -13,7 +13,7 @@ from tap_jax.blocks import Blocks
 from tap_jax.data.sampling import sample_cohort
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.cohort import Cohort, Engine
-from tap_jax.methods.base import Method, State, put_chain
+from tap_jax.methods.base import Method, State, put_chain, put_rows
 
 LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
 
@@ -42,6 +42,7 @@ def initial_state(engine: Engine, server: Blocks, method: Method) -> State:
         local_loss=never,
         personal_loss={chain: never.copy() for chain in method.margins},
         replacements={chain: np.zeros(table.shape, np.int32) for chain in method.margins},
+        seen=np.zeros(table.shape, bool),
         finite={name: np.ones(table.shape, bool) for name in trained},
         moments=dict.fromkeys(trained, untouched) if untouched else {},
     )
@@ -58,7 +59,10 @@ def play_round(engine: Engine, method: Method, state: State) -> tuple[State, dic
     cohort = engine.cohort(clients, state.round, state.moments)
     after, metrics = method.round(cohort, state)
     moments = {chain: put_chain(state.moments[chain], found) for chain, found in cohort.moments().items()}
-    after = after.replace(moments={**state.moments, **moments})
+    seen = np.asarray(metrics["seen"])
+    after = after.replace(
+        moments={**state.moments, **moments}, seen=put_rows(state.seen, cohort.clients, seen, where=seen)
+    )
     return after, _line(engine, cohort, state.round, metrics)
 
 
@@ -92,7 +96,7 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
             for p in real
             for o in np.flatnonzero(replaced[p])
         ]
-    if "federated" in line["losses"]:
+    if "federated" in line["losses"] and len(engine.data) > 1:
         # Every client receives its blocks (Algorithm 1); those of the cohort send as much.
         line["bytes_sent"] = {str(k): received[k] for k in line["clients"]}
         line["bytes_received"] = {str(k): size for k, size in enumerate(received)}

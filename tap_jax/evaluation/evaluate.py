@@ -1,4 +1,4 @@
-"""Every client's model on the test split of each of its tasks : batched, compiled, one program per family.
+"""Every client's model on the test split of each of its tasks: batched, compiled, one program per family.
 
 Letters: D shards, N rows of a shard, s samples of a row, A answer length.
 """
@@ -187,16 +187,20 @@ class Evaluator:
             self.sampler.images(variant, cohort, stack)
         return self._score_all(variant, self.predict(cohort, stack, wanted), finite)
 
-    def evaluate_server(self, variant: str, server: Stack, finite: np.ndarray | None = None) -> list[Row]:
+    def evaluate_server(
+        self, variant: str, server: Stack, finite: np.ndarray | None = None, seen: np.ndarray | None = None
+    ) -> list[Row]:
         """The server's blocks for every client; with common test sets each task is predicted once.
 
         Args:
-          finite: bool [K, O], of the clients' training. A task counts as diverged where it did for all its owners: as
-            long as one was heard, the server's blocks are that one's.
+          finite: bool [K, O], of the clients' training. A task counts as diverged where it did for all its owners that
+            took part: as long as one was heard, the server's blocks are that one's.
+          seen: bool [K, O], who took part with what; default: everybody.
         """
         mask = self.engine.partition.task_mask
         if finite is not None:
-            finite = mask & (finite & mask).any(0)
+            trained = mask if seen is None else mask & seen
+            finite = mask & ((finite & trained).any(0) | ~trained.any(0))
         rows = []
         owners = {task.name: np.flatnonzero(mask[:, o]) for o, task in enumerate(self.engine.tasks)}
         wanted = {name: {int(k) for k in (found if self.personal else found[:1])} for name, found in owners.items()}

@@ -14,7 +14,7 @@ METHOD_FIELDS = {
     "tap": ("margins", "replacement", "distillation"),
     "per-fedavg": ("per_fedavg",),
     "disentafl": ("disentafl",),
-    "feddat": ("feddat",),
+    "feddat": ("feddat", "distillation.image_loss"),
 }
 _OWN = ("seed", "method", "variants", "model.backbone", *(name for names in METHOD_FIELDS.values() for name in names))
 

@@ -31,6 +31,7 @@ class State(struct.PyTreeNode):
       local_loss: h^(l), float32 [K, O]; +inf before the first participation.
       personal_loss: name of a personal chain -> h^(p), likewise.
       replacements: name of a personal chain -> int32 [K, O], how often R_i[o] was 1.
+      seen: bool [K, O], tasks that have ever been in a minibatch of the rounds.
       finite: name of a trained chain ("federated" or one of `chains`) -> bool [K, O]: the task's loss has always
         been a number.
       moments: where optimizer states persist, name of a trained chain -> per client, block -> float32 [1 + 2n]: steps
@@ -44,6 +45,7 @@ class State(struct.PyTreeNode):
     local_loss: np.ndarray
     personal_loss: Mapping[str, np.ndarray]
     replacements: Mapping[str, np.ndarray]
+    seen: np.ndarray
     finite: Mapping[str, np.ndarray]
     moments: Mapping[str, tuple[Blocks, ...]] = struct.field(default_factory=dict)
 
@@ -107,7 +109,7 @@ class Tools(Protocol):
     def collect(self, stack: Stack, *, draw: Any = 0) -> Mapping[str, Any]:
         """Sums of the rule's `measure` over a client's minibatch: name -> leaves [P, ...]; same dropout as `gradient`.
 
-        Only for clients that the rule says are `coupled`; others may have sums of 0.
+        Only for clients that the rule says are `coupled`; others may have sums of 0, or of part of the minibatch.
         """
 
     def update(self, stack: Stack, state: Mapping, gradient: Stack) -> tuple[Stack, Mapping]:
@@ -132,7 +134,7 @@ class LocalRule:
       step: see `LocalStep`.
       draws: minibatches that one step reads, drawn independently of each other.
       guided: whether training may be given a second stack (`Cohort.train`'s `teacher`). A step's `aid` is then
-        (whether it was, bool; that stack), else None.
+        (whether it was, bool; that stack, or zeros), else None.
       extra_loss: (row, outputs, latents, aid) -> a further term of the objective on this row, a scalar; `outputs` and
         `latents` are those of the model's `forward`. It is added to λ_o ℓ_o as it is.
       measure: (row, latents) -> name -> tree of sums over the row's samples, for `Tools.collect`.
@@ -200,7 +202,7 @@ class Cohort(Protocol):
         """
 
     def task_gradient(self, stack: Stack, task: Task) -> Stack:
-        """Gradient of ℓ_o alone, on a minibatch of the client's samples of that task; 0 for clients without it."""
+        """Gradient of ℓ_o alone, without dropout, on a minibatch of the client's samples; 0 for clients without any."""
 
     def similarity(self, stack: Stack, other: Stack) -> Array:
         """Mean cosine between two models' mean path vectors of the same held-out samples, float32 [P, O]."""

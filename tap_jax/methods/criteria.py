@@ -3,7 +3,7 @@
 The paper compares the training losses of the round. Its conclusion asks for other evidence; three are here, off by
 default. A criterion is one function `Evidence -> bool [P, O]`, so one's own is a few lines; for example
 
-    def never(evidence): return evidence.seen & False
+    def never(evidence): return evidence.seen & False      # but at a first participation, see `replacement.first`
 
 Letters: P positions of a cohort, O tasks, R blocks.
 """
@@ -52,10 +52,14 @@ def loss(evidence: Evidence) -> Array:
 
 
 def held_out(evidence: Evidence) -> Array:
-    """Equation 3 with the losses of both models on the client's held-out samples, as they are now."""
+    """Equation 3 with the losses of both models on the client's held-out samples, as they are now.
+
+    Where a client is too small to have any of the task, the paper's criterion decides.
+    """
     e = evidence
     federated, personal = e.cohort.held_out_loss(e.federated), e.cohort.held_out_loss(e.personal)
-    return replacement_indicator(federated, personal, e.margin, e.seen)
+    nothing = (federated == 0) & (personal == 0)
+    return jnp.where(nothing, loss(e), replacement_indicator(federated, personal, e.margin, e.seen))
 
 
 def gradient(evidence: Evidence) -> Array:
@@ -81,10 +85,11 @@ def gradient(evidence: Evidence) -> Array:
 def representation(evidence: Evidence, *, least: float = 0.5) -> Array:
     """Equation 3, where W̃[i] also represents the client's held-out samples much as X[i] does: mean cosine >= `least`.
 
-    Blocks that see the world in another way would not fit those that stay.
+    Blocks that see the world in another way would not fit those that stay. A client without held-out samples of the
+    task has no likeness to go by: there equation 3 decides alone.
     """
-    e = evidence
-    return loss(evidence) & (e.cohort.similarity(e.federated, e.personal) >= least)
+    likeness = evidence.cohort.similarity(evidence.federated, evidence.personal)
+    return loss(evidence) & ((likeness >= least) | (likeness == 0))
 
 
 CRITERIA: dict[str, Criterion] = {

@@ -5,8 +5,8 @@ afterwards (+ post): each client trains its W̃[i] for P iterations (+ 2p: for P
 
 The second P iterations are a local training of their own, with a fresh optimizer state as every one has by default.
 
-Methods that differ in the local step only (Per-FedAvg, DisentAFL) and the centralised run are this one with another
-`LocalRule`.
+Methods that differ in the local step only (Per-FedAvg, DisentAFL) are this one with another `LocalRule`. The
+centralised run is this one with a single client that has everybody's data and takes up to |C_t|·τ iterations a round.
 """
 
 from collections.abc import Iterator, Sequence

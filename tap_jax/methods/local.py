@@ -1,4 +1,6 @@
-"""Local training: no federation. A client trains its own blocks in the rounds in which it is sampled.
+"""Local training (Sec. 5.1): no federation. A client trains its own blocks in the rounds in which it is sampled.
+
+for t = 0..T-1: sample C_t; each client trains its blocks for τ iterations, from where it left them
 
 So every method spends the same local iterations; sampling all clients every round is cohort_size = K.
 """

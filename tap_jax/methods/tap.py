@@ -83,7 +83,7 @@ def tap(
         personal = cohort.load(state.chains[chain])
         evidence = Evidence(cohort, federated, personal, h_l, h_p, margin, losses.seen, tuple(tasks))
         indicator = replacement.criterion(evidence)
-        never = ~np.isfinite(h_p)
+        never = np.isposinf(h_p)
         if replacement.first == "keep":
             indicator = indicator & ~never
         else:  # whatever the criterion; by equation 3 it follows from h^(p) = +inf

@@ -392,7 +392,7 @@ def _check(c: ModelConfig) -> None:
     if c.backbone not in ("routed", "standard"):
         raise UserError(f"model.backbone: unknown '{c.backbone}'; use one of routed, standard")
     if c.bottleneck < 0:
-        raise UserError(f"model.bottleneck: {c.bottleneck} is negative; use 0 for LoRA")
+        raise UserError(f"feddat.bottleneck: {c.bottleneck} is negative; use 0 for LoRA")
     if c.width % c.heads or c.width % c.text_heads or c.width % c.text_cond_heads:
         raise UserError(f"model.heads, text_heads, text_cond_heads: each must divide model.width = {c.width}")
     if c.image_size % c.patch:

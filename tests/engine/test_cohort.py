@@ -124,6 +124,15 @@ def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
         jax.tree.map(np.testing.assert_array_equal, block, trained[name] if name in trained else before[name])
 
 
+def test_a_personal_loss_that_is_no_number_replaces_nothing(counted):
+    """It is no first participation, whose h^(p) is +inf."""
+    experiment, _ = counted
+    state = experiment.init()
+    assert experiment.round(state)[1]["replacements"]
+    lost = {"personal": np.full_like(state.personal_loss["personal"], np.nan)}
+    assert experiment.round(state.replace(personal_loss=lost))[1]["replacements"] == []
+
+
 def test_a_diverged_task_is_flagged_and_has_no_result(counted, monkeypatch):
     experiment, _ = counted
     state, news = experiment.init(), [task.name for task in experiment.model.tasks].index("ag_news")

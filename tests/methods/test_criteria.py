@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import tap_jax
 from tap_jax import experiment as experiments
+from tap_jax.errors import UserError
 from tap_jax.methods import criteria
 from tap_jax.methods.criteria import Evidence, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
+from tap_jax.methods.fedavg import fedavg
 from tests.oracle import Oracle, minibatches
 from tests.trajectories import alive
 
@@ -331,3 +334,27 @@ def plain_tap(experiment):
     config = experiment.config.copy_and_resolve_references()
     config.distillation.patience = 0
     return assembly.method_of(config, experiment.model, experiment.variants)
+
+
+class Silent:
+    """A cohort that holds nothing out."""
+
+    def held_out_loss(self, stack):
+        return np.zeros((1, 2))
+
+    def similarity(self, stack, other):
+        return np.zeros((1, 2))
+
+
+@pytest.mark.parametrize("criterion", [criteria.held_out, criteria.representation])
+def test_without_held_out_samples_the_losses_of_the_round_decide(criterion):
+    h_l, h_p = np.array([[0.5, 0.5]]), np.array([[0.6, 0.505]])
+    e = criteria.Evidence(Silent(), {}, {}, h_l, h_p, np.full(2, 0.01), np.ones((1, 2), bool), ())
+    assert np.asarray(criterion(e)).tolist() == np.asarray(criteria.loss(e)).tolist() == [[True, False]]
+
+
+def test_a_criterion_needs_tap_and_a_method_its_variants(tiny):
+    with pytest.raises(UserError, match="criterion: replacement is TAP's"):
+        tap_jax.build(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "method": "fedavg"}), criterion=criteria.loss)
+    with pytest.raises(UserError, match="variants: missing; name what the method's finish yields"):
+        tap_jax.build(tiny(({"ag_news": 1.0},), {"cohort_size": 1}), method=fedavg())
