@@ -361,6 +361,11 @@ class Cohort:
         allowed = self.engine._replaceable[np.maximum(self.clients, 0)]
         return self.engine._replace(personal, federated, self.flat_seats, indicator, allowed)
 
+    @functools.cached_property
+    def held_out_plan(self) -> Plan:
+        """All held-out samples of the clients as one minibatch, on the devices."""
+        return self.engine.probes.held_out_plan(self)
+
     def held_out_loss(self, stack: Stack) -> Array:
         """See `methods.base.Cohort`."""
         return self.engine.probes.held_out_loss(self, stack)

@@ -39,11 +39,11 @@ class Probes:
 
     def held_out_loss(self, cohort: "Cohort", stack: Stack) -> Array:
         """[P, O]."""
-        return self._mean_loss(*self._inputs(cohort, (stack,), self._held_out_plan(cohort)))
+        return self._mean_loss(*self._inputs(cohort, (stack,), cohort.held_out_plan))
 
     def similarity(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
         """[P, O]."""
-        return self._mean_cosine(*self._inputs(cohort, (stack, other), self._held_out_plan(cohort)))
+        return self._mean_cosine(*self._inputs(cohort, (stack, other), cohort.held_out_plan))
 
     def task_gradient(self, cohort: "Cohort", stack: Stack, task: Task) -> Stack:
         """Stacks [D, G, n]."""
@@ -63,8 +63,8 @@ class Probes:
         """[P, R]."""
         return self._inner(stack, other, cohort.flat_seats)
 
-    def _held_out_plan(self, cohort: "Cohort") -> Plan:
-        """All held-out samples as one minibatch."""
+    def held_out_plan(self, cohort: "Cohort") -> Plan:
+        """All held-out samples as one minibatch, on the devices."""
         held = self.engine.held_out
         if not any(mine.streams for mine in held):
             raise UserError("data.held_out: 0 leaves nothing to look at; hold out a part such as 0.1")
