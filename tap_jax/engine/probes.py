@@ -128,7 +128,7 @@ class Probes:
     @functools.cached_property
     def _mean_loss(self) -> Callable:
         return self._mean(
-            lambda row, parts: self.objective.sample_loss(row.frozen, parts, row.task, row.batch, None)[2]
+            lambda row, parts: self.objective.sample_loss(row.frozen, parts, row.task, row.batch, row.key)[2]
         )
 
     @functools.cached_property
