@@ -128,7 +128,8 @@ class Experiment:
     def evaluate(self, models: Finished | State) -> list[Row]:
         """Result rows {"variant", "client", "task", "metric", "value"} of finished models.
 
-        A state is evaluated as it stands, its chains under their own names, the server's blocks as "fedavg".
+        A state is evaluated as it stands, its chains under their own names, the server's blocks under the method's for
+        them ("fedavg" in a run of TAP).
         """
         if isinstance(models, State):
             if self.model.adapter_blocks:
@@ -225,8 +226,8 @@ def build(
         start = read_torch(config.model.start_from, model, tokenizer=data.tokenizer)
         frozen, initial, notes = {**frozen, **start.frozen}, {**initial, **start.blocks}, start.notes
     if model.adapter_blocks:
-        _, own = model.init(jax.random.fold_in(jax.random.key(config.seed), 1), pretrained)
-        initial = {**initial, **{PRIVATE + name: own[name] for name in model.adapter_blocks}}
+        own = model.init_adapters(jax.random.fold_in(jax.random.key(config.seed), 1))
+        initial = {**initial, **{PRIVATE + name: tree for name, tree in own.items()}}
     like = blocks_like(model)
     clients, held_out = data.clients, ()
     if config.data.held_out:

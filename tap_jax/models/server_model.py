@@ -181,9 +181,8 @@ class ServerModel:
         for name in self.block_names:
             block_key = _fold(key, name)
             kind, *rest = name.split("/")
-            if name in self.adapter_blocks and kind == "encoder":
-                depth = c.image_layers if rest[0] == "image" else c.text_layers
-                blocks[name] = init_bottleneck(block_key, c.width, c.bottleneck, (depth,))
+            if kind in ("mote", "mome", standard.BLOCK) or name in self.adapter_blocks:
+                blocks[name] = self._init_adapter(block_key, name)
             elif kind == "encoder":
                 wanted = ("params", "frozen") if pretrained is None else ("params",)
                 encoder, example = self._encoders[rest[0]], self._example(rest[0])
@@ -195,14 +194,24 @@ class ServerModel:
                     blocks[name] |= jax.tree.map(jnp.asarray, dict(pretrained.blocks.get(name, {})))
             elif kind == "shared_proj":
                 blocks[name] = self._shared.init(block_key, jnp.zeros((1, c.width)))["params"]
-            elif kind == "head":
-                blocks[name] = self._init_head(block_key, rest[0])
-            elif name == standard.BLOCK:
-                blocks[name] = _once(standard.init_block, block_key, c, static=(1,))
             else:
-                depth = c.backbone_layers[0 if kind == "mote" else 1]
-                blocks[name] = _once(backbone.init_block, block_key, c, depth, rest[1], static=(1, 2, 3))
+                blocks[name] = self._init_head(block_key, rest[0])
         return frozen, blocks
+
+    def init_adapters(self, key: Array) -> dict[str, Tree]:
+        """Fresh values of `adapter_blocks` by name, float32: those that `init` gives with the same key."""
+        return {name: self._init_adapter(_fold(key, name), name) for name in self.adapter_blocks}
+
+    def _init_adapter(self, key: Array, name: str) -> Tree:
+        """A block of the backbone, or an encoder's bottlenecks."""
+        c, (kind, *rest) = self.config, name.split("/")
+        if kind == "encoder":
+            depth = c.image_layers if rest[0] == "image" else c.text_layers
+            return init_bottleneck(key, c.width, c.bottleneck, (depth,))
+        if kind == standard.BLOCK:
+            return _once(standard.init_block, key, c, static=(1,))
+        depth = c.backbone_layers[0 if kind == "mote" else 1]
+        return _once(backbone.init_block, key, c, depth, rest[1], static=(1, 2, 3))
 
     def _example(self, modality: str):
         if modality == "image":
