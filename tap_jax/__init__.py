@@ -11,8 +11,8 @@
     rows = experiment.evaluate(finished)        # [{"variant", "client", "task", "metric", "value"}, ...]
 
 The paper's pieces by themselves: `Federation` (who has which task), `aggregate` (component-wise FedAvg),
-`replacement_indicator` and `replace` (equations 3 and 4), `distillation_loss` (equation 5). `export_client` writes
-a client's model of a finished run for PyTorch. From the shell: `tap-jax --help`.
+`replacement_indicator` and `replace` (equations 3 and 4), `distillation_loss` (equation 5), `bound` (Theorem 1).
+`export_client` writes a client's model of a finished run for PyTorch. From the shell: `tap-jax --help`.
 
 Names are loaded when first used, so that `import tap_jax` is instant and starts no JAX backend.
 """
@@ -27,10 +27,12 @@ if typing.TYPE_CHECKING:
     from tap_jax.exporting import export_client
     from tap_jax.federation import Federation
     from tap_jax.methods.losses import distillation_loss
+    from tap_jax.theory.bound import bound
 
 __all__ = [
     "Federation",
     "aggregate",
+    "bound",
     "build",
     "distillation_loss",
     "export_client",
@@ -42,6 +44,7 @@ __all__ = [
 _HOMES = {
     "Federation": "federation",
     "aggregate": "blocks",
+    "bound": "theory.bound",
     "build": "experiment",
     "distillation_loss": "methods.losses",
     "export_client": "exporting",
