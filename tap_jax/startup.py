@@ -1,4 +1,4 @@
-"""What has to be decided before JAX starts: how many CPU devices, and where compiled programs are kept."""
+"""What has to be decided before JAX starts: CPU devices, the processes of a run, where compiled programs are kept."""
 
 import logging
 import os
@@ -6,6 +6,7 @@ import pathlib
 import platform
 import zlib
 
+from tap_jax import distributed
 from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
 
@@ -27,19 +28,22 @@ def quiet(*, bars: bool) -> None:
     """Keeps other libraries from talking; with `bars`, downloads may still show theirs."""
     for name, value in (QUIET if bars else QUIET | BARS).items():
         os.environ.setdefault(name, value)
-    for name in ("absl", "datasets", "huggingface_hub", "orbax", "transformers"):
+    for name in ("datasets", "huggingface_hub", "orbax", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, each time with a traceback
 
 
-def start_jax(config: ConfigDict) -> None:
+def start_jax(config: ConfigDict, processes: distributed.Processes | None = None) -> None:
     """Sets JAX up for a configuration; call it before anything asks for a device.
 
+    With several processes it returns once all have met; from then on only process 0 has a stdout.
+
     Raises:
-      UserError: the compilation cache's folder cannot be made.
+      UserError: the compilation cache's folder cannot be made, or the processes do not find each other.
     """
     import jax
 
-    count = cpu_devices(config)
+    count = cpu_devices(config, processes)
     if count is not None:
         try:
             jax.config.update("jax_num_cpu_devices", count)
@@ -48,12 +52,16 @@ def start_jax(config: ConfigDict) -> None:
     folder = cache_folder(config)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if processes is not None:
+        distributed.join(processes)
+        distributed.only_first_speaks()
 
 
-def cpu_devices(config: ConfigDict) -> int | None:
-    """Host devices to make on a machine without accelerator: mesh.clients, or a core each for the cohort's clients.
+def cpu_devices(config: ConfigDict, processes: distributed.Processes | None = None) -> int | None:
+    """Host devices that a process makes on a machine without accelerator: its share of what the mesh asks for.
 
-    More devices than clients would hold frozen weights and do nothing.
+    That is mesh.clients · mesh.data, or a core each for the cohort's clients: more devices than clients would hold
+    frozen weights and do nothing.
 
     Returns:
       None where the user has told JAX already.
@@ -61,7 +69,10 @@ def cpu_devices(config: ConfigDict) -> int | None:
     if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.mesh.clients or min(cores, config.cohort_size)
+    share = 1 if processes is None else processes.count or distributed.count_of_cluster()
+    if config.mesh.clients:
+        return -(-config.mesh.clients * (config.mesh.data or 1) // share)
+    return min(cores, -(-config.cohort_size // share)) * (config.mesh.data or 1)
 
 
 def cache_folder(config: ConfigDict) -> str | None:
