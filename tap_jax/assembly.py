@@ -9,6 +9,9 @@ from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
 from tap_jax.engine.cohort import EngineSettings
 from tap_jax.engine.local_training import TrainingSettings
+from tap_jax.engine.memory import machine_memory
+from tap_jax.engine.privacy import Privacy, epsilon
+from tap_jax.engine.screening import Screening
 from tap_jax.federation import Federation, Task
 from tap_jax.methods.base import LocalRule, Method, Row
 from tap_jax.methods.criteria import CRITERIA, Criterion
@@ -149,6 +152,13 @@ def weighted(row: Row, losses):
     return jax.numpy.where(row.weights > 0, row.weights * losses, 0).sum()
 
 
+def host_bytes(config: ConfigDict) -> int:
+    """How much memory personal blocks may take on the host before they go to disk; by default half of what there is."""
+    if config.engine.host_gigabytes:
+        return int(1e9 * config.engine.host_gigabytes)
+    return machine_memory() // 2
+
+
 def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
@@ -185,4 +195,28 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         aggregation=config.aggregation,
         scope=config.replacement.scope,
         seed=config.seed,
+        screening=Screening(config.screening.max_norm, config.screening.on_broken == "stop"),
+        privacy=Privacy(**config.privacy) if config.privacy.noise_multiplier else None,
     )
+
+
+def privacy_notes(config: ConfigDict, federation: Federation) -> tuple[str, ...]:
+    """What somebody who asked for privacy should know before the run.
+
+    Raises:
+      UserError: the accountant is not installed.
+    """
+    if not config.privacy.noise_multiplier:
+        return ()
+    privacy, clients = Privacy(**config.privacy), len(federation.clients)
+    found = epsilon(privacy, clients=clients, cohort=config.cohort_size, rounds=config.rounds)
+    notes = [
+        f"privacy: epsilon will be {found:.4g} at delta {privacy.delta:g} after {config.rounds} rounds, for one of"
+        f" {clients} clients; it covers the server's blocks alone"
+    ]
+    if config.data.tokenizer == "train" and any("text" in task.modalities for task in federation.tasks):
+        notes.append(
+            "privacy: the word pieces are made of all clients' texts, which epsilon does not cover; name a public"
+            " data.tokenizer where that matters"
+        )
+    return tuple(notes)

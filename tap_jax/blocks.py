@@ -9,6 +9,7 @@ Letters: K clients, R blocks, O tasks, G slots of a group, n parameters of one o
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,10 +64,12 @@ class Partition:
     touches: np.ndarray
     task_mask: np.ndarray
 
-    @property
+    @functools.cached_property
     def owned(self) -> np.ndarray:
-        """bool [K, R]: a client owns the union of its tasks' blocks."""
-        return (self.task_mask.astype(int) @ self.touches.astype(int)) > 0
+        """bool [K, R], read-only: a client owns the union of its tasks' blocks."""
+        found = (self.task_mask.astype(int) @ self.touches.astype(int)) > 0
+        found.flags.writeable = False
+        return found
 
     @property
     def sent(self) -> np.ndarray:

@@ -78,6 +78,18 @@ def default_config() -> ConfigDict:
 
     config.aggregation = "samples"  # ⚙ weigh clients by sample count | "uniform"
 
+    config.screening = screening = ConfigDict()  # of hostile or broken client updates, before aggregation
+    # Largest L2 norm of an update, W̃[i] after minus before local training over all blocks; 0: any finite one. With any
+    # other value metrics.jsonl has the norms, so a run with a huge one shows what is usual.
+    screening.max_norm = 0.0
+    screening.on_broken = "drop"  # the client's update of the round, and go on | "stop": the run ends in an error
+
+    # Differential privacy of clients (DP-FedAvg, McMahan et al. 2018): what it covers is said in engine/privacy.py.
+    config.privacy = privacy = ConfigDict()
+    privacy.noise_multiplier = 0.0  # z, standard deviation of the noise in units of clip_norm; 0: no privacy, no noise
+    privacy.clip_norm = 1.0  # C, L2 norm to which a client's update over all its blocks is clipped
+    privacy.delta = 1e-5  # δ at which ε is reported; well below 1 / clients
+
     config.replacement = replacement = ConfigDict()  # Stage 1
     replacement.history = "plain"  # ⚙ mean of a task's loss | "weighted" by its share λ_o of each minibatch
     replacement.scope = "task"  # ⚙ all of B_o | "exclusive": only blocks that no other task of the client uses
@@ -153,6 +165,9 @@ def default_config() -> ConfigDict:
     federation.table = "flava"  # the paper's ten patterns for "flava" | "vilt" | "custom": `rows`
     federation.rows = ()  # one dict task -> share of its group's part per pattern; only with "custom"
     federation.groups = 3  # how often the patterns are repeated, each time on its own part of the data
+    # Parts that a training set is cut into: 0 is one for each group; with fewer, groups share them in turn, so that a
+    # large federation can be played on little data. Only with split "share".
+    federation.parts = 0
     federation.split = "share"  # by the table's shares | "iid": equal parts for a task's clients | "dirichlet"
     federation.alpha = 0.5  # Dirichlet concentration per label; small is skewed; only with "dirichlet"
 
@@ -176,12 +191,16 @@ def default_config() -> ConfigDict:
     config.checkpoint_every = 10  # rounds; 0: only at the end
     config.compilation_cache = ""  # folder of XLA's persistent cache; "": the user's cache folder; "off"
     config.mesh = mesh = ConfigDict()
-    mesh.clients = 0  # devices that share out the cohort; 0: all there are
-    mesh.data = 1  # devices that share out one client's minibatch; more than 1 is not supported yet
+    mesh.clients = 0  # devices that share out the cohort; 0: all there are, but not more than it has clients
+    mesh.data = 0  # devices that share out each client's minibatches; 0: those that mesh.clients = 0 leaves over
+    mesh.parallel = "auto"  # "vmap" (one device) | "pmap" (mesh.clients only) | "shard_map"; "auto": first or last
     config.engine = engine = ConfigDict()
     engine.microbatch = 0  # s, samples per row; 0: the platform's default
     engine.rows_per_chunk = 0  # v, rows per vmap; 0: the platform's default
     engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: as many as fit
+    # Memory on the host that all clients' personal blocks may take; where they would take more, they go to a store on
+    # disk (workdir/store), and so does a persistent optimizer state. 0: half of the machine's.
+    engine.host_gigabytes = 0.0
     engine.attention = "auto"  # ⚙ by platform | "einsum" | "xla" | "cudnn" (flash attention on NVIDIA)
     engine.remat = False  # ⚙ recompute activations: less memory, about a third more time
     return config
@@ -194,16 +213,20 @@ NEUTRAL_FIELDS = (
     "data.cache_dir",
     "engine.attention",
     "engine.clients_per_pass",
+    "engine.host_gigabytes",
     "engine.remat",
     "engine.rows_per_chunk",
     "mesh.clients",
     "mesh.data",
+    "mesh.parallel",
+    "screening.on_broken",
 )
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(VARIANTS),
     "aggregation": ("samples", "uniform"),
     "optimizer.state": ("fresh", "persist"),
+    "screening.on_broken": ("drop", "stop"),
     "replacement.history": ("plain", "weighted"),
     "replacement.scope": ("task", "exclusive"),
     "replacement.first": ("replace", "keep"),
@@ -221,13 +244,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.test_split": ("common", "personal"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "engine.attention": ("auto", "einsum", "xla", "cudnn"),
+    "mesh.parallel": ("auto", "vmap", "pmap", "shard_map"),
 }
 # Every other number is > 0; tuples of numbers elementwise.
 _MAY_BE_ZERO = (
-    "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients", "model.text_positions",
+    "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients", "mesh.data", "model.text_positions",
     "optimizer.learning_rate_initial", "optimizer.warmup_rounds", "optimizer.weight_decay", "optimizer.clip_norm",
-    "data.train_size", "data.test_size", "data.image_classes", "distillation.patience",
+    "federation.parts", "data.train_size", "data.test_size", "data.image_classes", "distillation.patience",
     "engine.microbatch", "engine.rows_per_chunk", "engine.clients_per_pass",
+    "engine.host_gigabytes",
+    "screening.max_norm", "privacy.noise_multiplier",
 )  # fmt: skip
 _FRACTIONS = ("data.held_out", "model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
 _ANY_NUMBER = ("distillation.temperature_power",)
@@ -320,13 +346,23 @@ def validate(config: ConfigDict) -> None:
         _check(field, _cast(field, given[field], standard))
 
     model, federation = config.model, config.federation
-    if config.mesh.data != 1:
-        raise UserError(f"mesh.data: {config.mesh.data}; only 1 is supported so far, use mesh.clients")
     for variant in config.variants:
         if variant not in VARIANTS[config.method]:
             raise UserError(
                 f"variants: '{variant}' does not come out of method '{config.method}';"
                 f" use {', '.join(VARIANTS[config.method])}, or variants=() for the first"
+            )
+    if config.privacy.delta >= 1:
+        raise UserError(f"privacy.delta: {config.privacy.delta}; use less than 1, best well below 1 / clients")
+    if config.privacy.noise_multiplier:
+        if config.method in ("local", "centralised"):
+            raise UserError(
+                f"privacy.noise_multiplier: method '{config.method}' has no clients' updates to make private; use 0"
+            )
+        if config.aggregation != "uniform":
+            raise UserError(
+                f"aggregation: '{config.aggregation}' lets a client's size, which is private, raise its say; use"
+                " 'uniform' with privacy.noise_multiplier, or set that to 0"
             )
     if model.backbone == "standard" and config.method == "disentafl":
         raise UserError("model.backbone: 'disentafl' compares what the routed backbone's stacks put out; use 'routed'")
@@ -375,6 +411,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"model.image_channels: {model.image_channels}; give three, for 8x8 to 64x64 pixels")
     if (federation.table == "custom") != bool(federation.rows):
         raise UserError("federation.rows: goes with federation.table='custom', and only with it; set both or neither")
+    if federation.parts and federation.split != "share":
+        raise UserError(f"federation.parts: goes with federation.split='share', not '{federation.split}'; drop one")
     clients = len(client_table(_rows(federation), groups=federation.groups).clients)
     if config.cohort_size > clients:
         raise UserError(f"cohort_size: {config.cohort_size} of {clients} clients; use at most {clients}")

@@ -67,7 +67,7 @@ OTHERWISE = {
 def test_engine_equals_oracle_with_every_other_choice(tiny):
     """On four devices."""
     other = alive(experiments.build(tiny(ROWS, SETTINGS | OTHERWISE)))
-    assert len(other.engine.mesh.devices) == 4
+    assert other.engine.devices.size == 4
     check(other, play(other))
 
 
@@ -127,7 +127,7 @@ def test_devices_and_rows_change_nothing(tiny, run):
     """Two devices, three rows side by side, minibatches cut into rows of four: the same numbers."""
     split = {"mesh.clients": 2, "engine.rows_per_chunk": 3, "engine.microbatch": 4}
     other = alive(experiments.build(tiny(ROWS, SETTINGS | split)))
-    assert len(other.engine.mesh.devices) == 2
+    assert other.engine.devices.size == 2
     played, finished = play(other)
     for (state, line), (expected, expected_line) in zip(played, run[0], strict=True):
         assert line["replacements"] == expected_line["replacements"]

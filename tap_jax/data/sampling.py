@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax import struct
 
 from tap_jax.data.families import Family
 
 # Draws are seeded by a purpose's place: add at the end.
-PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil", "held_out", "probe")
+PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil", "held_out", "probe", "noise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +134,49 @@ def rows_needed(data: ClientData, family: Family, *, batch: int, microbatch: int
     return min(full, batch // microbatch + len(sizes))
 
 
-def capacities(data: Sequence[ClientData], families: Sequence[Family], *, positions: int, batch: int, microbatch: int):
-    """Family name -> N, the rows that one step of any `positions` clients can need, at least 1."""
+def capacities(
+    data: Sequence[ClientData],
+    families: Sequence[Family],
+    *,
+    positions: int,
+    batch: int,
+    microbatch: int,
+    multiple: int = 1,
+) -> dict[str, int]:
+    """Family name -> N, the rows that one step of any `positions` clients can need, a `multiple` and at least that."""
     out = {}
     for family in families:
         rows = sorted(rows_needed(client, family, batch=batch, microbatch=microbatch) for client in data)
-        out[family.name] = max(1, sum(rows[-positions:]))
+        out[family.name] = max(1, -(-sum(rows[-positions:]) // multiple)) * multiple
     return out
+
+
+def share_out(plan: Plan, parts: int) -> Plan:
+    """The rows of every shard dealt round by round to `parts` devices; what is not rows is the same for all of them.
+
+    Args:
+      plan: stacked over shards, leaves [D, ...]; the rows' capacity is a multiple of `parts`.
+
+    Returns:
+      Leaves [D, parts, ...]; leading rows are still the first ones.
+    """
+    turn = np.arange(parts, dtype=np.int32)
+
+    def rows(found: Rows) -> Rows:
+        before = (slice(None),) * found.count.ndim
+        pieces = [jax.tree.map(lambda leaf, at=at: leaf[(*before, slice(at, None, parts))], found.table) for at in turn]
+
+        def dealt(count: np.ndarray) -> np.ndarray:
+            return np.stack([(np.maximum(count - at, 0) + parts - 1) // parts for at in turn], axis=1).astype(np.int32)
+
+        return Rows(jax.tree.map(lambda *x: np.stack(x, axis=1), *pieces), dealt(found.count), dealt(found.lead))
+
+    same = {
+        field.name: np.repeat(getattr(plan, field.name)[:, None], parts, axis=1)
+        for field in dataclasses.fields(plan)
+        if field.name != "rows"
+    }
+    return Plan(rows={name: rows(found) for name, found in plan.rows.items()}, **same)
 
 
 def draw_plan(
@@ -166,7 +203,7 @@ def draw_plan(
       data: of all clients of the federation.
       clients: int [K], client numbers, -1 for an empty position.
       families: of all tasks of the federation, in order.
-      capacities: N per family, a multiple of the rows a chunk takes.
+      capacities: N per family, a multiple of the rows that a chunk takes on every device of the shard.
       starts: task name -> where its samples start in its family's arrays.
       length: τ of the arrays (>= steps), so that phases of different length share one program.
       passes: see `minibatches`.

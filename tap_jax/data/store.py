@@ -5,7 +5,6 @@ Letters: N samples of a task, B samples of a batch, T and A lengths of text and 
 
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,14 +14,12 @@ from tap_jax.data.images import MEAN, STD
 from tap_jax.data.text import TaskArrays
 
 
-def device_arrays(families: Sequence[Family], arrays: Mapping[str, TaskArrays], sharding=None) -> dict:
-    """Family name -> field -> the family's samples, task after task, on the device (placed by `sharding`)."""
+def stored(families: Sequence[Family], arrays: Mapping[str, TaskArrays]) -> dict[str, dict[str, np.ndarray]]:
+    """Family name -> field -> the family's samples, task after task, to be put on the devices."""
     out = {}
     for family in families:
         parts = [fields(arrays[task.name]) for task in family.tasks]
-        out[family.name] = {
-            field: jax.device_put(np.concatenate([part[field] for part in parts]), sharding) for field in parts[0]
-        }
+        out[family.name] = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
     return out
 
 

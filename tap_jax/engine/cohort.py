@@ -7,6 +7,7 @@ until somebody reads it.
 Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,23 +17,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree
 from tap_jax.data.families import families, offsets
-from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan
-from tap_jax.data.store import device_arrays
+from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan, share_out
+from tap_jax.data.store import stored
 from tap_jax.engine import parallel
 from tap_jax.engine.local_training import Losses, TrainingSettings, local_training
 from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
+from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED, Devices
+from tap_jax.engine.privacy import Privacy, expected_owners, private_aggregate
 from tap_jax.engine.probes import Probes
 from tap_jax.engine.programs import Program, abstract
+from tap_jax.engine.screening import Screening, Verdicts, screen, update_norms
 from tap_jax.federation import Task
 from tap_jax.methods.base import LocalRule
 
 # Phase -> the phase with whose optimizer states it goes on, where they persist; the others go on with their own.
 CONTINUES = {"post": "federated", "post_again": "post", "distil": "personal"}
+_DRAWING = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,7 @@ class EngineSettings:
       aggregation: "samples" or "uniform".
       scope: of a replacement, see `Partition.replaceable`.
       seed: of every draw.
+      screening: of the clients' updates. privacy: of the aggregate; None: it is exact.
     """
 
     cohort_size: int
@@ -64,6 +69,8 @@ class EngineSettings:
     aggregation: str
     scope: str
     seed: int
+    screening: Screening = Screening()
+    privacy: Privacy | None = None
 
 
 class Finished(NamedTuple):
@@ -86,7 +93,7 @@ class Engine:
       sample_loss: see `objective`. rule: how clients train.
       like: shapes of every block by name, private ones too.
       finished: what the blocks of finished models are of, see `Finished`; default: of `model`.
-      mesh: with the axis "clients".
+      devices: where everything runs.
     """
 
     def __init__(
@@ -103,17 +110,16 @@ class Engine:
         sample_loss: SampleLoss,
         rule: LocalRule,
         settings: EngineSettings,
-        mesh: Mesh,
+        devices: Devices,
     ):
-        self.model, self.partition, self.settings, self.mesh = model, partition, settings, mesh
+        self.model, self.partition, self.settings, self.devices = model, partition, settings, devices
         self.data, self.held_out, self.rule = tuple(data), tuple(held_out), rule
         self.tasks: tuple[Task, ...] = model.tasks
-        self.shared = parallel.shared_sharding(mesh)
-        self.by_client = parallel.client_sharding(mesh)
-        self.frozen = jax.device_put(frozen, self.shared)
+        self.shared, self.by_client, self.by_row = map(devices.sharding, (SHARED, CLIENTS, ROWS))
+        self.frozen = devices.put(frozen, SHARED)
         self.families = families(self.tasks, arrays)
         self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
-        self.arrays = device_arrays(self.families, arrays, self.shared)
+        self.arrays = devices.put(stored(self.families, arrays), SHARED)
         self.server_seats = blocks.server_seats(partition)
         self.like = like
         self.moments_like = {
@@ -121,27 +127,35 @@ class Engine:
         }
         self.finished = self._tabled(*(finished or (model, like)))
         tables = self._tabled(model, like).tables
-        self.objective = Objective(sample_loss, self.tasks, self.families, tables, settings.rows_per_chunk, rule)
+        self.objective = Objective(
+            sample_loss, self.tasks, self.families, tables, settings.rows_per_chunk, rule, devices.sum_axis
+        )
         self.probes = Probes(self)
         mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
         self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
         self._blank: dict[tuple, Stack] = {}
+        self._begins: str | None = None  # the purpose that a round's first training had
+        self._ahead: dict[tuple, concurrent.futures.Future] = {}
         self._replaceable = partition.replaceable(settings.scope)
-        rows = settings.rows_per_chunk
         self._work = [
             sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
             for client in self.data
         ]
         self.shape_of: Callable[[int], _Shape] = functools.cache(
-            lambda clients: _shape(self.data, self.families, partition, settings, mesh.size, clients, rows)
+            lambda clients: _shape(self.data, self.families, partition, settings, devices, clients)
         )
         # (frozen, data, stack, moments, aid, seats, plan, rate, key); the stack is donated. The moments are not: two
         # phases may start from the same ones.
-        by_client = (False, False, True, True, True, True, True, False, False)
-        sharded = parallel.over_clients(local_training(self.objective, settings.training), mesh, by_client)
-        self._train = Program(functools.partial(_train, sharded), donate_argnums=(2,))
+        specs = (SHARED, SHARED, CLIENTS, CLIENTS, CLIENTS, CLIENTS, ROWS, SHARED, SHARED)
+        self._train = Program(
+            functools.partial(_train, devices.over(local_training(self.objective, settings.training), specs)),
+            donate_argnums=(2,),
+            out_shardings=(self.by_client, self.by_client, self.shared),
+        )
         self._broadcast = jax.jit(functools.partial(_broadcast, self.server_seats), out_shardings=self.by_client)
-        self._aggregate = jax.jit(functools.partial(_aggregate, self.server_seats), out_shardings=self.shared)
+        expected = expected_owners(partition.owned, partition.sent, settings.cohort_size)
+        aggregate = functools.partial(_aggregate, settings.screening, settings.privacy, expected, self.server_seats)
+        self._aggregate = jax.jit(aggregate, out_shardings=self.shared)
         self._replace = jax.jit(_replace, donate_argnums=(0,), out_shardings=self.by_client)
 
     def _tabled(self, model, like: Blocks) -> "Finished":
@@ -151,6 +165,19 @@ class Engine:
     def cohort(self, clients: Sequence[int], round_: int, moments: Mapping | None = None) -> "Cohort":
         """The clients of round `round_` (0-based); `moments` as in `State`, where optimizer states persist."""
         return Cohort(self, clients, round_, size=self.settings.cohort_size, moments=moments)
+
+    def draw_ahead(self, clients: Sequence[int], round_: int) -> None:
+        """Draws the plan with which a round of these clients will begin, beside what runs now.
+
+        It is taken to begin as the last one did. A plan is a function of (seed, round, purpose, clients), so whether it
+        was drawn ahead changes nothing.
+        """
+        if self._begins is not None:
+            drawn = _DRAWING.submit(
+                lambda purpose: self.cohort(clients, round_).plan(purpose, post=False), self._begins
+            )
+            kept = {key: plan for key, plan in self._ahead.items() if key[0] == round_ - 1}
+            self._ahead = kept | {(round_, self._begins, tuple(clients)): drawn}
 
     def passes(self, round_: int, moments: Mapping | None = None) -> list["Cohort"]:
         """All clients, `clients_per_pass` at a time."""
@@ -162,13 +189,17 @@ class Engine:
         key = tuple((group, shape.shape) for group, shape in shapes.items())
         if key not in self._blank:
             zeros = {group: np.zeros(shape.shape, shape.dtype) for group, shape in shapes.items()}
-            self._blank[key] = jax.device_put(zeros, self.by_client)
+            self._blank[key] = self.devices.put(zeros, CLIENTS)
         return self._blank[key]
+
+    def placed(self, plan: Plan) -> Plan:
+        """A plan of all shards, leaves [D, ...], on the devices that run its rows, leaves [D, E, ...]."""
+        return self.devices.put(share_out(plan, self.devices.parts), ROWS)
 
     def server_stack(self, server: Blocks) -> Stack:
         """The server's blocks by name -> on the device."""
         packed = blocks.pack(self.partition, self.server_seats, [server], self.like)
-        return jax.device_put(packed, self.shared)
+        return self.devices.put(packed, SHARED)
 
     def server_blocks(self, server: Stack) -> Blocks:
         """The inverse of `server_stack`, on the host."""
@@ -183,11 +214,13 @@ class Cohort:
     ):
         self.engine, self.round = engine, round_
         self._before, self._moments = moments or {}, {}
+        self._given, self._trained = tuple(clients), False
+        self.verdicts: list[Verdicts] = []
         self.shape = engine.shape_of(size)
         table = parallel.deal(
             clients,
             [engine._work[k] for k in clients],
-            shards=engine.mesh.size,
+            shards=engine.devices.shards,
             positions=self.shape.positions,
         )
         self.clients = table.reshape(-1)
@@ -195,7 +228,7 @@ class Cohort:
         shards = [blocks.seat(engine.partition, mine, self.shape.slots) for mine in owned]
         self.positions = self.shape.positions
         self.table, self._owned = table, owned.reshape(len(self.clients), -1)
-        self.seats: Seats = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *shards), engine.by_client)
+        self.seats: Seats = engine.devices.put(jax.tree.map(lambda *x: np.stack(x), *shards), CLIENTS)
         self.flat_seats: Seats = _flatten_seats(shards)
 
     def broadcast(self, server: Stack) -> Stack:
@@ -222,7 +255,7 @@ class Cohort:
         flat = blocks.pack(self.engine.partition, self.flat_seats, holders, like)
         shards = len(self.table)
         split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), flat)
-        return jax.device_put(split, self.engine.by_client)
+        return self.engine.devices.put(split, CLIENTS)
 
     def unload(self, stack: Stack) -> dict[int, Blocks]:
         """Client number -> its blocks, in host memory."""
@@ -234,7 +267,7 @@ class Cohort:
         return {chain: self._fetch(stack, self.engine.moments_like) for chain, stack in trained}
 
     def _fetch(self, stack: Stack, like: Blocks) -> dict[int, Blocks]:
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.device_get(dict(stack)))
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.engine.devices.fetch(dict(stack)))
         held = blocks.unpack(self.engine.partition, self.flat_seats, flat, like)
         return {int(k): mine for k, mine in zip(self.clients, held, strict=True) if k >= 0}
 
@@ -289,11 +322,11 @@ class Cohort:
         key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
         key = jax.random.fold_in(key, PURPOSES.index(purpose))
         rate = np.float32(settings.post_rate if post else settings.rate(self.round))
-        plan = self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
+        plan = self._drawn(purpose, post, idle)
         if steps is not None:
             plan = plan.replace(first=np.full_like(plan.first, steps[0]), steps=np.minimum(plan.steps, steps[1]))
-        plan = jax.device_put(plan, engine.by_client)
-        rate, key = jax.device_put((rate, key), engine.shared)
+        plan = engine.placed(plan)
+        rate, key = engine.devices.put((rate, key), SHARED)
         aid, moments = self._aid(teacher), self._remembered(purpose, chain, steps is not None and steps[0] > 0)
         stack, after, losses = engine._train(
             engine.frozen, engine.arrays, stack, moments, aid, self.seats, plan, rate, key
@@ -301,6 +334,17 @@ class Cohort:
         if settings.persist or steps is not None:
             self._moments[purpose if post else chain or purpose] = after
         return stack, losses
+
+    def _drawn(self, purpose: str, post: bool, idle: np.ndarray | None) -> Plan:
+        """The plan, drawn ahead or now."""
+        engine = self.engine
+        if not (self._trained or post):
+            engine._begins = purpose
+        self._trained = True
+        ahead = engine._ahead.pop((self.round, purpose, self._given), None)
+        if ahead and not post and idle is None:
+            return ahead.result()
+        return self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
 
     def _remembered(self, purpose: str, chain: str | None, again: bool) -> Stack | None:
         """The optimizer states with which a phase goes on, or None where no phase does."""
@@ -322,7 +366,7 @@ class Cohort:
             if teacher is not None:
                 raise ValueError("the method's rule takes no teacher")
             return None
-        flag = jax.device_put(np.full(len(self.table), teacher is not None), engine.by_client)
+        flag = engine.devices.put(np.full(len(self.table), teacher is not None), CLIENTS)
         return flag, engine._nobody(self.abstract_stack()) if teacher is None else teacher
 
     def prepare(self) -> None:
@@ -335,7 +379,8 @@ class Cohort:
             stack,
             self.abstract_stack(engine.moments_like) if engine.settings.training.remember else None,
             (flag, stack) if engine.rule.guided else None,
-            *abstract((self.seats, self.plan(PURPOSES[-1], post=True)), engine.by_client),
+            abstract(self.seats, engine.by_client),
+            abstract(share_out(self.plan(PURPOSES[-1], post=True), engine.devices.parts), engine.by_row),
             *abstract((np.float32(0), jax.random.key(0)), engine.shared),
         )
 
@@ -349,12 +394,23 @@ class Cohort:
         return abstract(zero, self.engine.by_client)
 
     def aggregate(self, server: Stack, stack: Stack, losses: Losses) -> Stack:
-        """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly."""
+        """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly; or with noise, see `engine.privacy`.
+
+        What screening found is added to `verdicts`.
+        """
         samples = np.array([self.engine.data[k].samples if k >= 0 else 0 for k in self.clients], np.float32)
         if self.engine.settings.aggregation == "uniform":
             samples = (samples > 0).astype(np.float32)
         weights = np.where(self._owned & self.engine.partition.sent, samples[:, None], 0).astype(np.float32)
-        return self.engine._aggregate(server, stack, self.flat_seats, weights, losses)
+        key = None
+        if self.engine.settings.privacy:
+            if self.verdicts:
+                raise ValueError("privacy is accounted for one aggregation a round; this is a second one")
+            key = jax.random.fold_in(jax.random.key(self.engine.settings.seed), self.round)
+            key = self.engine.devices.put(jax.random.fold_in(key, PURPOSES.index("noise")), SHARED)
+        server, found = self.engine._aggregate(server, stack, self.flat_seats, weights, losses, key)
+        self.verdicts.append(found)
+        return server
 
     def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:
         """Equation 4; `indicator` bool [P, O]. `personal` is consumed."""
@@ -392,10 +448,16 @@ class _Shape:
     rows: Mapping[str, int]
 
 
-def _shape(data, families, partition, settings: EngineSettings, shards: int, clients: int, chunk: int) -> _Shape:
-    positions = -(-clients // shards)
-    rows = capacities(data, families, positions=positions, batch=settings.batch, microbatch=settings.microbatch)
-    rows = {name: -(-count // chunk) * chunk for name, count in rows.items()}
+def _shape(data, families, partition, settings: EngineSettings, devices: Devices, clients: int) -> _Shape:
+    positions = -(-clients // devices.shards)
+    rows = capacities(
+        data,
+        families,
+        positions=positions,
+        batch=settings.batch,
+        microbatch=settings.microbatch,
+        multiple=settings.rows_per_chunk * devices.parts,
+    )
     return _Shape(positions, partition.capacities(partition.owned, positions), rows)
 
 
@@ -435,11 +497,29 @@ def _broadcast(server_seats: Seats, server: Stack, seats: Seats) -> Stack:
     return blocks.broadcast(server, server_seats, seats)
 
 
-def _aggregate(server_seats: Seats, server: Stack, stack: Stack, seats: Seats, weights: Array, losses: Losses) -> Stack:
-    # A client that took no step has nothing to say; one whose loss or blocks are not numbers must not be heard.
-    heard = jnp.isfinite(losses.plain).all(1) & losses.seen.any(1)
-    weights = jnp.where(heard[:, None], weights, 0)
-    return blocks.aggregate(server, _flat(stack), server_seats, seats, weights)
+def _aggregate(
+    screening: Screening,
+    privacy: Privacy | None,
+    expected: np.ndarray,
+    server_seats: Seats,
+    server: Stack,
+    stack: Stack,
+    seats: Seats,
+    weights: Array,
+    losses: Losses,
+    key: Array | None,
+) -> tuple[Stack, Verdicts]:
+    stack, sent = _flat(stack), weights > 0
+    norm = update_norms(server, stack, server_seats, seats, sent) if screening.max_norm or privacy else None
+    heard, found = screen(stack, seats, sent, losses, norm, screening.max_norm)
+    if privacy is None:
+        weights = jnp.where(heard[:, None], weights, 0)
+        return blocks.aggregate(server, stack, server_seats, seats, weights), found
+    sent = sent & heard[:, None]
+    after = private_aggregate(
+        server, stack, server_seats, seats, sent, norm, expected=expected, privacy=privacy, key=key
+    )
+    return after, found
 
 
 def _replace(personal: Stack, federated: Stack, seats: Seats, indicator: Array, replaceable: Array) -> Stack:

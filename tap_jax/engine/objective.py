@@ -83,6 +83,7 @@ class Objective:
       families: their families. tables: family -> what `part_table` gives.
       rows_per_chunk: v, rows differentiated side by side.
       rule: its `extra_loss` and `measure` are read here.
+      sum_axis: axis of the mesh whose devices share out the rows; None where one has them all.
     """
 
     sample_loss: SampleLoss
@@ -91,6 +92,7 @@ class Objective:
     tables: Mapping[str, Mapping[str, Part]]
     rows_per_chunk: int = 1
     rule: LocalRule = PLAIN
+    sum_axis: str | None = None
 
 
 class Where(NamedTuple):
@@ -173,7 +175,10 @@ def no_losses(objective: Objective, plan: Plan) -> StepLosses:
 
 
 def over_rows(objective: Objective, where: Where, one: Callable, add: Callable, carry: Any, count: Callable | None):
-    """Folds `add` over the rows of every family; without `count` only over the shapes of what `one` finds."""
+    """Sums over the rows of every family: folds `add`, starting from the zeros in `carry`.
+
+    Without `count` only over the shapes of what `one` finds.
+    """
     v, plan, seats = objective.rows_per_chunk, where.plan, where.seats
     key = where.key if isinstance(where.draw, int) else jax.random.fold_in(where.key, where.draw)
     for number, family in enumerate(objective.families):
@@ -209,4 +214,6 @@ def over_rows(objective: Objective, where: Where, one: Callable, add: Callable, 
             carry = add(carry, jax.eval_shape(visit, entry))
         else:
             carry = jax.lax.fori_loop(0, -(-count(rows)[where.draw, where.step] // v), chunk, carry)
+    if count is not None and objective.sum_axis:
+        carry = jax.lax.psum(carry, objective.sum_axis)
     return carry

@@ -1,64 +1,174 @@
-"""One function over the devices of a mesh: clients are dealt out to shards, every shard runs the same program.
+"""One function over the devices of a run: clients are dealt out to shards, a shard's rows to its devices.
 
-Whatever belongs to clients has a leading shard axis [D, ...]; whatever all share is replicated. With one device
-the function is called as it is. (The `data` axis of the mesh, pmap and several hosts are not here yet.)
+The mesh has the axes "clients" (D shards of the cohort) and "data" (E devices that share out the rows of one shard's
+minibatches and add up their gradients). Whatever belongs to clients has a leading axis [D, ...]; rows have [D, E, ...];
+what all share is replicated. The same function runs as it is on one device (where `vmap` puts rows side by side),
+under `pmap` over the clients, or under `shard_map` over both axes and several processes.
 
-Letters: D devices, K positions of a shard.
+Several processes run one and the same program on the same host data, each with its own devices of the mesh. Arrays are
+made from the part of them that lies on a process's own devices (`Devices.put`), and read by all of them together
+(`Devices.fetch`).
+
+Letters: D shards, E devices of a shard, K positions of a shard.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tap_jax.errors import UserError
 
+# How an argument lies on the mesh.
+SHARED = PartitionSpec()
+CLIENTS = PartitionSpec("clients")  # [D, ...]
+ROWS = PartitionSpec("clients", "data")  # [D, E, ...]
 
-def client_mesh(devices: int = 0) -> Mesh:
-    """A mesh with the one axis "clients" over `devices` devices; 0 takes all there are.
 
-    Raises:
-      UserError: fewer devices exist.
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of a run and how functions are spread over them.
+
+    Attributes:
+      mesh: axes "clients" and "data".
+      parallel: "vmap" (one device), "pmap" (E = 1, one process) or "shard_map".
     """
-    available = len(jax.devices())
-    if devices > available:
-        raise UserError(f"mesh.clients: {devices} of {available} devices; use at most {available}")
-    count = devices or available
-    return jax.make_mesh(
-        (count,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
-    )
+
+    mesh: Mesh
+    parallel: str
+
+    @property
+    def shards(self) -> int:
+        """D."""
+        return self.mesh.shape["clients"]
+
+    @property
+    def parts(self) -> int:
+        """E."""
+        return self.mesh.shape["data"]
+
+    @property
+    def size(self) -> int:
+        """D·E."""
+        return self.mesh.size
+
+    @property
+    def local(self) -> list[jax.Device]:
+        """Those of this process."""
+        return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+
+    @property
+    def sum_axis(self) -> str | None:
+        """The axis over which what rows add up to has to be summed; None where a shard has one device."""
+        return "data" if self.parts > 1 else None
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        """Where arrays of this kind lie."""
+        return NamedSharding(self.mesh, spec)
+
+    def put(self, tree: Any, spec: PartitionSpec) -> Any:
+        """Host arrays, the same in every process, on the devices."""
+        return put(tree, self.sharding(spec))
+
+    def fetch(self, tree: Any) -> Any:
+        """Host arrays, whole in every process."""
+        if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+            return jax.device_get(tree)
+        return jax.device_get(self._gather(tree))
+
+    @functools.cached_property
+    def _gather(self) -> Callable:
+        return jax.jit(lambda tree: tree, out_shardings=self.sharding(SHARED))
+
+    def over(self, function: Callable, specs: Sequence[PartitionSpec], out: PartitionSpec = CLIENTS) -> Callable:
+        """`function`, written for one device, over all of them.
+
+        Args:
+          function: takes and returns trees without the axes of the mesh. What it returns must be the same on all
+            devices of a shard where `out` has no axis for them.
+          specs: of every argument. out: of the result.
+
+        Returns:
+          A function of whole arrays, to be compiled by whoever calls it.
+        """
+
+        def local(*args):
+            args = [_without_axes(arg, len(spec)) for arg, spec in zip(args, specs, strict=True)]
+            return _with_axes(function(*args), len(out))
+
+        if self.size == 1:
+            return local
+        if self.parallel == "pmap":  # which takes the axis of the clients away itself
+
+            def shard(*args):
+                args = [_with_axes(arg, bool(spec)) for arg, spec in zip(args, specs, strict=True)]
+                return _without_axes(local(*args), 1)
+
+            devices = self.mesh.devices.ravel().tolist()
+            axes = tuple(0 if spec else None for spec in specs)
+            return jax.pmap(shard, axis_name="clients", in_axes=axes, devices=devices)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)
 
 
-def shared_sharding(mesh: Mesh) -> NamedSharding:
-    """Replicated over the mesh."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def client_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis [D, ...] over the shards."""
-    return NamedSharding(mesh, PartitionSpec("clients"))
-
-
-def over_clients(function: Callable, mesh: Mesh, by_client: Sequence[bool]) -> Callable:
-    """`function`, written for one shard, over all shards of the mesh.
+def devices(clients: int = 0, data: int = 0, parallel: str = "auto", *, cohort: int = 0) -> Devices:
+    """The mesh that a configuration asks for.
 
     Args:
-      function: takes and returns trees without a shard axis.
-      by_client: per argument, whether it has the shard axis [D, ...] (else it is shared).
+      clients: D; 0: what `data` leaves of all devices, or, where that is 0 too, the most that divide their number and
+        do not exceed the cohort.
+      data: E; 0: 1 where `clients` is given, else what the cohort leaves over.
+      parallel: "vmap", "pmap", "shard_map", or "auto": the first on one device, else the last.
+      cohort: clients of a round; 0: any number.
 
-    Returns:
-      A function whose outputs have the shard axis.
+    Raises:
+      UserError: fewer devices exist, or the way of spreading does not fit their number.
     """
+    available = len(jax.devices())
+    if not clients and not data:
+        clients = max(n for n in range(1, available + 1) if available % n == 0 and n <= (cohort or available))
+        if parallel == "vmap":
+            clients, data = 1, 1
+        elif parallel == "pmap":
+            data = 1
+        else:
+            data = available // clients
+    data = data or 1
+    clients = clients or max(1, available // data)
+    if clients * data > available:
+        field = "mesh.clients" if data == 1 else "mesh.clients, mesh.data"
+        shape = f"{clients}" if data == 1 else f"{clients} x {data}"
+        raise UserError(f"{field}: {shape} of {available} devices; use at most {available}")
+    count = clients * data
+    if parallel == "vmap" and count > 1:
+        raise UserError(f"mesh.parallel: 'vmap' is for one device, not {count}; use 'shard_map'")
+    if parallel == "pmap" and (data > 1 or jax.process_count() > 1):
+        raise UserError("mesh.parallel: 'pmap' spreads clients over one process's devices only; use 'shard_map'")
+    if jax.process_count() > 1 and count < available:
+        raise UserError(f"mesh.clients: {count} of {available} devices; several processes must use all they have")
+    mesh = jax.make_mesh(
+        (clients, data), ("clients", "data"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count]
+    )
+    if parallel == "auto":
+        parallel = "vmap" if count == 1 else "shard_map"
+    return Devices(mesh, parallel)
 
-    def local(*args):
-        args = [jax.tree.map(lambda x: x[0], arg) if own else arg for arg, own in zip(args, by_client, strict=True)]
-        return jax.tree.map(lambda x: x[None], function(*args))
 
-    if mesh.size == 1:
-        return local
-    specs = tuple(PartitionSpec("clients") if own else PartitionSpec() for own in by_client)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("clients"), check_vma=False)
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, the same in every process, where `sharding` says."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(leaf):
+        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf)))
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(one, tree)
 
 
 def deal(clients: Sequence[int], work: Sequence[float], *, shards: int, positions: int) -> np.ndarray:
@@ -79,3 +189,11 @@ def deal(clients: Sequence[int], work: Sequence[float], *, shards: int, position
         load[shard] += work[index]
         filled[shard] += 1
     return table
+
+
+def _without_axes(tree: Any, axes: int) -> Any:
+    return jax.tree.map(lambda x: x[(0,) * axes], tree) if axes else tree
+
+
+def _with_axes(tree: Any, axes: int) -> Any:
+    return jax.tree.map(lambda x: x[(None,) * axes], tree)

@@ -3,6 +3,7 @@
 Letters: D shards, P positions, O tasks, R blocks, s samples of a row.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,11 +15,11 @@ from jax import Array
 
 from tap_jax.blocks import Stack
 from tap_jax.data.sampling import ClientData, Plan, capacities, draw_plan
-from tap_jax.engine import parallel
-from tap_jax.engine.objective import Objective, Where, gradient, no_losses, over_rows
+from tap_jax.engine.objective import Where, gradient, no_losses, over_rows
+from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
 from tap_jax.errors import UserError
 from tap_jax.federation import Task
-from tap_jax.methods.base import Row
+from tap_jax.methods.base import PLAIN, Row
 
 if TYPE_CHECKING:
     from tap_jax.engine.cohort import Cohort, Engine
@@ -35,7 +36,7 @@ class Probes:
         def loss(frozen, parts, task, batch, key):
             return old.sample_loss(frozen, parts, task, batch, None)
 
-        self.objective = Objective(loss, old.tasks, old.families, old.tables, old.rows_per_chunk)
+        self.objective = dataclasses.replace(old, sample_loss=loss, rule=PLAIN)
 
     def held_out_loss(self, cohort: "Cohort", stack: Stack) -> Array:
         """[P, O]."""
@@ -70,9 +71,8 @@ class Probes:
             raise UserError("data.held_out: 0 leaves nothing to look at; hold out a part such as 0.1")
         batch = max(mine.samples for mine in held)
         sizes = {"batch": batch, "microbatch": self.engine.settings.microbatch}
-        chunk = self.engine.settings.rows_per_chunk
-        rows = capacities(held, self.engine.families, positions=cohort.positions, **sizes)
-        rows = {name: -(-count // chunk) * chunk for name, count in rows.items()}
+        together = self.engine.settings.rows_per_chunk * self.engine.devices.parts
+        rows = capacities(held, self.engine.families, positions=cohort.positions, multiple=together, **sizes)
         return self._plan(cohort, held, "held_out", 0, *sizes.values(), rows)
 
     def _plan(self, cohort, data: Sequence[ClientData], purpose, round_, batch, microbatch, rows) -> Plan:
@@ -95,19 +95,20 @@ class Probes:
             for clients in cohort.table
         ]
         shards = [plan.replace(rows=jax.tree.map(lambda leaf: leaf[None], plan.rows)) for plan in shards]
-        return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *shards), self.engine.by_client)
+        return self.engine.placed(jax.tree.map(lambda *x: np.stack(x), *shards))
 
     def _inputs(self, cohort, stacks, plan: Plan) -> tuple:
         engine = self.engine
         return engine.frozen, engine.arrays, stacks, cohort.seats, plan
 
-    def _program(self, function: Callable) -> Callable:
-        """`function(where, stacks)` of one shard, over the mesh."""
+    def _program(self, function: Callable, result: jax.sharding.Sharding) -> Callable:
+        """`function(where, stacks)` of one shard, over the devices; where its result is to lie."""
 
         def shard(frozen, data, stacks, seats, plan):
             return function(Where(frozen, data, seats, plan, 0, jnp.int32(0), jax.random.key(0)), stacks)
 
-        return jax.jit(parallel.over_clients(shard, self.engine.mesh, (False, False, True, True, True)))
+        spread = self.engine.devices.over(shard, (SHARED, SHARED, CLIENTS, CLIENTS, ROWS))
+        return jax.jit(spread, out_shardings=result)
 
     def _mean(self, value: Callable) -> Callable:
         """Program of the mean over a minibatch of `value(row, *parts)` [s] per client and task, [P, O]."""
@@ -122,7 +123,7 @@ class Probes:
             start = no_losses(self.objective, where.plan).plain
             return over_rows(self.objective, where, one, add, start, lambda rows: rows.count)
 
-        program = self._program(total)
+        program = self._program(total, self.engine.shared)
         return lambda *inputs: program(*inputs).reshape(-1, len(self.engine.tasks))
 
     @functools.cached_property
@@ -144,7 +145,7 @@ class Probes:
 
     @functools.cached_property
     def _gradient(self) -> Callable:
-        return self._program(lambda where, stack: gradient(self.objective, where, stack)[0])
+        return self._program(lambda where, stack: gradient(self.objective, where, stack)[0], self.engine.by_client)
 
     @functools.cached_property
     def _inner(self) -> Callable:
@@ -157,4 +158,4 @@ class Probes:
                 out = out.at[seats.client[group], seats.block[group]].add(product)
             return out[:-1]
 
-        return jax.jit(inner)
+        return jax.jit(inner, out_shardings=self.engine.shared)

@@ -1,6 +1,6 @@
 """Every client's model on the test split of each of its tasks: batched, compiled, one program per family.
 
-Letters: D shards, N rows of a shard, s samples of a row, A answer length.
+Letters: D shards, E devices of a shard, N rows of a device, s samples of a row, A answer length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,10 @@ import numpy as np
 
 from tap_jax.blocks import Blocks, Stack
 from tap_jax.data.families import Family, offsets
-from tap_jax.data.store import device_arrays
+from tap_jax.data.store import stored
 from tap_jax.data.text import TaskArrays, WordPiece
 from tap_jax.engine.cohort import Cohort, Engine
+from tap_jax.engine.parallel import ROWS, SHARED
 from tap_jax.engine.programs import Program, abstract
 from tap_jax.evaluation.metrics import TextScorer, accuracy
 from tap_jax.evaluation.prediction import TestRows, predictor, scored
@@ -48,7 +49,7 @@ class Evaluator:
     ):
         self.engine, self.tests, self.personal, self.microbatch = engine, tests, personal, microbatch
         self.tokenizer, self.scorer = tokenizer, scorer
-        self.arrays = device_arrays(engine.families, tests, engine.shared)
+        self.arrays = engine.devices.put(stored(engine.families, tests), SHARED)
         self.starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
         self._programs = {
             family.name: Program(predictor(engine, family, tokenizer, scored)) for family in engine.families
@@ -67,7 +68,8 @@ class Evaluator:
             self._programs[family.name].prepare(
                 *abstract((engine.frozen, self.arrays[family.name]), engine.shared),
                 cohort.abstract_stack(engine.finished.like),
-                *abstract((cohort.seats, rows), engine.by_client),
+                abstract(cohort.seats, engine.by_client),
+                abstract(rows, engine.by_row),
             )
 
     def ids(self, client: int, task: str) -> np.ndarray:
@@ -94,22 +96,22 @@ class Evaluator:
                     self.arrays[family.name],
                     stack,
                     cohort.seats,
-                    jax.device_put(rows, self.engine.by_client),
+                    self.engine.devices.put(rows, ROWS),
                 )
                 pending.append((family, rows, values))
         results = {}
         for family, rows, values in pending:
-            values = np.asarray(values)
+            values = self.engine.devices.fetch(values)
             for task in family.tasks:
                 variants = [v for v, stream in enumerate(family.streams) if stream.task == task]
                 for position, client in enumerate(cohort.clients):
                     if client not in wanted.get(task.name, ()):
                         continue
                     shard, local = divmod(position, cohort.positions)
-                    real = slice(rows.count[shard])
-                    mine = (rows.client[shard][real] == local) & np.isin(rows.variant[shard][real], variants)
-                    ids = rows.ids[shard][real][mine].reshape(-1)
-                    found = values[shard][real][mine].reshape(len(ids), *values.shape[3:])
+                    real = np.arange(rows.client.shape[-1]) < rows.count[shard][:, None]
+                    mine = real & (rows.client[shard] == local) & np.isin(rows.variant[shard], variants)
+                    ids = rows.ids[shard][mine].reshape(-1)
+                    found = values[shard][mine].reshape(len(ids), *values.shape[4:])
                     at = np.zeros(len(self.tests[task.name]), int)
                     at[ids[ids >= 0] - self.starts[task.name]] = np.flatnonzero(ids >= 0)
                     results[int(client), task.name] = found[at[self.ids(int(client), task.name)]]
@@ -135,17 +137,11 @@ class Evaluator:
         for task in family.tasks:
             most = len(self.tests[task.name]) // self.microbatch + len(task.domains)
             needed += most * self.engine.partition.task_mask[:, self.engine.tasks.index(task)]
-        capacity = max(1, int(np.sort(needed)[::-1][: cohort.positions].sum()))
-        table = TestRows(
-            np.zeros((len(shards), capacity), np.int32),
-            np.zeros((len(shards), capacity), np.int32),
-            np.full((len(shards), capacity, self.microbatch), -1, np.int32),
-            np.array([len(rows) for rows in shards], np.int32),
-        )
+        most, parts = int(np.sort(needed)[::-1][: cohort.positions].sum()), self.engine.devices.parts
+        table = TestRows.empty(len(shards), parts, max(1, -(-most // parts)), self.microbatch)
         for shard, rows in enumerate(shards):
-            for n, (position, variant, ids) in enumerate(rows):
-                table.client[shard, n], table.variant[shard, n] = position, variant
-                table.ids[shard, n, : len(ids)] = ids
+            for n, row in enumerate(rows):
+                table.add(shard, n % parts, *row)
         return table
 
     def score(self, variant: str, client: int, task: Task, predicted: np.ndarray, finite: bool = True) -> list[Row]:

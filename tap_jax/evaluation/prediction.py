@@ -1,6 +1,6 @@
 """The function behind every score: the models of a cohort's clients on rows of test samples, per family.
 
-Letters: D shards, N rows of a shard, s samples of a row, A answer length.
+Letters: D shards, E devices of a shard, N rows of a device, s samples of a row, A answer length.
 """
 
 import functools
@@ -9,32 +9,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from tap_jax.blocks import Seats, Stack
 from tap_jax.data.families import Family
 from tap_jax.data.store import cut
 from tap_jax.data.text import WordPiece
-from tap_jax.engine import parallel
 from tap_jax.engine.cohort import Engine
 from tap_jax.engine.objective import take_parts
+from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
 from tap_jax.federation import Task
 
 
 class TestRows(struct.PyTreeNode):
-    """Rows of one family: client int32 [N], variant int32 [N], ids int32 [N, s]; `count` of them are real."""
+    """Rows of one family: client int32 [N], variant int32 [N], ids int32 [N, s]; `count` of them are real.
+
+    On the host with the axes [D, E] in front; ids of padding are -1.
+    """
 
     client: Any
     variant: Any
     ids: Any
     count: Any
 
+    @classmethod
+    def empty(cls, shards: int, parts: int, capacity: int, microbatch: int) -> "TestRows":
+        """Room for `capacity` rows on every device; numpy."""
+        shape = shards, parts, capacity
+        return cls(
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.int32),
+            np.full((*shape, microbatch), -1, np.int32),
+            np.zeros(shape[:2], np.int32),
+        )
+
+    def add(self, shard: int, part: int, client: int, variant: int, ids: np.ndarray) -> int:
+        """Fills the next row of one device -> its number."""
+        row = int(self.count[shard, part])
+        self.client[shard, part, row], self.variant[shard, part, row] = client, variant
+        self.ids[shard, part, row, : len(ids)] = ids
+        self.count[shard, part] += 1
+        return row
+
 
 def predictor(engine: Engine, family: Family, tokenizer: WordPiece | None, output: Callable) -> Callable:
-    """(frozen, fields, stack, seats, rows) -> [D, N, s, ...], what `output` makes of each sample, or generated ids."""
+    """(frozen, fields, stack, seats, rows) -> [D, E, N, s, ...]: what `output` makes of a sample, or generated ids."""
     model, table = engine.finished.model, engine.finished.tables[family.name]
     predict = functools.partial(_predict, output, model, family.tasks[0], table, tokenizer)
-    return parallel.over_clients(predict, engine.mesh, (False, False, True, True, True))
+    return engine.devices.over(predict, (SHARED, SHARED, CLIENTS, CLIENTS, ROWS), out=ROWS)
 
 
 def scored(task: Task, outputs, batch):

@@ -7,6 +7,7 @@ from tap_jax.blocks import Stack
 from tap_jax.compiling import compiler_options
 from tap_jax.data.families import Family
 from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.parallel import ROWS
 from tap_jax.evaluation.prediction import TestRows, image, predictor
 from tap_jax.evaluation.samples import EXAMPLES, OWNERS, ImageSample, Sample, TextSample, to_uint8
 from tap_jax.federation import Stream, Task
@@ -52,32 +53,26 @@ class Sampler:
                     self.evaluator.arrays[family.name],
                     stack,
                     cohort.seats,
-                    jax.device_put(rows, self.engine.by_client),
+                    self.engine.devices.put(rows, ROWS),
                 )
-                painted = to_uint8(np.asarray(painted))
+                painted = to_uint8(self.engine.devices.fetch(painted))
                 for shard, row, client, task, example in kept:
                     target = self.tests[task].images[example]
-                    self.samples.append(ImageSample(variant, client, task, example, target, painted[shard, row, 0]))
+                    self.samples.append(ImageSample(variant, client, task, example, target, painted[shard, 0, row, 0]))
 
     def _rows(self, cohort: Cohort, family: Family) -> tuple[TestRows, list[tuple[int, int, int, str, int]]]:
-        """One row for each image to keep, and (shard, row, client, task, example) of each."""
+        """One row for each image to keep, on the first device of its shard; (shard, row, client, task, example)."""
         clients = cohort.clients.reshape(-1, cohort.positions)
-        shape = len(clients), OWNERS * EXAMPLES * len(family.tasks)
-        rows = TestRows(
-            np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full((*shape, 1), -1, np.int32),
-            np.zeros(len(clients), np.int32),
-        )  # fmt: skip
-        kept = []
+        capacity = OWNERS * EXAMPLES * len(family.tasks)
+        rows, kept = TestRows.empty(len(clients), self.engine.devices.parts, capacity, 1), []
         for task in family.tasks:
             for client in self._first_owners(task):
                 for shard, position in np.argwhere(clients == client):
                     for example in self.evaluator.ids(client, task.name)[:EXAMPLES]:
-                        row = int(rows.count[shard])
                         domain = task.domains[self.tests[task.name].domains[example]]
-                        rows.client[shard, row] = position
-                        rows.variant[shard, row] = family.streams.index(Stream(task, domain))
-                        rows.ids[shard, row] = self.evaluator.starts[task.name] + example
-                        rows.count[shard] += 1
+                        variant = family.streams.index(Stream(task, domain))
+                        ids = np.array([self.evaluator.starts[task.name] + example])
+                        row = rows.add(shard, 0, position, variant, ids)
                         kept.append((int(shard), row, client, task.name, int(example)))
         return rows, kept
 

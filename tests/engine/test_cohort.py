@@ -161,3 +161,18 @@ def test_a_model_with_a_nan_has_no_result(counted):
     rows = experiment.evaluate(state.replace(chains={"personal": tuple(chain)}))
     assert {row["client"] for row in rows if row["value"] is None} == {0}
     assert {row["variant"] for row in rows if row["value"] is None} == {"personal"}
+
+
+def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):
+    """Every round after the second begins with a plan that was drawn while the one before it ran."""
+    experiment = experiments.build(tiny(ROWS, SETTINGS | {"method": "local", "variants": ("local",)}))
+    state, drawn = experiment.init(), []
+    for _ in range(4):
+        waiting = dict(experiment.engine._ahead)
+        state, line = experiment.round(state)
+        for (round_, purpose, clients), plan in waiting.items():
+            expected = experiment.engine.cohort(clients, round_).plan(purpose, post=False)
+            jax.tree.map(np.testing.assert_array_equal, plan.result(), expected)
+            assert clients == tuple(line["clients"]) and plan not in experiment.engine._ahead.values()
+            drawn.append(round_)
+    assert drawn == [2, 3]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tap_jax.engine.parallel import client_mesh, deal
+from tap_jax.engine.parallel import deal, devices
 from tap_jax.errors import UserError
 
 
@@ -26,7 +26,7 @@ def test_everybody_sits_once_and_loads_are_even(work, shards, spare):
 
 
 def test_more_devices_than_there_are_is_an_error():
-    assert client_mesh(3).size == 3
-    assert client_mesh().size == len(jax.devices()) == 8
+    assert devices(3).size == 3
+    assert devices().size == len(jax.devices()) == 8
     with pytest.raises(UserError, match="mesh.clients: 9 of 8 devices"):
-        client_mesh(9)
+        devices(9)

@@ -49,7 +49,7 @@ def _engine_losses(engine, cohort, plan, rate, blocks):
     """ℓ of every step and task [STEPS, O], 0 where it was not in the minibatch; and the blocks at the end."""
     sums = [np.zeros(len(engine.tasks))]
     for steps in range(1, STEPS + 1):
-        cut = jax.device_put(plan.replace(steps=np.full_like(plan.steps, steps)), engine.by_client)
+        cut = engine.placed(plan.replace(steps=np.full_like(plan.steps, steps)))
         stack, _, losses = engine._train(
             engine.frozen, engine.arrays, cohort.load([blocks]), None, None, cohort.seats, cut,
             *jax.device_put((np.float32(rate), jax.random.key(0)), engine.shared),

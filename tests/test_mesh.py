@@ -1,0 +1,57 @@
+"""The same run on every shape of mesh, by vmap, pmap and shard_map: the numbers of one device."""
+
+import jax
+import numpy as np
+import pytest
+
+from tap_jax import experiment as experiments
+from tests.test_oracle import SETTINGS
+from tests.trajectories import alive, difference, play
+
+ROWS = ({"ag_news": 0.2}, {"cifar100": 0.5, "ag_news": 0.7}, {"cifar100": 0.3})
+VARIANTS = ("tap", "fedavg+post")
+# Dropout is on: its keys must not depend on where a row is computed.
+FIELDS = SETTINGS | {
+    "variants": VARIANTS,
+    "cohort_size": 2,
+    "model.lora_dropout": 0.2,
+    "model.head_dropout": 0.2,
+    "engine.microbatch": 2,
+}
+MESHES = {
+    "vmap": {"mesh.clients": 1, "engine.rows_per_chunk": 3},
+    "pmap": {"mesh.clients": 8, "mesh.parallel": "pmap"},
+    "8x1": {"mesh.clients": 8, "mesh.data": 1},
+    "4x2": {"mesh.clients": 4, "mesh.data": 2},
+    "2x4": {"mesh.clients": 2, "mesh.data": 4},
+    "1x8": {"mesh.clients": 1, "mesh.data": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    experiment = alive(experiments.build(tiny(ROWS, FIELDS)))
+    assert experiment.engine.devices.size == 1
+    return *play(experiment), experiment
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_as_on_one_device(tiny, alone, mesh):
+    """To 1e-5, over three rounds, both stages and the evaluation."""
+    experiment = alive(experiments.build(tiny(ROWS, FIELDS | MESHES[mesh])))
+    assert experiment.engine.devices.size == (1 if mesh == "vmap" else len(jax.devices()))
+    played, finished = play(experiment)
+    for (state, line), (expected, expected_line) in zip(played, alone[0], strict=True):
+        assert line["replacements"] == expected_line["replacements"]
+        for chain, by_client in expected_line["losses"].items():
+            for client, by_task in by_client.items():
+                assert line["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
+        assert difference(state.server, expected.server) < 1e-5
+        for chain in expected.chains:
+            for mine, theirs in zip(state.chains[chain], expected.chains[chain], strict=True):
+                assert difference(mine, theirs) < 1e-5
+    for variant in VARIANTS:
+        for mine, theirs in zip(finished.models[variant], alone[1].models[variant], strict=True):
+            assert difference(mine, theirs) < 1e-5
+    values = [[row["value"] for row in run.evaluate(end)] for run, end in ((experiment, finished), alone[2:0:-1])]
+    np.testing.assert_allclose(*values, rtol=1e-4)
