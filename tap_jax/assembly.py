@@ -152,18 +152,27 @@ def weighted(row: Row, losses):
     return jax.numpy.where(row.weights > 0, row.weights * losses, 0).sum()
 
 
-def host_bytes(config: ConfigDict) -> int:
-    """How much memory personal blocks may take on the host before they go to disk; by default half of what there is."""
+# A checkpoint of blocks in memory has an array for every leaf of every client's blocks, a million of them for 3,000
+# clients: it takes many times as long as a round (launch/growth.sh), one of blocks on disk a fraction of it.
+MANY_CLIENTS = 300
+
+
+def host_bytes(config: ConfigDict, clients: int) -> int:
+    """How much memory personal blocks may take on the host before they go to disk.
+
+    By default half of what there is, and none for very many clients, unless several processes share the run.
+    """
     if config.engine.host_gigabytes:
         return int(1e9 * config.engine.host_gigabytes)
-    return machine_memory() // 2
+    return 0 if clients > MANY_CLIENTS and jax.process_count() == 1 else machine_memory() // 2
 
 
 def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
-    On CPU: one row at a time (wide rows lose to caches), phases in passes of the cohort's size so that one program
-    serves everything. On accelerators: 8 rows of 32 side by side, all clients in one pass.
+    On CPU: one row of one sample at a time (wide rows lose to caches, and padding is work), phases in passes of the
+    cohort's size so that one program serves everything. On accelerators: 8 rows of 32 side by side, all clients in one
+    pass.
     """
     cpu, optimizer = jax.default_backend() == "cpu", config.optimizer
     # All data in one place: as many iterations a round as the cohort's clients can take together.
@@ -186,7 +195,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         batch=config.batch_size,
         local_steps=config.local_steps * pooled,
         post_steps=config.post_steps,
-        microbatch=config.engine.microbatch or min(32, config.batch_size),
+        microbatch=config.engine.microbatch or (1 if cpu else min(32, config.batch_size)),
         rows_per_chunk=config.engine.rows_per_chunk or (1 if cpu else 8),
         training=settings,
         persist=optimizer.state == "persist",

@@ -1,6 +1,8 @@
 """The command line: parse, call, print (`tap-jax`, or `python -m tap_jax`).
 
-Exit status: 0; 2 for whatever the user can mend, with one line on stderr and nothing half-written; 130 if interrupted.
+Exit status: 0; 2 for whatever the user can mend, with one line on stderr and nothing half-written; 75 if another
+process of the run has gone (134, SIGABRT, where JAX notices first), which the same command mends; 130 if interrupted;
+143 if `train` was sent SIGTERM: the state is saved after the round in progress, and the same command goes on there.
 """
 
 import ast
@@ -14,6 +16,7 @@ import pathlib
 import re
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -21,8 +24,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tap_jax import config as configuration
-from tap_jax import startup, terminal
-from tap_jax.errors import UserError
+from tap_jax import distributed, preemption, startup, terminal
+from tap_jax.errors import Preempted, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +52,27 @@ class Command:
     folders: str = ""
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     """`tap-jax train`."""
+    several = distributed.processes(coordinator, processes, process)
     _writable(pathlib.Path(workdir))
-    startup.start_jax(config)
+    startup.start_jax(config, several)
     from tap_jax import runs
 
-    with terminal.Terminal(config.rounds) as screen:
+    with terminal.Terminal(config.rounds) as screen, preemption.Preemption() as asked_to:
         screen.say("reading data, building the model")
-        rows = runs.run(config, workdir, _reporter(screen))
+        rows = runs.run(config, workdir, _reporter(screen), stop=lambda: asked_to.stop)
         _finish(screen, rows, pathlib.Path(workdir))
 
 
-def evaluate(workdir: str) -> None:
+def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     """`tap-jax evaluate`."""
+    several = distributed.processes(coordinator, processes, process)
     folder = pathlib.Path(workdir)
     if not (folder / "config.json").is_file():
         raise UserError(f"workdir: {folder} holds no run (config.json is missing); train one there first")
     config = configuration.load_config(folder / "config.json")
-    startup.start_jax(config)
+    startup.start_jax(config, several)
     from tap_jax import runs
 
     with terminal.Terminal(config.rounds) as screen:
@@ -121,31 +126,59 @@ def describe(config: ConfigDict) -> None:
     print(describe(config), end="", flush=True)
 
 
-def bench(config: ConfigDict, steps: int) -> None:
+def bench(
+    config: ConfigDict,
+    steps: int,
+    clients: int,
+    rounds: int,
+    against: str,
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = -1,
+) -> None:
     """`tap-jax bench`: the JSON line goes to stdout, everything else to stderr."""
+    several = distributed.processes(coordinator, processes, process)
+    if clients:
+        configuration.validate(configuration.override(config, {"cohort_size": clients}))
+    if against:  # or JAX would take the GPU's memory for itself
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if not config.compilation_cache:
         with config.ignore_type():
             config.compilation_cache = "off"  # or compile_s would be the time to read a file
-    startup.start_jax(config)
+    startup.start_jax(config, several)
     from tap_jax import benchmark
 
-    found = benchmark.bench(config, steps=steps, say=lambda line: print(line, file=sys.stderr, flush=True))
+    def say(line: str) -> None:
+        if not distributed.index():
+            print(line, file=sys.stderr, flush=True)
+
+    found = benchmark.bench(config, steps=steps, rounds=rounds, against=against, say=say)
     print(json.dumps(found), flush=True)
 
 
 _CONFIG = Flag("config", "FILE[:KEY=VALUE,...]", "the experiment, a Python file or the config.json of a run")
+_PROCESSES = (
+    Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
+    Flag("processes", "N", "how many processes make the run, all started with the same command", 0),
+    Flag("process", "I", "which of them this is, from 0; only process 0 prints", -1),
+)
 COMMANDS = {
     "train": Command(
         train,
-        (_CONFIG, Flag("workdir", "DIR", "where the run's files go; a run of the same configuration is resumed")),
+        (
+            _CONFIG,
+            Flag("workdir", "DIR", "where the run's files go; a run of the same configuration is resumed"),
+            *_PROCESSES,
+        ),
         "trains, personalises and evaluates; resumes by itself",
         "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, samples/, results.json and\n"
-        "report.md.\n"
+        "report.md. On SIGTERM the state is saved after the round in progress, and the status is 143; a second\n"
+        "SIGTERM stops at once. After that, a kill, or a full disk (status 2), the same command goes on.\n"
         "Example: tap-jax train --config=configs/demo.py --config.rounds=5 --workdir=runs/demo",
     ),
     "evaluate": Command(
         evaluate,
-        (Flag("workdir", "DIR", "of a finished run"),),
+        (Flag("workdir", "DIR", "of a finished run"), *_PROCESSES),
         "scores the models of a finished run again",
         "Rewrites results.json and report.md.\nExample: tap-jax evaluate --workdir=runs/demo",
     ),
@@ -181,11 +214,17 @@ COMMANDS = {
     ),
     "bench": Command(
         bench,
-        (_CONFIG, Flag("steps", "N", "local steps per run; 0: the configuration's local_steps", 0)),
+        (
+            _CONFIG,
+            Flag("steps", "N", "local steps per run; 0: the configuration's local_steps", 0),
+            Flag("clients", "N", "clients of the cohort; 0: the configuration's cohort_size", 0),
+            Flag("rounds", "N", "whole rounds to time, and Stage 2 after them; 0: neither", 0),
+            Flag("against", "NAME", "train the same clients one by one in PyTorch as well: torch or torch-fused", ""),
+            *_PROCESSES,
+        ),
         "times the local training of a cohort; one JSON line",
-        "The line has client_steps_per_s, samples_per_s, tflops, mfu (null where unknown), compile_s and peak_bytes,\n"
-        "and what was run on which device. Compiled programs are cached only where config.compilation_cache names a\n"
-        "folder."
+        "Client steps, samples and TFLOP per s, MFU, memory, compile_s; round_s, schedule_s and stage2_s_per_client\n"
+        "with --rounds. Compiled programs are cached only where config.compilation_cache names a folder."
         "\nExample: tap-jax bench --config=configs/demo.py --steps=10",
     ),
 }
@@ -194,9 +233,28 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command -> the exit status.
 
+    One of several processes does not return from here if it fails: the others could not end in order without it.
+
     Args:
       argv: without the program's name; default: the process's own.
     """
+    try:
+        status = _status(argv)
+    except Exception as error:
+        if not distributed.joined():
+            raise
+        if cause := distributed.lost_contact(error):
+            again = "start all again with the same command, and it goes on from the last checkpoint"
+            status = _fail(f"another process of the run has gone; {again} ({cause})", os.EX_TEMPFAIL)
+        else:
+            traceback.print_exc()
+            status = 1
+    if status and distributed.joined():
+        distributed.leave(status, together=status == preemption.STATUS)
+    return status
+
+
+def _status(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if argv is None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show W̃ or ± still gets the rest
@@ -205,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
             startup.quiet(bars=terminal.interactive())
+            if argv is None:
+                startup.drop_late_callbacks()
             return _main(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
         return _fail(str(error), 2)
@@ -217,10 +277,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename or 'files'}: {error.strerror}; free some space or choose another folder", 2)
     except KeyboardInterrupt:
         status = _fail("interrupted; the same command goes on from the last checkpoint, if the run has one", 130)
-        if argv is None:
-            sys.stdout.flush()
-            os._exit(status)  # programs still compiling in the background cannot be interrupted
-        return status
+    except Preempted as error:
+        status = _fail(str(error), preemption.STATUS)
+    if argv is None and not distributed.joined():
+        sys.stdout.flush()
+        os._exit(status)  # programs still compiling in the background cannot be interrupted
+    return status
 
 
 _MENDABLE = (
@@ -229,7 +291,8 @@ _MENDABLE = (
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"tap-jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    who = f"process {distributed.index()}: " if distributed.joined() and distributed.index() is not None else ""
+    print(f"tap-jax: {who}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 

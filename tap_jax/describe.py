@@ -16,10 +16,14 @@ from tap_jax import config as configuration
 from tap_jax.blocks import Partition
 from tap_jax.config import ConfigDict
 from tap_jax.data.federated import SYNTHETIC_SIZES
+from tap_jax.engine import parallel
+from tap_jax.engine.cohort import EngineSettings
+from tap_jax.engine.memory_plan import MemoryPlan, memory_plan
 from tap_jax.experiment import Experiment
 from tap_jax.federation import Federation
 from tap_jax.models.accounting import account, counted_in_paper, shapes, table7
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
+from tap_jax.step_cost import gradients_per_step, longest, task_flops
 
 MIB = 2**20
 
@@ -69,11 +73,11 @@ def describe(config: ConfigDict, *, devices: int | None = None) -> str:
 
     Args:
       config: of any kind that `experiment.build` takes.
-      devices: D, over which the cohort is spread; default: mesh.clients, or all there are here.
+      devices: over which cohort and minibatches are spread; default: what `mesh` says, or those that there are here.
     """
     found = outline(config)
-    devices = devices or config.mesh.clients or len(jax.devices())
     parts = [_head(found), _paper(found), _patterns(found), _stored(found), _map(found), _memory(found, devices)]
+    parts.append(_flops(found))
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,7 +90,7 @@ def headline(run: Experiment) -> list[str]:
     settings = run.engine.settings
     pushed = f"{settings.local_steps} steps of up to {config.batch_size} samples"
     return [
-        f"{_devices(run.engine.mesh.size)}, {run.model.config.dtype}",
+        f"{_devices(run.engine.devices.size)}, {run.model.config.dtype}",
         f"{config.method}: {config.rounds} rounds, {settings.cohort_size} of {len(federation.clients)} clients in each,"
         f" {pushed}; yields {', '.join(run.variants)}",
         f"tasks: {', '.join(task.name for task in federation.tasks)}; data: {config.data.root},"
@@ -154,7 +158,7 @@ def _patterns(found: Outline) -> str:
         rows.append(
             (
                 str(number),
-                ",".join(map(str, clients)),
+                ",".join(map(str, clients)) if len(clients) <= 5 else f"{clients[0]},{clients[1]},..,{clients[-1]}",
                 f"{total:,}",
                 f"{trainable:,}",
                 f"{100 * trainable / total:.4f}",
@@ -208,63 +212,93 @@ def _map(found: Outline) -> str:
     return "Blocks x client patterns (# owns)\n" + _columns(rows, left=(0, 2))
 
 
-def _memory(found: Outline, devices: int) -> str:
-    """What lies where, in MiB; the stacks are sized for the most demanding clients."""
+def plan(found: Outline, devices: int | None = None) -> MemoryPlan:
+    """How much memory the run will need.
+
+    Args:
+      devices: see `describe`.
+    """
     config, model = found.config, found.model
-    partition = found.partition.with_private(model.adapter_blocks)
     settings = assembly.engine_settings(config, len(found.federation.clients))
     variants = configuration.variants_of(config)
-    method = assembly.method_of(config, model, variants)
     frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)
-    sizes = _block_sizes(partition, trainable)
+    shards, parts = (devices // (config.mesh.data or 1), config.mesh.data or 1) if devices else _mesh(config, settings)
+    return memory_plan(
+        model,
+        found.partition.with_private(model.adapter_blocks),
+        assembly.method_of(config, model, variants),
+        settings,
+        like=trainable,
+        frozen=blocks.size_bytes(kept),
+        data=_data_bytes(found),
+        waiting=config.method == "tap",
+        made=any(variant not in configuration.SERVER_VARIANTS for variant in variants),
+        after=any(variant not in (*configuration.SERVER_VARIANTS, "local") for variant in variants),
+        host_bytes=assembly.host_bytes(config, len(found.federation.clients)),
+        shards=shards,
+        parts=parts,
+    )
 
-    data = _data_bytes(found)
-    rows = [(f"frozen weights ({model.config.dtype})", blocks.size_bytes(kept)), ("server's blocks", 4 * sizes.sum())]
-    rows += [] if data is None else [("training and test data, at most", data)]
-    always = sum(size for _, size in rows)
 
-    def phase(title: str, clients: int, waiting: bool) -> None:
-        positions = -(-clients // devices)
-        slots = partition.capacities(partition.owned, positions)
-        stack = 4 * sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
-        parts = {"blocks in training": stack, "their gradients": stack, "AdamW's two moments": 2 * stack}
-        # Federated blocks wait for the aggregation while the personal ones train.
-        parts |= {"federated blocks": stack} if waiting else {}
-        # The teacher's place is kept throughout, so that one program serves every phase.
-        parts |= {"teacher's blocks": stack} if method.rule.guided else {}
-        rows.extend((f"{title}, {positions} clients: {name}", size) for name, size in parts.items())
-        rows.append(
-            (f"= {title}, without activations{' and data' if data is None else ''}", always + sum(parts.values()))
-        )
+def _mesh(config: ConfigDict, settings: EngineSettings) -> tuple[int, int]:
+    """Shards and devices of each, as a run here would have them, or as the configuration says."""
+    if config.mesh.clients:
+        return config.mesh.clients, config.mesh.data or 1
+    here = parallel.devices(**config.mesh, cohort=settings.cohort_size)
+    return here.shards, here.parts
 
-    phase("round", settings.cohort_size, config.method == "tap")
-    if any(variant not in (*configuration.SERVER_VARIANTS, "local") for variant in variants):
-        phase("after the last", settings.clients_per_pass, False)
 
-    owned = 4 * int((partition.owned @ sizes).sum())
-    alone = 4 * int(
-        (partition.owned @ (sizes * ~partition.sent)).sum()
-    )  # where there are private blocks, chains are those
-    made = sum(variant not in configuration.SERVER_VARIANTS for variant in variants)
-    host = [(f"{name} blocks of all clients, only those they own", alone or owned) for name in method.chains]
-    if config.optimizer.state == "persist":
-        trained = ("federated", *(() if alone else method.chains))
-        host += [(f"AdamW's two moments of {name} blocks", 2 * owned) for name in trained]
-    part = min(1.0, settings.clients_per_pass / len(partition.owned))
-    # A teacher of two sets of adapters is about as large as both.
-    host += [("finished models, one variant of a pass at a time", round(owned * part))] if made else []
+def _memory(found: Outline, devices: int | None) -> str:
+    """What lies where, in MiB."""
+    memory = plan(found, devices)
+    known = "" if _data_bytes(found) else " and data"
+    names = {"frozen weights": f"frozen weights ({found.model.config.dtype})"}
+    rows = [(names.get(name, name), size) for name, size in memory.always.items()]
+    for title, phase in memory.phases.items():
+        rows += [(f"{title}, {phase.clients} clients: {name}", size) for name, size in phase.parts.items()]
+        rows.append((f"= {title}, without activations{known}", memory.on_device(title)))
+    host = [*memory.host.items(), *memory.finished.items()]
+    kind = "the device" if memory.devices == 1 else f"all {memory.devices} devices"
+    together = [(f"= {title}, the host and {kind}", memory.together(title)) for title in memory.phases]
     notes = ["Activations are not estimated, nor what a method holds within a step: `tap-jax bench` reports the peak."]
-    if data is None:
+    if known:
         notes.append("Neither are the data, whose size is known once they are read (data.train_size bounds it).")
-    in_mib = lambda lines: _columns([(name, f"{size / MIB:,.1f}") for name, size in lines], left=(0,))  # noqa: E731
+
+    def in_mib(lines):
+        return _columns([(name, f"{size / MIB:,.1f}") for name, size in lines], left=(0,))
+
     return "\n".join(
         [
-            f"Memory per device in MiB, {_devices(devices)}",
+            f"Memory per device in MiB, {_devices(memory.devices)}",
             in_mib(rows),
             *(("On the host", in_mib(host)) if host else ()),
+            *(
+                ("On disk, in the run's folder (engine.host_gigabytes)", in_mib(memory.disk.items()))
+                if memory.disk
+                else ()
+            ),
+            f"Together, without activations{known}",
+            in_mib(together),
             *notes,
         ]
+    )
+
+
+def _flops(found: Outline) -> str:
+    """What a local step does at most, without any data to know the lengths of texts."""
+    config, model = found.config, found.model
+    costs = task_flops(model, {task.name: longest(model, task) for task in model.tasks})
+    rows = [("task", "forward", "backward", "both")]
+    for name, flops in costs.items():
+        rows.append((name, *(f"{value / 1e9:,.4g}" for value in (flops.forward, flops.backward, flops.total))))
+    gradients = {1: "", 2: ", twice a step"}.get(gradients_per_step(config), f"; '{config.method}' does more in a step")
+    totals = [flops.total * config.batch_size / 1e12 for flops in costs.values()]
+    return (
+        "FLOPs per sample in 10^9: products only, a multiply-add is 2, frozen weights have no gradient\n"
+        + _columns(rows, left=(0,))
+        + f"\nFor texts and answers as long as the model takes them{gradients}. A minibatch of {config.batch_size}:"
+        f" {min(totals):,.3g} to {max(totals):,.3g} x 10^12."
     )
 
 

@@ -11,6 +11,7 @@ Nothing here writes a file; `runs` does.
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -75,13 +76,31 @@ class Experiment:
     initial_blocks: Blocks
     notes: tuple[str, ...] = ()
 
-    def init(self) -> State:
-        """The state before round 0."""
-        return rounds.initial_state(self.engine, self.initial_blocks, self.method)
+    def init(self, workdir: str | os.PathLike | None = None) -> State:
+        """The state before round 0.
 
-    def round(self, state: State) -> tuple[State, dict]:
-        """One round -> (new state, a line of losses, replacements and bytes)."""
-        return rounds.play_round(self.engine, self.method, state)
+        Args:
+          workdir: the run's folder, where personal blocks go that would take more memory than `engine.host_gigabytes`;
+            without one they stay in memory. Where it has a checkpoint, the state is one that this can be read into.
+
+        Raises:
+          UserError: they must go there, and there are several processes.
+        """
+        return rounds.initial_state(
+            self.engine,
+            self.initial_blocks,
+            self.method,
+            workdir=None if workdir is None else pathlib.Path(workdir),
+            host_bytes=assembly.host_bytes(self.config, len(self.federation.clients)),
+        )
+
+    def round(self, state: State, clients: Sequence[int] | None = None) -> tuple[State, dict]:
+        """One round -> (new state, a line of losses, replacements and bytes).
+
+        Args:
+          clients: who takes part, `cohort_size` of them at most; None: drawn from the seed and the round.
+        """
+        return rounds.play_round(self.engine, self.method, state, clients)
 
     def finish(self, state: State) -> Finished:
         """Stage 2 and the other variants' last phases, over all clients in passes."""
@@ -192,10 +211,12 @@ def build(
     federation = configuration.federation_of(config)
     tasks = assembly.tasks_of(config, federation)
     variants = tuple(variants) if method else configuration.variants_of(config)
-    mesh = parallel.client_mesh(config.mesh.clients)
+    settings = assembly.engine_settings(config, len(federation.clients))
+    devices = parallel.devices(**config.mesh, cohort=settings.cohort_size)
     # What cannot be had or does not fit is said before the data are read.
     if config.metrics.bertscore_model != "auto":
         scorer_of(config, tasks)
+    notes = assembly.privacy_notes(config, federation)
     pretrained = pretrained_weights(config, tasks)
     data = federated.build(
         federation,
@@ -212,6 +233,7 @@ def build(
         cache_dir=configuration.data_cache(config),
         split=config.federation.split,
         alpha=config.federation.alpha,
+        parts=config.federation.parts,
         personal_test=config.data.test_split == "personal",
     )
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
@@ -219,12 +241,11 @@ def build(
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
     partition = model.partition(federation.task_mask).with_private(model.adapter_blocks)
     frozen, initial = model.init(jax.random.key(config.seed), pretrained)
-    notes: tuple[str, ...] = ()
     if config.model.start_from:
         from tap_jax.export.start import read_torch  # and with it PyTorch
 
         start = read_torch(config.model.start_from, model, tokenizer=data.tokenizer)
-        frozen, initial, notes = {**frozen, **start.frozen}, {**initial, **start.blocks}, start.notes
+        frozen, initial, notes = {**frozen, **start.frozen}, {**initial, **start.blocks}, (*notes, *start.notes)
     if model.adapter_blocks:
         own = model.init_adapters(jax.random.fold_in(jax.random.key(config.seed), 1))
         initial = {**initial, **{PRIVATE + name: tree for name, tree in own.items()}}
@@ -246,8 +267,8 @@ def build(
         held_out=held_out,
         sample_loss=assembly.sample_loss(model),
         rule=method.rule,
-        settings=assembly.engine_settings(config, len(federation.clients)),
-        mesh=mesh,
+        settings=settings,
+        devices=devices,
     )
     return Experiment(
         config,

@@ -148,7 +148,7 @@ def _blocks(
     """The trained blocks, and after how many rounds."""
     if is_finished(model, variant):
         return stored_model(experiment, workdir, variant, client), experiment.config.rounds
-    state = rounds.resume(Checkpoints(workdir / "checkpoints", report=say), experiment.init())
+    state = rounds.resume(Checkpoints(workdir / "checkpoints", report=say), experiment.init(workdir))
     if state is None:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
     server = experiment.engine.server_blocks(state.server)

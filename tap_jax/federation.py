@@ -8,6 +8,7 @@ A *stream* is a (task, domain) pair, the unit for which the compiled program has
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -153,7 +154,7 @@ class Federation:
                     )
                 handed_out[client.group, task] = total
 
-    @property
+    @functools.cached_property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks that some client has, in the registry's order; O = len(tasks)."""
         names = {name for client in self.clients for name in client.shares}
@@ -164,7 +165,7 @@ class Federation:
         """All streams of all tasks, in order."""
         return tuple(stream for task in self.tasks for stream in task.streams)
 
-    @property
+    @functools.cached_property
     def groups(self) -> int:
         """Number of groups; every group gets an equal part of each training set."""
         return 1 + max(client.group for client in self.clients)

@@ -20,10 +20,13 @@ from tap_jax import config as configuration
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
+from tap_jax.engine.agreement import any_says
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.memory import peak_memory
 from tap_jax.engine.model_files import read_model, write_model
-from tap_jax.errors import UserError
+from tap_jax.engine.privacy import spent
+from tap_jax.engine.screening import totals
+from tap_jax.errors import Preempted, UserError
 from tap_jax.evaluation.results import Row, write_results
 from tap_jax.evaluation.samples import write_samples
 from tap_jax.experiment import Experiment, build
@@ -44,11 +47,22 @@ class Reporter:
     built: Callable[[Experiment], None] = lambda experiment: None
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    reporter: Reporter,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Row]:
     """`tap-jax train`: everything from the configuration to results.json, resuming where workdir has a checkpoint.
+
+    What follows the last round is done as a whole: a run that ends in the midst of it does it again, to the same bits.
+
+    Args:
+      stop: asked before every round and after every model pass; once it says yes, the run stops with its state saved.
 
     Raises:
       UserError: bad input, or a workdir that holds another configuration's run.
+      Preempted: `stop` said so.
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
@@ -58,31 +72,33 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     reporter.built(experiment)
     for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
         reporter.say(note)
-    state = experiment.init()
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.tmp"
-    partial.write_text(configuration.to_json(config))
-    partial.replace(workdir / "config.json")
-    if experiment.data.tokenizer is not None:
-        experiment.data.tokenizer.save(workdir / "tokenizer")
+    state = experiment.init(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", report=reporter.say)
-    resumed = rounds.resume(checkpoints, state)
+    resumed = rounds.resume(checkpoints, state, identity)
+    writes = jax.process_index() == 0  # of several processes on the same folder
+    if writes:
+        _begin(workdir, experiment)
     if resumed is not None:
         state = resumed
         reporter.say(f"resuming after round {state.round} of {config.rounds}")
+    # From here on only the loop holds the blocks that it begins with: whoever else did would keep a second copy of all
+    # clients' blocks in memory.
+    experiment, begun = dataclasses.replace(experiment, initial_blocks={}), [state]
+    del state, resumed
     experiment.evaluator.keep_samples(experiment.variants[0])
     experiment.prepare()
     built = time.monotonic()
     state = rounds.run_rounds(
         experiment.engine,
         experiment.method,
-        state,
+        begun.pop(),
         rounds=config.rounds,
         workdir=workdir,
         every=config.checkpoint_every,
         config_hash=identity,
         checkpoints=checkpoints,
         progress=reporter.progress,
+        stop=stop,
     )
     trained = time.monotonic()
     reporter.say(
@@ -93,29 +109,49 @@ def run(config: ConfigDict, workdir: str | os.PathLike, reporter: Reporter) -> l
     for cohort, variant, mine in experiment.finish_in_passes(state):
         if variant == "tap":  # the first of a pass: teacher and student have trained since the one before (Table 7)
             stage2 += time.monotonic() - since
-        for client, found in mine.items():
+        for client, found in mine.items() if writes else ():
             write_model(workdir / "models", variant, client, found, config.rounds)
         rows += experiment.evaluate_cohort(variant, cohort, mine, state)
+        _stop_here(stop)
         since = time.monotonic()
     for variant in experiment.variants:
         if variant in configuration.SERVER_VARIANTS:
             rows += experiment.evaluate_server(variant, state)
+            _stop_here(stop)
     rows = experiment.in_order(rows)
+    if not writes:
+        return rows
     write_samples(workdir / "samples", experiment.evaluator.sampler.samples)
     timing = {
         "build_seconds": built - started,
         "rounds_seconds": trained - built,
         "post_and_evaluation_seconds": time.monotonic() - trained,
         "total_seconds": time.monotonic() - started,
-        "device": f"{len(experiment.engine.mesh.devices)} x {jax.devices()[0].device_kind}",
+        "device": f"{experiment.engine.devices.size} x {jax.devices()[0].device_kind}",
         **({"stage2_seconds_per_client": stage2 / len(experiment.federation.clients)} if stage2 else {}),
-        **peak_memory(experiment.engine.mesh.devices.flat),
+        **peak_memory(experiment.engine.devices.local),
     }
     notes = experiment.scorer.notes if experiment.scorer else ()
-    replacements = [
-        entry for line in rounds.read_lines(workdir / "metrics.jsonl") for entry in line.get("replacements", [])
-    ]
-    write_results(workdir, config, rows, replacements, timing, notes=notes, config_hash=identity, versions=versions())
+    lines = rounds.read_lines(workdir / "metrics.jsonl")
+    replacements = [entry for line in lines for entry in line.get("replacements", [])]
+    settings, clients = experiment.engine.settings, len(experiment.federation.clients)
+    privacy = settings.privacy and spent(
+        settings.privacy, clients=clients, cohort=settings.cohort_size, rounds=int(state.round)
+    )
+    if privacy:
+        reporter.say(f"privacy: epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g} for {privacy['covers']}")
+    write_results(
+        workdir,
+        config,
+        rows,
+        replacements,
+        timing,
+        screening=totals(lines),
+        privacy=privacy,
+        notes=notes,
+        config_hash=identity,
+        versions=versions(),
+    )
     return rows
 
 
@@ -155,7 +191,7 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
     )
     experiment = build(config)
     reporter.built(experiment)
-    initial = experiment.init()
+    initial = experiment.init(workdir)
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)
     if state is None:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
@@ -168,6 +204,8 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
             models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
             rows += experiment.evaluate_cohort(variant, cohort, models, state)
     rows = experiment.in_order(rows)
+    if jax.process_index():  # the first one writes
+        return rows
     notes = experiment.scorer.notes if experiment.scorer else ()
     write_results(
         workdir,
@@ -175,11 +213,28 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
         rows,
         results["replacements"],
         results["timing"],
+        screening=results.get("screening"),
+        privacy=results.get("privacy"),
         notes=notes,
         config_hash=configuration.config_hash(config),
         versions=versions(),
     )
     return rows
+
+
+def _begin(workdir: pathlib.Path, experiment: Experiment) -> None:
+    """What a run leaves before its first round: the configuration and the tokenizer."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / "config.json.tmp"
+    partial.write_text(configuration.to_json(experiment.config))
+    partial.replace(workdir / "config.json")
+    if experiment.data.tokenizer is not None:
+        experiment.data.tokenizer.save(workdir / "tokenizer")
+
+
+def _stop_here(stop: Callable[[], bool]) -> None:
+    if any_says(stop()):
+        raise Preempted("stopped after the last round, which is saved; the same command does what follows it again")
 
 
 def _existing(path: pathlib.Path, message: str) -> pathlib.Path:

@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import platform
+import sys
 import zlib
 
 from tap_jax import distributed
@@ -31,6 +32,20 @@ def quiet(*, bars: bool) -> None:
     for name in ("datasets", "huggingface_hub", "orbax", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, each time with a traceback
+
+
+def drop_late_callbacks() -> None:
+    """Keeps off stderr what comes after a write or read that failed, and was reported; for the rest of the process.
+
+    Orbax closes the event loop of a failed operation while tensorstore still has callbacks for it.
+    """
+    hook = sys.unraisablehook
+
+    def report(unraisable) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    sys.unraisablehook = report
 
 
 def start_jax(config: ConfigDict, processes: distributed.Processes | None = None) -> None:

@@ -26,6 +26,7 @@ class Terminal:
         self._bar: tqdm | None = None
         self._every = max(1, -(-rounds // PLAIN_LINES))
         self._times: list[float] = []
+        self._told = False  # that an update was dropped
 
     def __enter__(self) -> "Terminal":
         return self
@@ -43,6 +44,10 @@ class Terminal:
     def progress(self, line: dict) -> None:
         """A line of metrics.jsonl, after its round."""
         done = line["round"] + 1
+        if line.get("dropped") and not self._told:
+            self._told = True
+            found = ", ".join(f"client {entry['client']} ({entry['why']})" for entry in line["dropped"])
+            self.say(f"round {done}: update dropped of {found}; metrics.jsonl has this and any later ones")
         if self._draw:
             if self._bar is None:
                 # Not tqdm's own measure: in containers it may be 0 x 0, on which nothing would be drawn.

@@ -7,6 +7,8 @@ over the models, as everywhere in JAX; code that keeps to equal ranks is tested 
 
 import importlib.metadata
 import os
+import shutil
+import subprocess
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 # The tests compile much and run little: unoptimised code without the new fusion emitters compiles five times faster.
@@ -71,6 +73,18 @@ TINY = {
     "engine.microbatch": 8,
     "engine.rows_per_chunk": 1,
 }
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 4 MB; skips where one cannot be mounted, which takes Linux and root."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

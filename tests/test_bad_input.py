@@ -1,20 +1,24 @@
 """Bad input through the command line: one clear line that names the remedy, status 2, nothing half-written.
 
-(Damaged checkpoints: test_cli.py and engine/test_checkpointing.py. Single fields: test_config.py.)
+(Damaged checkpoints: test_cli.py and engine/test_checkpointing.py. Single fields: test_config.py. A disk that fills up
+while a run is under way is the one case that leaves something: what was whole before.)
 """
 
 import io
 import os
 import re
+import subprocess
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tap_jax import cli
-from tap_jax.config import to_json
+from tap_jax import cli, terminal
+from tap_jax.config import config_hash, to_json
 from tap_jax.data.text import load_tokenizer
+from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.experiment import build
 
 NEWS, PICTURES = ({"ag_news": 0.5}, {"ag_news": 0.5}), ({"cifar100": 1.0},)
 
@@ -131,6 +135,18 @@ def test_workdir_of_another_configuration(refused, tiny, tmp_path):
     refused("config: not valid JSON", workdir=folder)
 
 
+def test_checkpoints_of_another_configuration(refused, tiny, tmp_path):
+    fields = {"method": "fedavg", "compilation_cache": "off"}
+    other = config_hash(tiny(NEWS, fields | {"seed": 42}))
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(1, build(tiny(NEWS, fields)).init(), {"config": other})
+    refused(
+        "checkpoints in .*: none of 1 can be used [(]checkpoint 1 passed over: it is of another configuration[)]; .*"
+        "choose another workdir",
+        fields=fields,
+    )
+
+
 def test_workdir_that_cannot_be_made(refused, tmp_path):
     (tmp_path / "file").write_text("")
     refused("workdir: .*file is a file; name a folder", workdir=tmp_path / "file")
@@ -141,6 +157,42 @@ def test_workdir_without_permission(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write everywhere
     (tmp_path / "locked").mkdir()
     refused("workdir: no permission to write in .*locked; name another folder", workdir=tmp_path / "locked" / "run")
+
+
+def test_workdir_on_a_read_only_disk(refused, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    refused("workdir: no permission to write in .*small_disk; name another folder", workdir=small_disk)
+    refused("workdir: no permission to write in .*small_disk; name another folder", workdir=small_disk / "run")
+
+
+def test_a_disk_that_fills_up_during_a_run(tiny, small_disk, tmp_path, monkeypatch, capsys):
+    path, workdir, filler = tmp_path / "tiny.json", small_disk / "run", small_disk / "filler"
+    fields = {"method": "fedavg", "rounds": 4, "compilation_cache": "off"}
+    path.write_text(to_json(tiny(NEWS, fields)))
+    command = ["train", f"--config={path}", f"--workdir={workdir}"]
+    progress = terminal.Terminal.progress
+
+    def fill_up(screen, line):
+        progress(screen, line)
+        if line["round"] == 2:  # checkpoint 1 is whole by now, and 2 perhaps
+            disk = os.statvfs(small_disk)
+            filler.write_bytes(b"x" * ((disk.f_bavail - 2) * disk.f_frsize))  # two pages stay free
+
+    monkeypatch.setattr(terminal.Terminal, "progress", fill_up)
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch("tap-jax: .*No space left on device.*free some space.*\n", error), error
+    assert not (workdir / "results.json").exists()
+    saved = Checkpoints(workdir / "checkpoints").steps()
+    assert saved and saved[0] in (1, 2)
+    assert set(os.listdir(workdir / "checkpoints")) == set(map(str, saved))
+
+    filler.unlink()
+    monkeypatch.setattr(terminal.Terminal, "progress", progress)
+    assert cli.main(command) == 0
+    streams = capsys.readouterr()
+    assert f"resuming after round {saved[-1]} of 4" in streams.out
+    assert (workdir / "results.json").exists()
 
 
 def test_sizes_that_do_not_fit_the_model(refused):

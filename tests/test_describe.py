@@ -170,3 +170,33 @@ def test_local_needs_no_teacher_and_no_federated_blocks(tiny):
     assert "teacher" not in text
     assert "federated blocks" not in text
     assert "after the last, " not in text
+
+
+def test_flops_of_a_sample_counted_by_hand(tiny):
+    """ViLT's text side through the standard backbone: embeddings, projection, three layers, mean, head."""
+    fields = {"model.name": "vilt", "model.position_grid": 2, "model.backbone": "standard", "method": "fedavg"}
+    config = tiny(({"ag_news": 1.0},), fields | {"model.backbone_layers": (1, 2), "cohort_size": 1})
+    t, d, f, r, layers = 16, 8, 12, 2, 3
+    projection, mean, head = t * d * d, t * d, d * 6 + 6 * 4
+    frozen = 4 * t * d * d + 2 * t * d * f
+    adapters = 2 * (t * d * r + t * r * d) + 2 * (t * d * r + t * r * f)
+    attention = 2 * t * t * d  # scores and values
+    forward = projection + layers * (frozen + adapters + attention) + mean + head
+    # Embeddings are frozen, and so are most of the layers' weights: there is one gradient, not two.
+    backward = projection + layers * (frozen + 2 * adapters + 2 * attention) + mean + 2 * head
+    values = [2 * forward, 2 * backward, 2 * (forward + backward)]
+    _, row, note = section(describe(config), "FLOPs per sample")
+    assert row.split() == ["ag_news", *(f"{value / 1e9:,.4g}" for value in values)]
+    assert f"A minibatch of 8: {8 * values[2] / 1e12:,.3g} to" in note
+    twice = describe(tiny(({"ag_news": 1.0},), {"method": "per_fedavg", "cohort_size": 1}))
+    assert "as long as the model takes them, twice a step." in twice
+
+
+def test_flops_of_the_paper(paper):
+    name, text = paper
+    rows = {line.split()[0]: line.split()[1:] for line in section(text, "FLOPs per sample")[1:-1]}
+    assert len(rows) == {"flava": 8, "vilt": 6}[name]
+    forward, backward, both = map(float, rows["fashion_mnist"])
+    assert forward + backward == pytest.approx(both, rel=1e-3)
+    # Without gradients of frozen weights, the backward pass costs hardly more than the forward pass.
+    assert 1 < backward / forward < 1.2

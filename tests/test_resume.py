@@ -1,14 +1,20 @@
-"""A run that is killed in the middle and started again ends exactly as one that was left alone."""
+"""A run that is killed or stopped in the middle and started again ends exactly as one that was left alone.
+
+`python -m tests.faults` does so at many random moments.
+"""
 
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
+import pytest
 
 from tap_jax import experiment as experiments
 from tap_jax.config import load_config, to_json
@@ -31,22 +37,47 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 from tap_jax import runs
 from tap_jax.config import load_config
+from tap_jax.errors import Preempted
 
-config, workdir, kill_in = sys.argv[1], sys.argv[2], int(sys.argv[3])
+config, workdir, kill_in, stop_in = *sys.argv[1:3], *map(int, sys.argv[3:])
+rounds = []
 
 def progress(line):
+    rounds.append(line["round"])
     if line["round"] == kill_in:  # its line is written, its checkpoint is not
         os.kill(os.getpid(), signal.SIGKILL)
 
-runs.run(load_config(config), workdir, runs.Reporter(say=print, progress=progress))
+reporter = runs.Reporter(say=print, progress=progress)
+try:
+    runs.run(load_config(config), workdir, reporter, stop=lambda: stop_in in rounds)
+except Preempted as error:
+    sys.exit(str(error))
 """
 
 
-def run(config: pathlib.Path, workdir: pathlib.Path, kill_in: int = -1) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache")}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-c", PROGRAM, str(config), str(workdir), str(kill_in)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def run(
+    config: pathlib.Path, workdir: pathlib.Path, kill_in: int = -1, stop_in: int = -1
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", PROGRAM, str(config), str(workdir), str(kill_in), str(stop_in)]
+    return subprocess.run(command, env=environment(config), capture_output=True, text=True, timeout=300)
+
+
+def environment(config: pathlib.Path) -> dict[str, str]:
+    """With a compilation cache beside the configuration."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """(its config file, folder of a run that was left alone)."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "config.json").write_text(to_json(tiny(ROWS, SETTINGS)))
+    done = run(folder / "config.json", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "config.json", folder / "run"
 
 
 def without_time(workdir: pathlib.Path):
@@ -59,22 +90,105 @@ def without_time(workdir: pathlib.Path):
     )
 
 
-def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(to_json(tiny(ROWS, SETTINGS)))
-    whole = run(config, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-
-    killed = run(config, tmp_path / "killed", kill_in=4)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert Checkpoints(tmp_path / "killed" / "checkpoints").steps()[-1] == 4
-    assert not (tmp_path / "killed" / "results.json").exists()
-    resumed = run(config, tmp_path / "killed")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after round 4 of 6" in resumed.stdout
-
-    assert without_time(tmp_path / "killed") == without_time(tmp_path / "whole")
+def assert_same(config: pathlib.Path, workdir: pathlib.Path, whole: pathlib.Path):
+    """What the runs left is the same: lines, scores, replacements, models and the last state."""
+    assert without_time(workdir) == without_time(whole)
+    files = [path for path in (whole / "models").rglob("*") if path.is_file()]
+    models = {str(path.relative_to(whole)): path.read_bytes() for path in files}
+    assert all((workdir / name).read_bytes() == content for name, content in models.items())
+    assert len(models) == 3 * len(ROWS)
     initial = experiments.build(load_config(config)).init()
-    states = [rounds.resume(Checkpoints(tmp_path / name / "checkpoints"), initial) for name in ("whole", "killed")]
+    states = [rounds.resume(Checkpoints(run / "checkpoints"), initial) for run in (workdir, whole)]
     assert states[0].round == 6
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
+    config, left_alone = whole
+    killed = run(config, tmp_path / "run", kill_in=4)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] in (2, 4)  # 4 may have been under way
+    assert not (tmp_path / "run" / "results.json").exists()
+    resumed = run(config, tmp_path / "run")
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search("resuming after round [24] of 6", resumed.stdout)
+    assert_same(config, tmp_path / "run", left_alone)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path):
+    config, left_alone = whole
+    stopped = run(config, tmp_path / "run", stop_in=2)
+    assert stopped.stderr == "stopped after round 3 of 6, which is saved; the same command goes on there\n"
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+    stopped = run(config, tmp_path / "run", stop_in=5)
+    assert "resuming after round 3 of 6" in stopped.stdout
+    assert stopped.stderr.startswith("stopped after the last round, which is saved; ")
+    assert not (tmp_path / "run" / "results.json").exists()
+    done = run(config, tmp_path / "run")
+    assert "resuming after round 6 of 6" in done.stdout
+    assert_same(config, tmp_path / "run", left_alone)
+
+
+def test_sigterm_saves_and_is_status_143(whole, tiny, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(to_json(tiny(ROWS, SETTINGS | {"rounds": 100_000, "checkpoint_every": 0})))
+    command = [sys.executable, "-m", "tap_jax", "train", f"--config={config}", f"--workdir={tmp_path}/run"]
+    with subprocess.Popen(command, env=environment(whole[0]), stdout=-1, stderr=-1, text=True) as process:
+        try:
+            next(line for line in process.stdout if line.startswith("round 1/"))
+            process.send_signal(signal.SIGTERM)
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    said, last = error.splitlines()
+    assert said.startswith("SIGTERM: the run stops after what it is doing")
+    played = int(re.fullmatch(r"tap-jax: stopped after round (\d+) of 100000, which is saved; .*", last)[1])
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [played]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == played
+
+
+BUSY = """
+import hashlib, os, signal, sys
+from tap_jax.preemption import Preemption
+
+before = signal.getsignal(signal.SIGTERM)
+with Preemption() as preemption:
+    print("ready", flush=True)
+    while not preemption.stop:
+        pass
+    print("asked", flush=True)
+    if sys.argv[1] == "again":
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which no handler of Python's can run
+assert signal.getsignal(signal.SIGTERM) == before
+print("left", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("mode", "status"), [("again", 143), ("once", -signal.SIGTERM)])
+def test_a_second_sigterm_stops_at_once_and_the_handler_is_put_back(mode, status):
+    with subprocess.Popen([sys.executable, "-c", BUSY, mode], stdout=-1, stderr=-1, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "asked\n"
+            if mode == "again":
+                time.sleep(0.5)
+                process.send_signal(signal.SIGTERM)
+            out, error = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == status
+    assert out == ("" if mode == "again" else "left\n")
+    assert ("SIGTERM again; stopped at once" in error) == (mode == "again")
+
+
+def test_a_round_leaves_the_state_before_it_as_it_was(tiny):
+    """Its checkpoint may still be being written."""
+    fields = {"optimizer.state": "persist", "rounds": 2}
+    experiment = experiments.build(tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), fields))
+    state, _ = experiment.round(experiment.init())
+    before = jax.tree.map(np.array, jax.device_get(state))
+    experiment.round(state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)

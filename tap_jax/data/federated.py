@@ -50,6 +50,7 @@ def build(
     cache_dir: str | None = None,
     split: str = "share",
     alpha: float = 0.5,
+    parts: int = 0,
     personal_test: bool = False,
 ) -> FederatedData:
     """Reads, tokenises and deals out the data sets of a federation.
@@ -92,7 +93,7 @@ def build(
     def deal(arrays):
         labels = {name: part.domains if part.labels is None else part.labels for name, part in arrays.items()}
         counts = {name: len(part) for name, part in arrays.items()}
-        return assign(federation, counts, seed=seed, labels=labels, split=split, alpha=alpha)
+        return assign(federation, counts, seed=seed, labels=labels, split=split, alpha=alpha, parts=parts)
 
     clients = tuple(client_data(tasks, mine, train) for mine in deal(train))
     return FederatedData(train, test, clients, tuple(deal(test)) if personal_test else None, pieces)

@@ -1,6 +1,7 @@
 """Which client trains on which samples: the paper's shares, an even deal, or Dirichlet skew.
 
-All three are pure functions of the seed, use every sample at most once and know samples by number only.
+All three are pure functions of the seed and know samples by number only. They use every sample at most once, unless
+groups of clients are to share their part of the data.
 """
 
 import zlib
@@ -22,6 +23,7 @@ def assign(
     labels: Mapping[str, np.ndarray] | None = None,
     split: str = "share",
     alpha: float = 0.5,
+    parts: int = 0,
 ) -> list[dict[str, np.ndarray]]:
     """Deals every task's training set out to the clients who have the task.
 
@@ -39,9 +41,11 @@ def assign(
         entry, or with one value throughout, gets skewed amounts instead.
       split: one of `SPLITS`.
       alpha: "dirichlet" only; > 0.
+      parts: "share" only; into how many parts a set is cut, of which group g takes part number g modulo parts. 0: one
+        for each group; fewer: large federations on little data, where groups that share a part have the same samples.
 
     Returns:
-      Per client a dict task name -> int64 ids in [0, sizes[task]), disjoint between clients.
+      Per client a dict task name -> int64 ids in [0, sizes[task]), disjoint between clients of different parts.
 
     Raises:
       UserError: an unknown split, alpha <= 0, a task without a size, or a client left without samples.
@@ -58,7 +62,7 @@ def assign(
         order = rng.permutation(sizes[task.name])
         owners = [k for k, client in enumerate(federation.clients) if task.name in client.shares]
         if split == "share":
-            slices = _by_share(federation, task.name, owners, order)
+            slices = _by_share(federation, task.name, owners, order, parts or federation.groups)
         elif split == "iid":
             slices = np.array_split(order, len(owners))
         else:
@@ -67,19 +71,20 @@ def assign(
             if not len(ids):
                 raise UserError(
                     f"federation.clients: {federation.clients[client].name} is left with no sample of {task.name} "
-                    f"({sizes[task.name]} for {len(owners)} clients); give it more data or a larger share"
+                    f"({sizes[task.name]} for {len(owners)} clients); give it more data or a larger share, or let"
+                    " groups share their data (federation.parts)"
                 )
             dealt[client][task.name] = ids.astype(np.int64)
     return dealt
 
 
-def _by_share(federation: Federation, task: str, owners: list[int], order: np.ndarray) -> list[np.ndarray]:
-    parts = np.array_split(order, federation.groups)
+def _by_share(federation: Federation, task: str, owners: list[int], order: np.ndarray, count: int) -> list[np.ndarray]:
+    parts = np.array_split(order, count)
     taken = [0.0] * federation.groups
     slices = []
     for k in owners:
         client = federation.clients[k]
-        part, start = parts[client.group], taken[client.group]
+        part, start = parts[client.group % count], taken[client.group]
         taken[client.group] = start + client.shares[task]
         # Rounding the running totals, not each share, loses nothing: shares that add up to 1 use the whole part.
         cut = [min(len(part), round(total * len(part))) for total in (start, taken[client.group])]

@@ -89,7 +89,7 @@ class WordPiece:
         """Writes a folder that `transformers.AutoTokenizer.from_pretrained` and `load_tokenizer` read."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
         config = {"tokenizer_class": "BertTokenizerFast", "do_lower_case": True, "model_max_length": 512, **names}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,5 +1,7 @@
-"""Measured memory: what a process and its devices have held at most so far."""
+"""Measured memory: what there is, and what a process and its devices have held at most so far."""
 
+import os
+import pathlib
 import resource
 import sys
 from collections.abc import Iterable
@@ -13,3 +15,13 @@ def peak_memory(devices: Iterable[jax.Device]) -> dict[str, int]:
     found = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return found | ({"peak_device_bytes": max(peaks)} if all(peaks) else {})
+
+
+def machine_memory() -> int:
+    """Bytes that this process can hope for: the machine's, or its container's limit."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = pathlib.Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return physical
+    return min(physical, int(limit)) if limit.isdecimal() else physical

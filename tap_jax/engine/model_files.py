@@ -23,13 +23,21 @@ def model_file(folder: str | os.PathLike, variant: str, client: int) -> pathlib.
 
 
 def write_model(folder: str | os.PathLike, variant: str, client: int, blocks: Blocks, rounds: int) -> None:
-    """Writes one client's blocks as they are after `rounds` rounds; the file is there whole or not at all."""
+    """Writes one client's blocks as they are after `rounds` rounds; the file is there whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     path = model_file(folder, variant, client)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     # safetensors writes the memory of an array as it lies, whatever its strides.
     tensors = {key: np.ascontiguousarray(leaf) for key, leaf in _leaves(blocks)}
-    save_file(tensors, partial, metadata={"rounds": str(rounds)})
+    try:
+        save_file(tensors, partial, metadata={"rounds": str(rounds)})
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)  # what there is of it may fill the disk
+        raise UserError(f"workdir: {path} cannot be written ({error}); free some space, and call train again") from None
     partial.replace(path)
 
 

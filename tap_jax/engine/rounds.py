@@ -1,6 +1,7 @@
 """The loop over rounds: draw a cohort, let the method act, log, checkpoint; and how a run resumes."""
 
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,32 +10,51 @@ import jax
 import numpy as np
 
 from tap_jax import blocks
-from tap_jax.blocks import Blocks
+from tap_jax.blocks import Blocks, Partition
 from tap_jax.data.sampling import sample_cohort
+from tap_jax.engine import parallel, store
+from tap_jax.engine.agreement import any_says
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.cohort import Cohort, Engine
+from tap_jax.engine.privacy import epsilon
+from tap_jax.engine.screening import describe, dropped, norms
+from tap_jax.errors import Preempted, UserError
 from tap_jax.methods.base import Method, State, put_chain, put_rows
 
 LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
 
 
-def initial_state(engine: Engine, server: Blocks, method: Method) -> State:
+def initial_state(
+    engine: Engine, server: Blocks, method: Method, *, workdir: pathlib.Path | None = None, host_bytes: int = 0
+) -> State:
     """The state before round 0: every client's chains start as its blocks of the server's (Sec. 3.2).
 
     Where there are private blocks, chains are of those, since the server holds the others.
+
+    Args:
+      workdir: where personal blocks go that would take more than `host_bytes` of memory; a run that has begun keeps
+        the form in which it began. None: they stay in memory.
+
+    Raises:
+      UserError: they do not fit, and there are several processes.
     """
-    partition, chains = engine.partition, method.chains
+    partition, chains, persist = engine.partition, method.chains, engine.settings.persist
     table = partition.task_mask
-    kept = [name for name, sent in zip(partition.names, partition.sent, strict=True) if not sent] or partition.names
-    start = tuple(
-        blocks.take(server, [name for name in partition.blocks_of(k) if name in kept]) for k in range(len(table))
-    )
-    never = np.full(table.shape, np.inf, np.float32)
+    kept = chain_blocks(partition)
     trained = ("federated", *(chain for chain in chains if kept == partition.names))
-    untouched = tuple(
-        {name: np.zeros(engine.moments_like[name].shape, np.float32) for name in partition.blocks_of(k)}
-        for k in range(len(table) if engine.settings.persist else 0)
-    )
+    zeros = {name: np.zeros(like.shape, np.float32) for name, like in engine.moments_like.items()} if persist else {}
+    needed = host_bytes_of(partition, engine.like, len(chains), len(trained) if persist else 0)
+    folder = None if workdir is None else store.folder_of(workdir, needed, host_bytes)
+    if folder is not None:
+        like, moments_like = {name: engine.like[name] for name in kept}, engine.moments_like
+        start = store.open_store(folder / "blocks", partition, server, like).chain() if chains else ()
+        untouched = store.open_store(folder / "moments", partition, zeros, moments_like).chain() if persist else ()
+    else:
+        mine = [partition.blocks_of(k) for k in range(len(table))]
+        in_chains = set(kept)
+        start = tuple(blocks.take(server, [name for name in names if name in in_chains]) for names in mine)
+        untouched = tuple(blocks.take(zeros, names) for names in mine) if persist else ()
+    never = np.full(table.shape, np.inf, np.float32)
     return State(
         round=0,
         server=engine.server_stack(server),
@@ -44,30 +64,67 @@ def initial_state(engine: Engine, server: Blocks, method: Method) -> State:
         replacements={chain: np.zeros(table.shape, np.int32) for chain in method.margins},
         seen=np.zeros(table.shape, bool),
         finite={name: np.ones(table.shape, bool) for name in trained},
-        moments=dict.fromkeys(trained, untouched) if untouched else {},
+        moments=dict.fromkeys(trained, untouched) if persist else {},
     )
 
 
-def play_round(engine: Engine, method: Method, state: State) -> tuple[State, dict]:
+def chain_blocks(partition: Partition) -> tuple[str, ...]:
+    """The blocks that chains are of: the private ones where there are any, else all."""
+    private = tuple(name for name, sent in zip(partition.names, partition.sent, strict=True) if not sent)
+    return private or partition.names
+
+
+def host_bytes_of(partition: Partition, like: Blocks, chains: int, moments: int) -> int:
+    """Bytes of so many chains' blocks and so many chains' optimizer states once every client has its own."""
+    kept = chain_blocks(partition)
+    sizes = np.array([blocks.size_bytes(like[name]) for name in partition.names])
+    one = partition.owned @ (sizes * np.isin(partition.names, kept))
+    return int(chains * one.sum() + moments * (partition.owned @ (2 * sizes + 4)).sum())
+
+
+def play_round(
+    engine: Engine, method: Method, state: State, clients: Sequence[int] | None = None
+) -> tuple[State, dict]:
     """One round: the cohort is drawn from (seed, round), the method does the rest.
 
+    Args:
+      clients: who takes part, in the place of those drawn.
+
     Returns:
-      The new state and a JSON-ready line: round, clients, losses by chain, client and task, replacements, bytes.
+      The new state and a JSON-ready line: round, clients, losses by chain, client and task, replacements, updates that
+      were dropped, bytes.
+
+    Raises:
+      UserError: an update was dropped, and `screening.on_broken` is "stop".
     """
     settings = engine.settings
-    clients = sample_cohort(settings.seed, state.round, len(engine.data), settings.cohort_size)
+    if clients is not None and settings.privacy:
+        raise ValueError("privacy is accounted for cohorts that are drawn; leave clients out")
+    drawn = clients is None
+    if drawn:
+        clients = sample_cohort(settings.seed, state.round, len(engine.data), settings.cohort_size)
     cohort = engine.cohort(clients, state.round, state.moments)
+    if drawn:  # else nobody knows who comes next
+        following = sample_cohort(settings.seed, state.round + 1, len(engine.data), settings.cohort_size)
+        engine.draw_ahead(following, state.round + 1)
     after, metrics = method.round(cohort, state)
     moments = {chain: put_chain(state.moments[chain], found) for chain, found in cohort.moments().items()}
     seen = np.asarray(metrics["seen"])
     after = after.replace(
         moments={**state.moments, **moments}, seen=put_rows(state.seen, cohort.clients, seen, where=seen)
     )
-    return after, _line(engine, cohort, state.round, metrics)
+    line = _line(engine, cohort, state.round, metrics)
+    if settings.screening.stop and line.get("dropped"):
+        found = ", ".join(map(describe, line["dropped"]))
+        raise UserError(
+            f"screening.on_broken: 'stop', and round {state.round + 1} has a broken update: {found}; look at the"
+            " client's data and optimizer.learning_rate, or call train again with 'drop' to go on without it"
+        )
+    return after, line
 
 
 def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict:
-    metrics = jax.device_get(dict(metrics))
+    metrics, settings = jax.device_get(dict(metrics)), engine.settings
     names = [task.name for task in engine.tasks]
     real = [position for position, client in enumerate(cohort.clients) if client >= 0]
     real.sort(key=lambda position: cohort.clients[position])
@@ -82,11 +139,10 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
             for p in real
         }
 
-    received = client_bytes(engine)
     line = {
         "round": round_,
         "clients": [int(cohort.clients[p]) for p in real],
-        "learning_rate": float(engine.settings.rate(round_)),
+        "learning_rate": float(settings.rate(round_)),
         "losses": {chain: by_client(metrics[key]) for key, chain in LOSSES.items() if key in metrics},
     }
     if "replaced" in metrics:
@@ -97,17 +153,20 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
             for o in np.flatnonzero(replaced[p])
         ]
     if "federated" in line["losses"] and len(engine.data) > 1:
-        # Every client receives its blocks (Algorithm 1); those of the cohort send as much.
-        line["bytes_sent"] = {str(k): received[k] for k in line["clients"]}
-        line["bytes_received"] = {str(k): size for k, size in enumerate(received)}
+        # Those of the cohort send their blocks; every client of the federation receives its own (Algorithm 1).
+        sizes = np.array([blocks.size_bytes(engine.like[name]) for name in engine.partition.names])
+        sizes *= engine.partition.sent  # private blocks stay where they are
+        line["bytes_sent"] = {str(k): int(engine.partition.owned[k] @ sizes) for k in line["clients"]}
+        line["bytes_received"] = int(engine.partition.owned.sum(0) @ sizes)
+    if cohort.verdicts:
+        line["dropped"] = dropped(cohort.verdicts, cohort.clients)
+        if found := norms(cohort.verdicts, cohort.clients):
+            line["update_norms"] = found
+        if settings.privacy:
+            line["epsilon"] = epsilon(
+                settings.privacy, clients=len(engine.data), cohort=settings.cohort_size, rounds=round_ + 1
+            )
     return line
-
-
-def client_bytes(engine: Engine) -> list[int]:
-    """Bytes of each client's blocks W̃[i]; private blocks stay where they are."""
-    partition = engine.partition
-    sizes = np.array([blocks.size_bytes(engine.like[name]) for name in partition.names])
-    return (partition.owned @ (sizes * partition.sent)).tolist()
 
 
 def run_rounds(
@@ -121,20 +180,41 @@ def run_rounds(
     config_hash: str,
     checkpoints: Checkpoints,
     progress: Callable[[dict], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Plays rounds until `rounds` are done; a line per round goes to metrics.jsonl, the state to checkpoints/.
+
+    Checkpoints are written while the next rounds are played; when this returns or raises, none is under way. Of
+    several processes the first one writes.
 
     Args:
       state: the initial state, or what `resume` returned.
       every: rounds between checkpoints; 0 for one at the end only.
       progress: called with every line.
+      stop: asked before every round; where it says yes in some process, the state is saved and all of them stop.
+
+    Raises:
+      Preempted: `stop` said so.
+      UserError: a checkpoint could not be written.
     """
-    path = workdir / "metrics.jsonl"
-    # Lines of rounds that an interrupted run had played past its last checkpoint will be played again.
-    kept = [line for line in read_lines(path) if line["round"] < state.round]
-    _rewrite(path, kept)
-    with path.open("a", encoding="utf-8") as stream:
+    path, saved = workdir / "metrics.jsonl", state.round
+    if jax.process_index() == 0:
+        # Lines of rounds that an interrupted run had played past its last checkpoint will be played again.
+        _rewrite(path, [line for line in read_lines(path) if line["round"] < state.round])
+    else:
+        path = pathlib.Path(os.devnull)
+    with checkpoints, path.open("a", encoding="utf-8") as stream:
         while state.round < rounds:
+            if any_says(stop()):
+                if state.round > saved:
+                    store.commit(state, state.round)
+                    checkpoints.save(state.round, state, {"config": config_hash})
+                checkpoints.wait()
+                raise Preempted(
+                    f"stopped after round {state.round} of {rounds}, which is saved; the same command goes on there"
+                    if state.round
+                    else "stopped before the first round; the same command starts again"
+                )
             started = time.monotonic()
             state, line = play_round(engine, method, state)
             line["seconds"] = round(time.monotonic() - started, 4)
@@ -142,19 +222,30 @@ def run_rounds(
             stream.flush()
             progress(line)
             if state.round == rounds or (every and state.round % every == 0):
-                checkpoints.save(state.round, jax.device_get(state), {"config": config_hash})
+                store.commit(state, state.round)
+                checkpoints.save(state.round, state, {"config": config_hash})
+                store.release(state, checkpoints.steps())
+                saved = state.round
     return state
 
 
-def resume(checkpoints: Checkpoints, state: State) -> State | None:
-    """The newest whole checkpoint as a state like the given one, or None where there is none."""
-    like = jax.tree.map(lambda leaf: np.asarray(leaf), jax.device_get(state))
-    found = checkpoints.restore_latest(like)
+def resume(checkpoints: Checkpoints, state: State, config_hash: str | None = None) -> State | None:
+    """The newest whole checkpoint as a state like the given one, or None where there is none.
+
+    Args:
+      config_hash: of the configuration that must have written it; None: any whose state looks like this one.
+
+    Raises:
+      UserError: there are checkpoints, but none that can be used.
+    """
+    found = checkpoints.restore_latest(state, {"config": config_hash} if config_hash else None)
     if found is None:
         return None
     restored = found[1]
-    server = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), restored.server, state.server)
-    return restored.replace(server=server, round=int(restored.round))
+    server = jax.tree.map(lambda new, old: parallel.put(new, old.sharding), restored.server, state.server)
+    restored = restored.replace(server=server, round=int(restored.round))
+    store.verify(restored)
+    return restored
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:

@@ -18,6 +18,8 @@ def write_results(
     replacements: Sequence[Mapping[str, Any]],
     timing: Mapping[str, Any],
     *,
+    screening: Mapping[str, Any] | None = None,
+    privacy: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     config_hash: str = "",
     versions: Mapping[str, str] | None = None,
@@ -30,6 +32,8 @@ def write_results(
       rows: scores; a non-finite value is written as null, which reads as diverged.
       replacements: {"round", "client", "task", "variant"} of each Stage-1 replacement; without a variant, of TAP.
       timing: what took how long, by name.
+      screening: {"updates", "dropped", "clients": client -> why -> count}, of clients' updates; None: nobody sent any.
+      privacy: {"epsilon", "delta", "covers", ...}; None: the run was not private.
       notes: lines for the report, such as `TextScorer.notes`.
       config_hash: of `tap_jax.config`; left out where empty, as are the versions.
       versions: of Python and the libraries that made the numbers.
@@ -40,8 +44,9 @@ def write_results(
     origin = {"config_hash": config_hash} if config_hash else {}
     origin |= {"versions": versions} if versions else {}
     results = {"config": config, **origin, "results": rows, "replacements": list(replacements), "timing": timing}
+    results |= {name: found for name, found in (("screening", screening), ("privacy", privacy)) if found}
     write_file(folder / "results.json", json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
-    write_file(folder / "report.md", _report(_plain(config), rows, replacements, _plain(timing), notes))
+    write_file(folder / "report.md", _report(_plain(results), rows, notes))
 
 
 def _plain(value: Any) -> Any:
@@ -59,13 +64,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def _report(
-    config: Any,
-    rows: Sequence[Row],
-    replacements: Sequence[Mapping[str, Any]],
-    timing: Mapping[str, Any],
-    notes: Sequence[str],
-) -> str:
+def _report(results: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
+    config, replacements, timing = results["config"], results["replacements"], results["timing"]
     model = config.get("model") if isinstance(config, Mapping) else None
     about = [model.get("name") if isinstance(model, Mapping) else model]
     about += [f"{key} {config[key]}" for key in ("method", "rounds", "seed") if key in config]
@@ -80,6 +80,15 @@ def _report(
         tasks = [entry["task"] for entry in replacements if entry.get("variant", "tap") == "tap"]
         counts = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))
         parts.append(f"Replacements of personal parameters: {len(tasks)} ({counts}).\n")
+    if dropped := results.get("screening", {}).get("dropped"):
+        found = results["screening"]
+        whose = [f"client {k}: {n} x {why}" for k, whys in found["clients"].items() for why, n in whys.items()]
+        parts.append(f"Updates dropped before aggregation: {dropped} of {found['updates']} ({', '.join(whose)}).\n")
+    if privacy := results.get("privacy"):
+        parts.append(
+            f"Privacy: ε = {privacy['epsilon']:.4g} at δ = {privacy['delta']:g}, {privacy['neighbours']}, for"
+            f" {privacy['covers']}; not for what clients keep (personal models, losses, these scores of them).\n"
+        )
     if timing:
         shown = (f"{key} {item:.4g}" if isinstance(item, float) else f"{key} {item}" for key, item in timing.items())
         parts.append("Timing: " + ", ".join(shown) + ".\n")
@@ -88,7 +97,7 @@ def _report(
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Puts the content under the path in one step: a reader finds the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill leaves is written over
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -20,14 +20,30 @@ from tap_jax.blocks import Blocks, Stack, Tree
 from tap_jax.federation import Task
 
 
+class StoredChain(Protocol):
+    """Blocks of all clients that are not in memory; see `engine.store`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, client: int) -> Blocks:
+        """The client's blocks, copied into memory."""
+
+    def put(self, update: Mapping[int, Blocks]) -> "StoredChain":
+        """The chain with the updated clients' blocks exchanged; this one stays as it is."""
+
+
+# One mapping of owned blocks per client, on the host.
+Chain = tuple[Blocks, ...] | StoredChain
+
+
 class State(struct.PyTreeNode):
     """All that a run carries from round to round; nothing else is needed to resume it.
 
     Attributes:
       round: rounds done.
       server: W̃, stack with one slot per block.
-      chains: name -> one mapping of owned blocks per client, on the host. "personal" is X, "local" the chain of a
-        client that never communicates.
+      chains: name -> one mapping of owned blocks per client, in memory or on disk. "personal" is X, "local" the chain
+        of a client that never communicates.
       local_loss: h^(l), float32 [K, O]; +inf before the first participation.
       personal_loss: name of a personal chain -> h^(p), likewise.
       replacements: name of a personal chain -> int32 [K, O], how often R_i[o] was 1.
@@ -41,13 +57,13 @@ class State(struct.PyTreeNode):
 
     round: int
     server: Stack
-    chains: Mapping[str, tuple[Blocks, ...]]
+    chains: Mapping[str, Chain]
     local_loss: np.ndarray
     personal_loss: Mapping[str, np.ndarray]
     replacements: Mapping[str, np.ndarray]
     seen: np.ndarray
     finite: Mapping[str, np.ndarray]
-    moments: Mapping[str, tuple[Blocks, ...]] = struct.field(default_factory=dict)
+    moments: Mapping[str, Chain] = struct.field(default_factory=dict)
 
 
 class Losses(Protocol):
@@ -190,7 +206,10 @@ class Cohort(Protocol):
         """
 
     def aggregate(self, server: Stack, stack: Stack, losses: "Losses") -> Stack:
-        """Component-wise FedAvg; clients whose loss is not finite have no say."""
+        """Component-wise FedAvg, or its private form; an update that screening drops has no say.
+
+        `server` is what was broadcast in this round.
+        """
 
     def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:
         """Equation 4 with R = `indicator` bool [P, O]."""
@@ -246,6 +265,8 @@ def take_rows(table: np.ndarray, clients: np.ndarray) -> np.ndarray:
     return table[np.maximum(clients, 0)]
 
 
-def put_chain(chain: tuple[Blocks, ...], update: Mapping[int, Blocks]) -> tuple[Blocks, ...]:
-    """The chain with the updated clients' blocks exchanged; the others are the same objects."""
+def put_chain(chain: Chain, update: Mapping[int, Blocks]) -> Chain:
+    """The chain with the updated clients' blocks exchanged; the others, and the given chain, are as they were."""
+    if not isinstance(chain, tuple):  # on disk
+        return chain.put(update)
     return tuple(update.get(client, blocks) for client, blocks in enumerate(chain))

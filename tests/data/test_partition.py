@@ -47,6 +47,14 @@ def test_unshared_remainder_stays_unused():
     assert [len(mine["vqa"]) for mine in dealt] == [26, 25]
 
 
+def test_groups_can_share_parts_in_turn():
+    """Six groups on three parts: as three groups, twice; clients of one group are disjoint."""
+    rows = [{"vqa": 0.5}, {"vqa": 0.5}]
+    three = assign(client_table(rows, groups=3), {"vqa": 30}, seed=0)
+    six = assign(client_table(rows, groups=6), {"vqa": 30}, seed=0, parts=3)
+    assert [mine["vqa"].tolist() for mine in six] == 2 * [mine["vqa"].tolist() for mine in three]
+
+
 @pytest.mark.parametrize("split", ["share", "iid", "dirichlet"])
 def test_the_seed_decides(split):
     federation = client_table([{"vqa": 0.5}, {"vqa": 0.5}])

@@ -1,17 +1,18 @@
-"""`Checkpoints`: bit-exact, atomic, and damage never goes unnoticed."""
+"""`Checkpoints`: bit-exact, atomic, written in the background, and damage never goes unnoticed."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tap_jax.engine import checkpointing
+from tap_jax.engine import packing
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.errors import UserError
 
@@ -62,6 +63,7 @@ def two(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (1, 2):
         checkpoints.save(step, state(step), {"config": "abc", "step": step})
+    checkpoints.wait()
     return checkpoints
 
 
@@ -85,7 +87,7 @@ def test_round_trip_is_bit_exact(two):
 
 
 def test_small_leaves_are_packed_by_entry_and_dtype():
-    arrays, _ = checkpointing._pack({"a": [np.zeros(3), np.ones(2, np.int32), np.ones(4)], "b": np.zeros(3)})
+    arrays, _ = packing.pack({"a": [np.zeros(3), np.ones(2, np.int32), np.ones(4)], "b": np.zeros(3)})
     assert sorted(array.size for array in arrays.values()) == [2, 3, 7]
 
 
@@ -94,8 +96,10 @@ def test_keeps_the_newest_and_drops_an_abandoned_future(tmp_path):
     tree = {"x": np.arange(3.0)}
     for step in (1, 2, 10, 3):
         checkpoints.save(step, tree, {})
+    checkpoints.wait()
     assert checkpoints.steps() == [2, 3]
     checkpoints.save(3, {"x": np.arange(4.0)}, {})
+    checkpoints.wait()
     assert checkpoints.restore_latest({"x": np.zeros(4)})[0] == 3
     assert sorted(os.listdir(tmp_path)) == ["2", "3"]
     with pytest.raises(ValueError, match="keep"):
@@ -172,6 +176,13 @@ def test_nothing_whole_is_an_error_of_the_user(two):
     assert len(reports) == 2
 
 
+def test_a_checkpoint_of_another_configuration_is_passed_over(two):
+    assert two.restore_latest(state(), {"step": 1})[0] == 1
+    assert two.notes == ["checkpoint 2 passed over: it is of another configuration"]
+    with pytest.raises(UserError, match="none of 2 can be used .*it is of another configuration.*choose another"):
+        two.restore_latest(state(), {"config": "xyz"})
+
+
 def test_typed_keys_are_refused(tmp_path):
     with pytest.raises(TypeError, match="key_data"):
         Checkpoints(tmp_path).save(0, {"key": jax.random.key(0)}, {})
@@ -185,6 +196,7 @@ from tap_jax.engine.checkpointing import Checkpoints
 folder = pathlib.Path(sys.argv[1])
 checkpoints = Checkpoints(folder)
 checkpoints.save(1, {"x": np.full(20_000_000, 1.0, np.float32)}, {})
+checkpoints.wait()
 
 def kill_while_writing():
     while not any(path.name not in ("1",) for path in folder.iterdir()):
@@ -193,6 +205,7 @@ def kill_while_writing():
 
 threading.Thread(target=kill_while_writing, daemon=True).start()
 checkpoints.save(2, {"x": np.full(20_000_000, 2.0, np.float32)}, {})
+checkpoints.wait()
 """
 
 
@@ -208,4 +221,88 @@ def test_a_killed_writer_leaves_the_older_one(tmp_path):
     step, tree, _ = checkpoints.restore_latest(like)
     assert (step, tree["x"].min(), tree["x"].max()) == (1, 1, 1)
     checkpoints.save(2, {"x": np.zeros(3, np.float32)}, {})
+    checkpoints.wait()
     assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+# --- in the background ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """(checkpoints whose writes begin only once the event is set, the event)."""
+    go, write = threading.Event(), Checkpoints._write
+
+    def held_write(self, *args):
+        assert go.wait(60)
+        write(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "_write", held_write)
+    yield Checkpoints(tmp_path / "checkpoints"), go
+    go.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(held):
+    checkpoints, go = held
+    checkpoints.save(1, state(1), {})
+    assert checkpoints.steps() == []
+    second = threading.Thread(target=checkpoints.save, args=(2, state(2), {}))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()  # one at a time
+    go.set()
+    second.join(60)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
+    assert_same_bits(checkpoints.restore_latest(state())[1], state(2))
+
+
+def test_what_a_device_holds_is_copied_before_save_returns(held):
+    checkpoints, go = held
+    consume = jax.jit(lambda x: x * 0, donate_argnums=0)
+    array = jnp.arange(100_000, dtype=jnp.float32) + 1
+    expected = np.array(array)
+    checkpoints.save(1, {"x": array}, {})
+    consume(array).block_until_ready()
+    go.set()
+    checkpoints.wait()
+    np.testing.assert_array_equal(checkpoints.restore_latest({"x": expected})[1]["x"], expected)
+
+
+def test_leaving_waits_and_lets_the_error_of_the_block_through(held):
+    checkpoints, go = held
+    threading.Timer(0.2, go.set).start()
+    with pytest.raises(KeyError, match="the block's own"), checkpoints:
+        checkpoints.save(1, state(1), {})
+        raise KeyError("the block's own")
+    assert checkpoints.steps() == [1]
+    with checkpoints:
+        checkpoints.save(2, state(2), {})
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_write_that_fails_is_told_by_the_next_call_and_costs_nothing_older(two, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    for again in (lambda: two.save(4, state(4), {}), two.wait):
+        two.save(2, state(3), {})  # a step that exists has to be put aside, which fails
+        with pytest.raises(UserError, match="checkpoints: 2 could not be written to .* [(]Read-only file system[)]; "):
+            again()
+    two.wait()  # is told once
+    assert_same_bits(two.restore_latest(state())[1], state(2))
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_older(small_disk):
+    checkpoints = Checkpoints(small_disk / "checkpoints")
+    small, large = {"x": np.ones(1000, np.float32)}, {"x": np.ones(2_000_000, np.float32)}
+    checkpoints.save(1, small, {})
+    checkpoints.save(2, small, {})
+    checkpoints.save(3, large, {})
+    with pytest.raises(UserError, match="checkpoints: 3 could not .*No space left on device.*free some") as caught:
+        checkpoints.wait()
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(checkpoints.folder)) == ["1", "2"]  # and what was written of 3 takes no room
+    checkpoints.save(2, large, {})  # one that exists is not lost either
+    with pytest.raises(UserError, match="2 could not be written"):
+        checkpoints.wait()
+    np.testing.assert_array_equal(checkpoints.restore_latest(small)[1]["x"], small["x"])
+    assert checkpoints.restore_latest(small)[0] == 2

@@ -75,6 +75,6 @@ def test_only_the_communicated_adapters_travel(experiment, run):
         if name.startswith("private/"):
             jax.tree.map(np.testing.assert_array_equal, tree, experiment.initial_blocks[name])
     reference = FedDAT(experiment)
-    for i, sent in line["bytes_received"].items():
+    for i, sent in line["bytes_sent"].items():
         leaves = jax.tree.leaves(reference.received(int(i)))
         assert sent == sum(4 * leaf.size for leaf in leaves)

@@ -1,0 +1,82 @@
+"""A client's minibatches as they are drawn for the engine, stream by stream and not yet cut into rows."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tap_jax.data.families import Family, fields
+from tap_jax.data.sampling import ClientData, draw_plan
+from tap_jax.data.text import TaskArrays
+from tap_jax.federation import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The samples of one stream in a client's minibatch, B of them.
+
+    Attributes:
+      stream: which.
+      fields: "images" (uint8), "tokens", "labels", "answers": [B, ...].
+      weight: these samples' part of their task's loss; 1 where the task has one domain.
+      share: λ_o, the task's part of the minibatch.
+    """
+
+    stream: Stream
+    fields: Mapping[str, Any]
+    weight: float
+    share: float
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+
+def client_minibatches(
+    data: Sequence[ClientData],
+    client: int,
+    families: Sequence[Family],
+    arrays: Mapping[str, TaskArrays],
+    *,
+    seed: int,
+    round_: int,
+    purpose: str,
+    batch: int,
+    steps: int,
+    passes: int | None,
+    draw: int = 0,
+) -> list[list[Batch]]:
+    """Per step the batches of one client's minibatch; arguments as of `sampling.draw_plan`.
+
+    Args:
+      client: its number.
+      arrays: task -> training set.
+    """
+    plan = draw_plan(
+        data,
+        np.array([client]),
+        families,
+        seed=seed,
+        round_=round_,
+        purpose=purpose,
+        batch=batch,
+        microbatch=batch,  # all samples of a stream in one row
+        steps=steps,
+        capacities={family.name: len(family.streams) for family in families},
+        starts={task.name: 0 for family in families for task in family.tasks},
+        passes=passes,
+        draw=draw,
+    )
+    found: list[list[Batch]] = []
+    for step in np.flatnonzero(plan.active[:, 0]):
+        found.append([])
+        for family in families:
+            rows = plan.rows[family.name]
+            for number in range(rows.count[step]):
+                row = jax.tree.map(lambda leaf, at=(step, number): leaf[at], rows.table)
+                stream, real = family.streams[row.variant], row.weights > 0
+                of = fields(arrays[stream.task.name])
+                samples = {name: array[row.ids[real]] for name, array in of.items()}
+                found[-1].append(Batch(stream, samples, float(row.weights.sum()), float(row.share)))
+    return found

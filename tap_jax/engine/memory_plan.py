@@ -1,0 +1,138 @@
+"""How much memory a run will need beside activations, and where: from shapes alone.
+
+Letters: R blocks, D shards, v rows of a chunk.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from tap_jax import blocks
+from tap_jax.blocks import PRIVATE, Blocks, Partition
+from tap_jax.engine.cohort import EngineSettings
+from tap_jax.engine.rounds import chain_blocks
+from tap_jax.methods.base import Method
+
+ROUND, LAST = "round", "after the last"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What is on a device while a cohort trains.
+
+    Attributes:
+      clients: how many share the device. parts: name -> bytes.
+    """
+
+    clients: int
+    parts: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by name; stacks are sized for the most demanding clients.
+
+    Attributes:
+      devices: how many there are.
+      always: on every device, throughout. phases: on every device, by phase.
+      host: in memory, in all phases. disk: in the run's folder. finished: in memory, after the last round.
+    """
+
+    devices: int
+    always: Mapping[str, int]
+    phases: Mapping[str, Phase]
+    host: Mapping[str, int]
+    disk: Mapping[str, int]
+    finished: Mapping[str, int]
+
+    def on_device(self, phase: str) -> int:
+        """Of one device."""
+        return sum(self.always.values()) + sum(self.phases[phase].parts.values())
+
+    def together(self, phase: str) -> int:
+        """Of all devices and the host."""
+        finished = sum(self.finished.values()) if phase == LAST else 0
+        return self.devices * self.on_device(phase) + sum(self.host.values()) + finished
+
+
+def memory_plan(
+    model,
+    partition: Partition,
+    method: Method,
+    settings: EngineSettings,
+    *,
+    like: Blocks,
+    frozen: int,
+    data: int | None,
+    waiting: bool,
+    made: bool,
+    after: bool,
+    host_bytes: int,
+    shards: int = 1,
+    parts: int = 1,
+) -> MemoryPlan:
+    """The plan of a run.
+
+    Args:
+      model: `models.ServerModel`.
+      partition: with private blocks, where the method has them.
+      like: shapes of every block by name; a private one is like its twin.
+      frozen: bytes of Ŵ in the compute type. data: bytes of training and test sets at most; None: not known.
+      waiting: federated blocks wait for the aggregation while personal ones train.
+      made: the last phase makes models of the clients' own. after: it trains.
+      host_bytes: what personal blocks may take in memory.
+      shards: D. parts: devices of a shard.
+    """
+    sizes = np.array([4 * blocks.count(like[name.removeprefix(PRIVATE)]) for name in partition.names])
+    row = max(_row_bytes(model.roles(stream), like) for stream in model.streams)
+
+    def phase(clients: int, last: bool) -> Phase:
+        positions = -(-clients // shards)
+        slots = partition.capacities(partition.owned, positions)
+        stack = sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
+        found = {"blocks in training": stack, "their gradients": stack, "AdamW's two moments": 2 * stack}
+        if waiting and not last:
+            found["federated blocks"] = stack
+        if method.rule.guided:  # a place is kept throughout, so that one program serves every phase
+            found["teacher's blocks"] = stack
+        v = settings.rows_per_chunk
+        found["one row's blocks and gradients" if v == 1 else f"{v} rows' blocks and gradients"] = 2 * v * row
+        return Phase(positions, found)
+
+    owned = int((partition.owned @ sizes).sum())
+    mine = int((partition.owned @ (sizes * np.isin(partition.names, chain_blocks(partition)))).sum())
+    stored = {f"{name} blocks of all clients, only those they own": mine for name in method.chains}
+    if settings.persist:
+        trained = ("federated", *(method.chains if mine == owned else ()))
+        stored |= {f"AdamW's two moments of {name} blocks": 2 * owned for name in trained}
+    on_disk = sum(stored.values()) > host_bytes
+    known = {} if data is None else {"training and test data, at most": data}
+    # A teacher of two sets of adapters is about as large as both.
+    share = min(1.0, settings.clients_per_pass / len(partition.owned))
+    return MemoryPlan(
+        devices=shards * parts,
+        always={"frozen weights": frozen, "server's blocks": int(sizes.sum()), **known},
+        phases={ROUND: phase(settings.cohort_size, False)}
+        | ({LAST: phase(settings.clients_per_pass, True)} if after else {}),
+        host=({} if on_disk else stored)
+        | ({name.replace(", at", " as read, at"): size for name, size in known.items()}),
+        disk=stored if on_disk else {},
+        finished={"finished models, one variant of a pass at a time": round(owned * share)} if made else {},
+    )
+
+
+def _row_bytes(roles: Mapping[str, str | tuple[str, ...]], like: Blocks) -> int:
+    """Of the parts of one forward pass; a block that several paths take is there once for each."""
+    names = [name for part in roles.values() for name in ((part,) if isinstance(part, str) else part)]
+    return sum(blocks.size_bytes(like[name]) for name in names)
+
+
+def array_bytes() -> int:
+    """Of all arrays that are on devices now, on all of them."""
+    # Not through the arrays' shards: looking at these makes further arrays.
+    return sum(
+        int(np.prod(array.sharding.shard_shape(array.shape))) * array.dtype.itemsize * len(array.sharding.device_set)
+        for array in jax.live_arrays()
+    )

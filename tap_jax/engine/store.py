@@ -1,0 +1,338 @@
+"""Personal blocks on disk, for federations whose clients' blocks do not fit into memory.
+
+Blocks of one group (`blocks.Partition.groups`: equal shapes) are the rows of one file, n float32 each. A chain of the
+state is then a table: which row holds client k's block r. Rows are never changed while anybody refers to them: to give
+a client new blocks is to write new rows and to make a new table. So older states stay as they are, a checkpoint is the
+table alone, and a process that is killed at any moment leaves every row that a checkpoint names as it was.
+
+A row is free once no table in this process and no checkpoint that is kept refers to it. Which tables there are, Python
+knows (a weak set); which checkpoints, `commit` and `release` are told.
+
+Letters: K clients, R blocks, n parameters of a block.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import threading
+import weakref
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from tap_jax import blocks
+from tap_jax.blocks import Blocks, Partition
+from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.row_file import RowFile, flush, flush_folder
+from tap_jax.errors import UserError
+
+GROWTH = 8  # a file grows by a part of one in so many; what is free is looked up as often as that many rows are taken
+_FORMAT = 1
+_ABOUT = "store.json"
+
+
+class Store:
+    """Rows of blocks in one folder, for any number of chains.
+
+    Args:
+      folder: made by `create`.
+      partition: the federation's blocks.
+      like: block name -> shapes of the blocks that are stored; others are left out of the chains.
+
+    Raises:
+      UserError: no store there, or one of other blocks.
+    """
+
+    def __init__(self, folder: str | os.PathLike, partition: Partition, like: Blocks):
+        self.folder, self.partition, self.like = pathlib.Path(folder), partition, like
+        try:
+            found = json.loads((self.folder / _ABOUT).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"workdir: the personal blocks in {self.folder} cannot be read ({error}); train again in another folder"
+            ) from error
+        if found != _about(partition, like):
+            raise UserError(f"workdir: {self.folder} holds blocks of another configuration; name another folder")
+        members = _members(partition, like)
+        self._files = [
+            RowFile(self.folder / f"{g}.rows", blocks.count(like[partition.names[of[0]]]))
+            for g, of in enumerate(members)
+        ]
+        for file, of in zip(self._files, members, strict=True):
+            if file.rows < len(of):
+                raise UserError(f"workdir: {file.path} is missing or cut off; train again in another folder")
+        # Block -> its file, -1 where it is not stored; and the row of what it was before round 0.
+        self.file_of, self._start = np.full(len(partition.names), -1), np.full(len(partition.names), -1)
+        for g, of in enumerate(members):
+            self.file_of[of], self._start[of] = g, np.arange(len(of))
+        self._members = members
+        self._tables: weakref.WeakSet[StoredChain] = weakref.WeakSet()
+        self._committed: dict[int, list[np.ndarray]] = {}  # step -> tables of rows
+        # Checkpoints of earlier processes may refer to any row that is there already.
+        self._protected: list[int] = [file.rows for file in self._files]
+        self._lock = threading.RLock()
+        self._owner: int | None = None  # a descriptor that holds the folder's lock
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike, partition: Partition, start: Blocks, like: Blocks) -> "Store":
+        """A new store; the folder is there whole or not at all.
+
+        Args:
+          start: block name -> what every client starts with; the first rows of the files.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        folder = pathlib.Path(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            for g, of in enumerate(_members(partition, like)):
+                with (partial / f"{g}.rows").open("wb") as file:
+                    for r in of:
+                        file.write(_vector(start[partition.names[r]]))
+                    flush(file)
+            with (partial / _ABOUT).open("w") as file:
+                json.dump(_about(partition, like), file)
+                flush(file)
+            partial.replace(folder)
+            flush_folder(folder.parent)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return cls(folder, partition, like)
+
+    def chain(self) -> "StoredChain":
+        """The chain before round 0: all clients refer to the same rows."""
+        rows = np.where(self.partition.owned, self._start, -1)
+        known = np.zeros(len(self._start), np.uint32)
+        for r in np.flatnonzero(self.file_of >= 0):
+            known[r] = zlib.crc32(self._files[self.file_of[r]].read(self._start[r]))
+        return StoredChain(self, rows, np.where(rows >= 0, known, 0).astype(np.uint32))
+
+    def read(self, rows: np.ndarray) -> dict[str, blocks.Tree]:
+        """Blocks by name, copied from the rows [R] of one client."""
+        found = {}
+        for r in np.flatnonzero(rows >= 0):
+            name = self.partition.names[r]
+            found[name] = blocks.unflatten(self._files[self.file_of[r]].read(rows[r]), self.like[name])
+        return found
+
+    def put(self, chain: "StoredChain", update: Mapping[int, Blocks]) -> "StoredChain":
+        """The chain with the updated clients' blocks exchanged; see `methods.base.put_chain`.
+
+        Raises:
+          OSError: the rows cannot be written (a full disk); the chain is as it was.
+          ValueError: a client's blocks are not those that it has.
+        """
+        with self._lock:
+            self._own()
+            rows, sums = chain.rows.copy(), chain.sums.copy()
+            for k, mine in update.items():
+                if {self.partition.names[r] for r in np.flatnonzero(rows[k] >= 0)} != set(mine):
+                    raise ValueError(f"client {k} has other blocks than {sorted(mine)}")
+            clients = np.array(sorted(update), int)
+            for g, of in enumerate(self._members):
+                holders, which = np.nonzero(rows[np.ix_(clients, of)] >= 0)
+                free = self._take(g, len(holders))
+                for k, r, row in zip(clients[holders], of[which], free, strict=True):
+                    vector = _vector(update[k][self.partition.names[r]])
+                    self._files[g].write(row, vector)
+                    rows[k, r], sums[k, r] = row, zlib.crc32(vector)
+            return StoredChain(self, rows, sums)
+
+    def commit(self, step: int, chains: Sequence["StoredChain"]) -> None:
+        """To be called before checkpoint `step` of these chains is written: what they refer to is on the disk now.
+
+        It stays there until `release` is told that the checkpoint is gone.
+        """
+        with self._lock:
+            self._committed.pop(step, None)
+            self._committed[step] = [chain.rows for chain in chains]
+        for file in self._files:
+            file.sync()
+
+    def release(self, steps: Collection[int]) -> None:
+        """To be called from time to time with the checkpoints there are; rows of others are free again.
+
+        The one committed last counts among them, since it may be still being written.
+        """
+        with self._lock:
+            last = list(self._committed)[-1:]
+            self._committed = {step: kept for step, kept in self._committed.items() if step in (*steps, *last)}
+            if steps and set(steps) <= set(self._committed):
+                self._protected = [0] * len(self._files)
+
+    def verify(self, chain: "StoredChain") -> None:
+        """Reads every row that the chain refers to.
+
+        Raises:
+          UserError: one of them is missing or damaged.
+        """
+        for g, of in enumerate(self._members):
+            clients, which = np.nonzero(chain.rows[:, of] >= 0)
+            rows, sums = chain.rows[:, of][clients, which], chain.sums[:, of][clients, which]
+            rows, first = np.unique(rows, return_index=True)
+            for at, row in zip(first, rows, strict=True):
+                file = self._files[g]
+                if row >= file.rows or zlib.crc32(file.read(row)) != sums[at]:
+                    name = self.partition.names[of[which[at]]]
+                    raise UserError(
+                        f"workdir: block {name} of client {clients[at]} is damaged in {file.path}; delete the newest"
+                        " checkpoint to go on from the one before, or train again in another folder"
+                    )
+
+    def size_bytes(self) -> int:
+        """Bytes of all files, free rows included."""
+        return sum(file.rows * file.stride for file in self._files)
+
+    def _take(self, g: int, count: int) -> list[int]:
+        """So many free rows of a file, which grows if need be."""
+        file = self._files[g]
+        if len(file.free) < count:
+            used = np.zeros(file.rows, bool)
+            used[: max(self._protected[g], len(self._members[g]))] = True
+            tables = [chain.rows for chain in self._tables] + sum(self._committed.values(), [])
+            for rows in tables:
+                mine = rows[:, self._members[g]]
+                used[mine[mine >= 0]] = True
+            file.free = np.flatnonzero(~used)[::-1].tolist()
+            if len(file.free) < max(count, file.rows // GROWTH):
+                file.grow(max(count, file.rows // GROWTH) - len(file.free))
+        return [file.free.pop() for _ in range(count)]
+
+    def _own(self) -> None:
+        """Keeps a second process from writing into the folder; the lock goes with this process, however it ends."""
+        if self._owner is None:
+            descriptor = os.open(self.folder / _ABOUT, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise UserError(f"workdir: another process is training in {self.folder.parent}; wait for it") from error
+            except OSError:
+                pass  # a file system without locks
+            self._owner = descriptor
+            weakref.finalize(self, os.close, descriptor)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class StoredChain(Sequence):
+    """A chain of the state whose blocks are in a `Store`; to a method, a sequence of one mapping per client.
+
+    Attributes:
+      rows: int64 [K, R], the row of client k's block r; -1 where the chain has none.
+      sums: uint32 [K, R], CRC-32 of what is in the row.
+
+    As a pytree its leaves are these two tables. It is never changed.
+    """
+
+    def __init__(self, store: Store, rows: np.ndarray, sums: np.ndarray):
+        self.store, self.rows, self.sums = store, rows, sums
+        if isinstance(rows, np.ndarray):  # else a tree of something else, such as shapes
+            with store._lock:
+                store._tables.add(self)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, client: int) -> dict[str, blocks.Tree]:
+        return self.store.read(self.rows[client])
+
+    def put(self, update: Mapping[int, Blocks]) -> "StoredChain":
+        """See `Store.put`."""
+        return self.store.put(self, update)
+
+    def tree_flatten_with_keys(self):
+        """See `jax.tree_util`."""
+        key = jax.tree_util.GetAttrKey
+        return ((key("rows"), self.rows), (key("sums"), self.sums)), self.store
+
+    @classmethod
+    def tree_unflatten(cls, store: Store, leaves) -> "StoredChain":
+        """See `jax.tree_util`."""
+        return cls(store, *leaves)
+
+
+def folder_of(workdir: pathlib.Path, needed: int, limit: int) -> pathlib.Path | None:
+    """Where a run's stores are or will be; None where its personal blocks are in memory.
+
+    A run that has a checkpoint keeps the form in which it began, since the checkpoint has it.
+
+    Args:
+      needed: bytes of all that would be stored. limit: how many may be in memory.
+
+    Raises:
+      UserError: it has to be on disk, and there are several processes.
+    """
+    folder = workdir / "store"
+    begun = bool(Checkpoints(workdir / "checkpoints").steps())
+    if not (folder.is_dir() if begun else needed > limit):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that never had a checkpoint
+        return None
+    if jax.process_count() > 1:
+        raise UserError(
+            f"engine.host_gigabytes: personal blocks take {needed / 1e9:.1f} GB of memory in each process, and a store"
+            " on disk serves one process only; allow them more, or use one process"
+        )
+    if not begun and folder.is_dir():
+        shutil.rmtree(folder)
+    return folder
+
+
+def open_store(folder: pathlib.Path, partition: Partition, start: Blocks, like: Blocks) -> Store:
+    """The store of that folder, made where it is not there yet."""
+    return Store(folder, partition, like) if folder.is_dir() else Store.create(folder, partition, start, like)
+
+
+def stored_chains(state) -> dict[Store, list[StoredChain]]:
+    """The stores of a `methods.base.State` and their chains; none where all is in memory."""
+    found: dict[Store, list[StoredChain]] = {}
+    for chain in (*state.chains.values(), *state.moments.values()):
+        if isinstance(chain, StoredChain):
+            found.setdefault(chain.store, []).append(chain)
+    return found
+
+
+def commit(state, step: int) -> None:
+    """`Store.commit` of a state that is about to be saved as checkpoint `step`."""
+    for store, chains in stored_chains(state).items():
+        store.commit(step, chains)
+
+
+def release(state, steps: Collection[int]) -> None:
+    """`Store.release` for the stores of a state."""
+    for store in stored_chains(state):
+        store.release(steps)
+
+
+def verify(state) -> None:
+    """`Store.verify` of all that a restored state refers to."""
+    for store, chains in stored_chains(state).items():
+        for chain in chains:
+            store.verify(chain)
+
+
+def _members(partition: Partition, like: Blocks) -> list[np.ndarray]:
+    """The blocks of each group that is stored."""
+    return [of for of in partition.members().values() if partition.names[of[0]] in like]
+
+
+def _about(partition: Partition, like: Blocks) -> dict:
+    """What the files hold, for whoever opens them again."""
+    groups = [
+        {"blocks": [partition.names[r] for r in of], "parameters": blocks.count(like[partition.names[of[0]]])}
+        for of in _members(partition, like)
+    ]
+    return {"format": _FORMAT, "dtype": "float32", "groups": groups}
+
+
+def _vector(tree: blocks.Tree) -> np.ndarray:
+    """float32 [n], contiguous."""
+    return np.concatenate([np.ravel(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves(tree)])
