@@ -96,7 +96,7 @@ def test_steps_of_bench():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--config.rouns=3"], "rouns: unknown field; did you mean 'rounds'.*config has: .*rounds, seed"),
+        (["--config.rouns=3"], "rouns: unknown field; did you mean 'rounds'.*config has: .*rounds, screening, seed"),
         (["--config.optimizer.rate=1"], "optimizer.rate: unknown field; .*optimizer has: .*learning_rate"),
         (["--config.rounds=many"], "rounds: 'many' is no int"),
         (["--config.rounds=2.5"], "rounds: '2.5' is no int"),
@@ -318,7 +318,8 @@ def test_train_writes_the_files_of_the_contract(trained):
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["round"] for entry in lines] == [0, 1]
     results = json.loads((folder / "results.json").read_text())
-    assert set(results) == {"config", "config_hash", "versions", "results", "replacements", "timing"}
+    parts = {"config", "config_hash", "versions", "results", "replacements", "screening", "timing"}
+    assert set(results) == parts
     assert results["config_hash"] == config_hash(load_config(config))
     assert results["versions"]["jax"] == jax.__version__
     assert set(results["results"][0]) == {"variant", "client", "task", "metric", "value"}
