@@ -23,13 +23,15 @@ THREE = ({"ag_news": 1.0, "fashion_mnist": 0.5}, {"mmlu": 1.0}, {"fashion_mnist"
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def threads(monkeypatch):
+    """What PyTorch is asked for; it stays at one thread, since several would spin beside other tests."""
+    asked = []
+    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    return asked
 
 
-def test_pytorch_trains_on_the_same_to_the_same_losses(tiny, monkeypatch):
+def test_pytorch_trains_on_the_same_to_the_same_losses(tiny, threads, monkeypatch):
     config = tiny(THREE, {"cohort_size": 3, "data.train_size": 30})  # the last minibatch of a pass is not full
     said = []
     line = benchmark.bench(config, steps=4, against="torch", say=said.append)
@@ -48,8 +50,10 @@ def test_pytorch_trains_on_the_same_to_the_same_losses(tiny, monkeypatch):
     assert line["round_s"] is None and line["stage2_s_per_client"] is None
     assert all(text.startswith("bench: ") for text in said)
     assert line["loss_difference"] < 1e-5 and line["torch_error"] is None
+    assert threads == [len(os.sched_getaffinity(0))], "all cores"
 
     # The comparison would notice a PyTorch that does not learn.
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     assert benchmark.bench(config, steps=4, against="torch-fused")["loss_difference"] > 1e-3
 
