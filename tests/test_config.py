@@ -181,7 +181,7 @@ def test_loading_names_the_mistake(path, overrides, message):
         ({"federation__table": "custom", "federation__rows": ({"vqa": 0.7}, {"vqa": 0.7})}, "hands out 1.40 of vqa"),
         ({"data__root": ""}, "data.root: empty"),
         ({"mesh__data": -1}, "mesh.data: -1; use at least 0"),
-        ({"mesh__parallel": "xmap"}, "mesh.parallel: 'xmap'; use .*shard_map"),
+        ({"mesh__parallel": "xmap"}, "mesh.parallel: unknown 'xmap'; use one of .*shard_map"),
         ({"optimizer__momentum": 0.9}, "optimizer.momentum: unknown field; optimizer has: "),
         ({"batchsize": 1}, "batchsize: unknown field; did you mean 'batch_size'"),
     ],
