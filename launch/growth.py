@@ -6,6 +6,7 @@ differ in nothing but the federation around them. `federation.parts` gives thous
 """
 
 import argparse
+import ctypes
 import gc
 import pathlib
 import statistics
@@ -31,9 +32,9 @@ def main() -> None:
     chosen = options.parse_args()
     startup.start_jax(load_config(chosen.config, {"cohort_size": chosen.cohorts[0] if chosen.cohorts else PATTERNS}))
     with tempfile.TemporaryDirectory() as folder:
+        of_memory(chosen, pathlib.Path(folder) / "memory")  # first: freed memory would be used again, and not show
         of_size(chosen, pathlib.Path(folder))
         of_cohort(chosen)
-        of_memory(chosen, pathlib.Path(folder) / "memory")
 
 
 def build(chosen, clients: int, cohort: int):
@@ -154,7 +155,6 @@ def of_memory(chosen, folder: pathlib.Path) -> None:
     found = {}
     for where in ("store", "memory"):
         chain = built.init(folder if where == "store" else None).chains["personal"]
-        gc.collect()
         before, owned = resident(), 0
         for start, stop in zip([0, *ends], ends, strict=False):
             for k in range(start, stop):
@@ -170,7 +170,9 @@ def of_memory(chosen, folder: pathlib.Path) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now (Linux)."""
+    """Bytes of this process that are in memory now, free ones given back before (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

@@ -37,7 +37,7 @@ def run(script, *arguments, folder):
 
 def test_growth(config, tmp_path):
     sizes = ("--clients", 30, 60, "--cohorts", 10, 20, "--rounds", 2)
-    speed, cohorts, memory = run("growth.sh", "--config", config, *sizes, folder=tmp_path).strip().split("\n\n")
+    memory, speed, cohorts = run("growth.sh", "--config", config, *sizes, folder=tmp_path).strip().split("\n\n")
     assert [line.split()[:2] for line in speed.splitlines()[2:]] == [
         ["30", "memory"],
         ["60", "memory"],
