@@ -155,11 +155,16 @@ class ServerModel:
         return Partition(self.block_names, tuple(map(self._group, self.block_names)), touches, task_mask)
 
     def _group(self, name: str) -> str:
-        """Blocks of one group have equal shapes: all stacks' attentions of a stage, heads of as many classes, ..."""
+        """Blocks of one group have equal shapes: all stacks' attentions of a stage, heads of as many classes, ...
+
+        Tasks that take one program (`data.families`) find each of its parts in one group, whatever their heads' names.
+        """
         stage, *rest = name.split("/")
         if stage == "head":
             head = self._heads[rest[0]]
-            return f"head/{head.classes}" if isinstance(head, ClassificationHead) else name
+            if isinstance(head, ClassificationHead):
+                return f"head/{head.classes}"
+            return "head/text_generation" if isinstance(head, TextHead) else "head/image_generation"
         return f"{stage}/{rest[1]}" if stage in ("mote", "mome") else name
 
     def init(self, key: Array, pretrained: Pretrained | None = None) -> tuple[Tree, dict[str, Tree]]:

@@ -121,3 +121,14 @@ def test_dropout_needs_a_key_and_follows_it(built):
     batch, run = make_batch(task, np.random.default_rng(7)), forward(model, task.streams[0])
     first, again, other = (run(frozen, blocks, batch, jax.random.key(seed))[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.allclose(first, other)
+
+
+def test_heads_of_equal_shapes_are_of_one_group():
+    """Tasks that take one program need one group for each of its parts, whatever their heads are called."""
+    tasks = tuple(map(find_task, ("cifar100", "fashion_mnist", "ag_news", "mmlu")))
+    own = tuple(dataclasses.replace(task, name=f"{task.name}_2", head=f"{task.name}_2") for task in tasks)
+    partition = ServerModel(CONFIG, (*tasks, *own)).partition(np.ones((1, 8), bool))
+    group = dict(zip(partition.names, partition.groups, strict=True))
+    for task, other in zip(tasks, own, strict=True):
+        assert group[f"head/{task.head}"] == group[f"head/{other.head}"]
+    assert len({group[f"head/{task.head}"] for task in tasks}) == 4
