@@ -43,7 +43,7 @@ STYLE = {
 
 
 def style():
-    """The context in which figures are drawn."""
+    """The context in which figures are drawn: matplotlib's settings are `STYLE` within it."""
     return rc_context(STYLE)
 
 
@@ -55,7 +55,7 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
 
 
 def grid(count: int, *, width: float = 2.9, height: float = 2.3) -> tuple[Figure, list]:
-    """A figure with `count` panels, at most four in a row."""
+    """A figure with `count` panels of `width` x `height` inches: three in a row, four where there are more than six."""
     columns = min(count, 4 if count > 6 else 3)
     rows = -(-count // columns)
     figure, axes = new_figure(rows, columns, width=width * columns + 0.4, height=height * rows + 0.9)

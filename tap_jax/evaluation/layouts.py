@@ -164,7 +164,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *_three(
         (11, 12, 13),
         [
-            f"Margins $m_{{i,o}}$ for {on}"
+            f"Margins *m*<sub>i,o</sub> for {on}"
             for on in ("image datasets on ViLT", "image datasets on FLAVA", "text datasets")
         ],
         "Margin",

@@ -13,16 +13,17 @@ from tap_jax.evaluation.appendix_tables import Grid, Parameters
 from tap_jax.evaluation.finished import FinishedRun, read_runs
 from tap_jax.evaluation.illustrations import illustrations, text_samples
 from tap_jax.evaluation.layouts import LAYOUTS, MODELS
+from tap_jax.evaluation.page import html_page
 from tap_jax.evaluation.paper_tables import Table
 from tap_jax.evaluation.selection import Comparison, comparisons
 
 MARK = "<!-- made by tap-jax report -->"
 _FIELDS, _LONGEST = 3, 40  # in a heading: fields, and characters of each
-PARTS = ("figures", "report.md", "tables")  # all that a report's folder holds
+PARTS = ("figures", "report.html", "report.md", "tables")  # all that a report's folder holds
 
 
 def write_report(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, parameters: Parameters) -> list[str]:
-    """Writes report.md, tables/*.csv and figures/*.png into the folder `out`, all or nothing.
+    """Writes report.md, the same as report.html, tables/*.csv and figures/*.png into the folder `out`, all or nothing.
 
     Args:
       folders: of finished runs, or folders that contain such.
@@ -96,7 +97,8 @@ def compose(runs: Sequence[FinishedRun], notes: Sequence[str], parameters: Param
     text += _sources(runs, notes)
     files |= {f"tables/{name}.csv": _csv(rows) for name, rows in records.items()}
     files["tables/runs.csv"] = _csv([_source(run) for run in runs])
-    files["report.md"] = ("\n\n".join(part.strip() for part in text) + "\n").encode()
+    markdown = "\n\n".join(part.strip() for part in text) + "\n"
+    files |= {"report.md": markdown.encode(), "report.html": html_page(markdown, files).encode()}
     return files
 
 

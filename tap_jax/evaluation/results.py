@@ -1,4 +1,4 @@
-"""What a run leaves: `results.json` and `report.md`, each whole or not at all."""
+"""What a run leaves: `results.json`, `report.md` and the same as `report.html`, each whole or not at all."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tap_jax.evaluation.page import html_page
 from tap_jax.evaluation.scores import Row, finite
 from tap_jax.evaluation.tables import markdown_table
 
@@ -24,7 +25,7 @@ def write_results(
     config_hash: str = "",
     versions: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `results.json` and `report.md` into the folder `workdir`, each whole or not at all.
+    """Writes `results.json`, `report.md` and `report.html` into the folder `workdir`, each whole or not at all.
 
     Args:
       workdir: made if it is not there.
@@ -46,7 +47,9 @@ def write_results(
     results = {"config": config, **origin, "results": rows, "replacements": list(replacements), "timing": timing}
     results |= {name: found for name, found in (("screening", screening), ("privacy", privacy)) if found}
     write_file(folder / "results.json", json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
-    write_file(folder / "report.md", _report(_plain(results), rows, notes))
+    report = _report(_plain(results), rows, notes)
+    write_file(folder / "report.md", report)
+    write_file(folder / "report.html", html_page(report))
 
 
 def _plain(value: Any) -> Any:

@@ -13,9 +13,11 @@ from tap_jax import cli
 from tap_jax.errors import UserError
 from tap_jax.evaluation import curves, heat_map, report
 from tap_jax.evaluation.finished import read_runs
+from tap_jax.evaluation.page import html_page
 from tap_jax.evaluation.samples import ImageSample, TextSample, read_samples, to_uint8, write_samples
 from tap_jax.evaluation.selection import comparisons
 from tests.evaluation.fake_runs import VILT, level, replaced, scores, training_lines, write_run
+from tests.evaluation.test_page import check_page
 
 MARGINS = ("tap", "tap@0.01-0.04", "tap@0.05-0.1")
 
@@ -32,6 +34,7 @@ def sample_images():
 TEXTS = [
     TextSample("tap", 4, "vqa", 0, "question : red ?", "answer : yes", ("answer : yes",)),
     TextSample("tap", 4, "vqa", 1, "", "a | b\nc", ("answer : no", "answer : none")),
+    TextSample("tap", 5, "vqa", 0, "", "<script>alert(1)</script> & **bold** `x`", ("answer : no",)),
 ]
 
 
@@ -71,13 +74,27 @@ def test_all_files_are_there_and_linked(made):
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == files
     text = (out / "report.md").read_text()
     links = set(re.findall(r"\]\(([^)]+)\)", text))
-    assert links == set(files) - {"report.md"}
+    assert links == set(files) - {"report.md", "report.html"}
     numbers = [int(number) for number in re.findall(r"^### Table (\d+)\.", text, re.MULTILINE)]
     assert numbers == sorted(numbers)
     numbers += [int(number) for number in re.findall(r"\[Table (\d+)\]", text)]  # not run
     assert sorted(numbers) == list(range(1, 18))
     assert {f"tables/table_{number:02}.csv" for number in numbers} <= set(files)
     assert [path.name for path in out.parent.iterdir()] == ["all"]
+
+
+def test_the_page_has_all_of_the_report_and_needs_no_file(made):
+    out, files = made
+    page, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
+    found = check_page(page, markdown, files)
+    assert len(found.all("img")) == sum(name.startswith("figures/") for name in files)
+    assert {link["href"] for link in found.all("a") if not link["href"].startswith("#")} == set(files) - {
+        "report.md",
+        "report.html",
+    }
+    assert "<script>" in found.tables[-2][-1][3][2]  # what a model wrote
+    figures = {name: (out / name).read_bytes() for name in files if name.startswith("figures/")}
+    assert html_page(markdown, figures) == page
 
 
 def test_csv_has_every_cell_unrounded_with_its_runs(made):
@@ -175,8 +192,8 @@ def test_samples_are_read_as_written(tmp_path):
     write_samples(tmp_path / "samples", [*TEXTS, *sample_images()])
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["images.npz", "texts.json"]
     found = read_samples(tmp_path / "samples")
-    assert found[:2] == TEXTS
-    for mine, stored in zip(sample_images(), found[2:], strict=True):
+    assert found[: len(TEXTS)] == TEXTS
+    for mine, stored in zip(sample_images(), found[len(TEXTS) :], strict=True):
         assert (stored.task, stored.client, stored.example) == (mine.task, mine.client, mine.example)
         np.testing.assert_array_equal(stored.reconstruction, mine.reconstruction)
     (tmp_path / "samples" / "images.npz").write_bytes(b"PK")
@@ -231,7 +248,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path):
     empty = tmp_path / "deep" / "empty"
     empty.mkdir(parents=True)
     report.write_report([run], empty, parameters=counted)
-    assert (empty / "report.md").is_file()
+    assert (empty / "report.md").is_file() and (empty / "report.html").is_file()
 
 
 def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):

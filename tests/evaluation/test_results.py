@@ -10,6 +10,7 @@ from tap_jax.errors import UserError
 from tap_jax.evaluation import results
 from tap_jax.evaluation.scores import find_metric, summarise
 from tap_jax.evaluation.tables import markdown_table, text_table
+from tests.evaluation.test_page import check_page
 
 
 def scores(variant, task, metric, *values):
@@ -197,7 +198,9 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
     assert "mini, method tap, seed 41" in report
     assert "Note: meteor lacks WordNet" in report
     assert "2 (ag_news 1, vqa 1)" in report
-    assert sorted(path.name for path in folder.iterdir()) == ["report.md", "results.json"]
+    found = check_page((folder / "report.html").read_text(), report)
+    assert any("Note: meteor lacks WordNet" in text for text in found.text)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "results.json"]
 
 
 def test_config_dict_is_accepted(tmp_path):
@@ -217,4 +220,4 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         results.write_results(tmp_path, {}, [], [], {})
     assert (tmp_path / "results.json").read_text() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md", "results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "results.json"]
