@@ -4,8 +4,11 @@ Same names, columns, templates and answers as the real sets, drawn by rules (`pi
 transformer of width 32-64 learns them from a few hundred samples, and gains from more than the few dozen that one
 client holds. Train and test never share a sample: texts are divided by a hash of the text, and every picture
 carries per-pixel noise from its split's own random stream.
+
+A task of one's own joins the suite with a rule: `register_task` in `tap_jax.federation`, and an entry in `RULES` here.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 
@@ -26,13 +29,13 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
     """Draws one split of one task.
 
     Args:
-      task: one of the eight names of the paper; `task.classes` may be any number up to 200 (pictures) or 4 (news).
+      task: one of `RULES`; for the paper's eight, `task.classes` may be any number up to 200 (pictures) or 4 (news).
       split: "train" or "test"; the two are disjoint for every size, under one seed.
       size: N. For common_gen's test split the number of concept sets (about 800 exist), each with several references.
       seed: the split is a pure function of (task, split, size, seed).
 
     Raises:
-      UserError: a task without a rule here, more classes than the rule can tell apart, or more samples than it has.
+      UserError: a task without a rule in `RULES`, more classes than it can tell apart, or more samples than it has.
 
     Example:
       >>> from tap_jax.federation import find_task
@@ -41,16 +44,17 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
     """
     if split not in SPLITS:
         raise UserError(f"split '{split}': use one of {', '.join(SPLITS)}")
-    known = (*PICTURES, *_TEXTS)
-    if task.name not in known:
-        raise UserError(f"data.root: no synthetic data for task {task.name}; there is for {', '.join(known)}")
+    if task.name not in RULES:
+        raise UserError(f"data.root: no synthetic data for task {task.name}; there is for {', '.join(RULES)}")
     if size < 1:
         raise UserError(f"data size of {task.name}/{split} is {size}; use at least 1")
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode()), SPLITS.index(split)])
-    if task.name in _TEXTS:
-        return _TEXTS[task.name](task, split, rng, size)
-    parts = [PICTURES[task.name](task, rng, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)]
-    return _concatenate(parts)
+    return RULES[task.name](task, split, rng, size)
+
+
+def _in_chunks(draw: Callable, task: Task, split: str, rng: np.random.Generator, size: int) -> Examples:
+    """Pictures that `draw` draws; noise from the split's own stream keeps the splits apart."""
+    return _concatenate([draw(task, rng, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)])
 
 
 def _concatenate(parts: list[Examples]) -> Examples:
@@ -141,4 +145,11 @@ def _concepts(task: Task, split: str, rng: np.random.Generator, size: int) -> Ex
     return Examples(np.zeros(size, np.int32), inputs=inputs, targets=targets, references=references)
 
 
-_TEXTS = {"ag_news": _news, "mmlu": _multiple_choice, "common_gen": _concepts}
+# (task, split, rng, N) -> N samples. The rng is the split's own; what must not be in both splits the rule keeps apart.
+Rule = Callable[[Task, str, np.random.Generator, int], Examples]
+RULES: dict[str, Rule] = {
+    **{name: functools.partial(_in_chunks, draw) for name, draw in PICTURES.items()},
+    "ag_news": _news,
+    "mmlu": _multiple_choice,
+    "common_gen": _concepts,
+}
