@@ -10,9 +10,36 @@
     finished = experiment.finish(state)         # Stage 2
     rows = experiment.evaluate(finished)        # [{"variant", "client", "task", "metric", "value"}, ...]
 
-The paper's pieces by themselves: `Federation` (who has which task), `aggregate` (component-wise FedAvg),
-`replacement_indicator` and `replace` (equations 3 and 4), `distillation_loss` (equation 5), `bound` (Theorem 1).
-`export_client` writes a client's model of a finished run for PyTorch. From the shell: `tap-jax --help`.
+Public names; `help(tap_jax.build)` and so on say more, each with an example:
+
+  load_config(path, overrides)
+    Reads a config file, or the config.json of a run.
+  build(config, *, criterion, method, variants)
+    Builds the Experiment that a config describes; a criterion or a method may be one's own.
+  Experiment.init(workdir)
+    The state before round 0.
+  Experiment.round(state, clients)
+    One round: the new state, and a line of losses, replacements and bytes.
+  Experiment.finish(state)
+    Stage 2, and what else follows the last round: every client's models.
+  Experiment.evaluate(models)
+    Scores of finished models, or of a state as it stands.
+  Federation(clients)
+    Who has which task.
+  aggregate(server, cohort, server_seats, seats, weights)
+    Component-wise FedAvg (Sec. 3.1).
+  replacement_indicator(local_loss, personal_loss, margin, seen)
+    Which tasks' personal blocks give way to the federated ones (equation 3).
+  replace(personal, federated, seats, chosen)
+    The replacement (equation 4).
+  distillation_loss(kind, teacher, student, batch, *, temperature, power, image_loss)
+    Of Stage 2 (equation 5).
+  bound(rates, decrease, *, smoothness, local_steps, noise, heterogeneity, owners)
+    The convergence bound of Theorem 1 (equation 7).
+  export_client(workdir, out, *, client, format, model, variant, tasks, say)
+    Writes a client's model of a finished run for PyTorch, PEFT or Hugging Face.
+
+From the shell: `tap-jax --help`.
 
 Names are loaded when first used, so that `import tap_jax` is instant and starts no JAX backend.
 """
@@ -23,13 +50,14 @@ import typing
 if typing.TYPE_CHECKING:
     from tap_jax.blocks import aggregate, replace, replacement_indicator
     from tap_jax.config import load_config
-    from tap_jax.experiment import build
+    from tap_jax.experiment import Experiment, build
     from tap_jax.exporting import export_client
     from tap_jax.federation import Federation
     from tap_jax.methods.losses import distillation_loss
     from tap_jax.theory.bound import bound
 
 __all__ = [
+    "Experiment",
     "Federation",
     "aggregate",
     "bound",
@@ -42,6 +70,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Experiment": "experiment",
     "Federation": "federation",
     "aggregate": "blocks",
     "bound": "theory.bound",

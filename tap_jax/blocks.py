@@ -198,8 +198,11 @@ def broadcast(server: Stack, server_seats: Seats, seats: Seats) -> dict[str, Arr
     """W̃[i] = P_{B_i} W̃ for every seated client: the server's blocks in the slots of their holders.
 
     Args:
-      server: stack of `server_seats`.
+      server: W̃, stack of `server_seats`.
       seats: where the clients sit.
+
+    Returns:
+      A stack of `seats`; idle slots hold some block of their group.
     """
     place = jnp.asarray(server_seats.slot)[0]
     return {group: matrix[place[seats.block[group]]] for group, matrix in server.items()}
@@ -212,12 +215,28 @@ def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, w
 
     Args:
       server: W̃, stack of `server_seats`.
-      cohort: stack of `seats`.
+      cohort: what the clients sent, stack of `seats`.
+      server_seats, seats: which block, and whose, is in which slot of the two; see `seat`.
       weights: w[k, r] >= 0 [K, R], client k's say in block r (sample count); 0 where it has none.
 
     Returns:
       A stack like `server`. A block whose weights are all 0 is returned bit by bit, and what a client of weight 0
       holds has no influence, whatever it is.
+
+    Example:
+      Two clients with twice and once as many samples; the second does not own the head.
+
+      >>> import numpy as np
+      >>> import tap_jax as tap
+      >>> from tap_jax.blocks import Partition, seat, server_seats
+      >>> touches = np.array([[True, True], [True, False]])  # task 0 uses encoder and head, task 1 the encoder
+      >>> partition = Partition(("encoder", "head"), ("encoder", "head"), touches, task_mask=np.eye(2, dtype=bool))
+      >>> server = {"encoder": np.zeros((1, 1)), "head": np.zeros((1, 1))}
+      >>> sent = {"encoder": np.array([[1.0], [4.0]]), "head": np.array([[5.0]])}
+      >>> weights = np.array([[2.0, 2.0], [1.0, 0.0]])
+      >>> new = tap.aggregate(server, sent, server_seats(partition), seat(partition, partition.owned), weights)
+      >>> new["encoder"].tolist(), new["head"].tolist()
+      ([[2.0]], [[5.0]])
     """
     padded = jnp.pad(weights, ((0, 1), (0, 0)))
     place = jnp.asarray(server_seats.slot)[0]
@@ -248,8 +267,9 @@ def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array
 
     Example:
       >>> import numpy as np
+      >>> import tap_jax as tap
       >>> h_l, h_p = np.array([[0.50, 0.50]]), np.array([[0.52, 0.505]])
-      >>> replacement_indicator(h_l, h_p, 0.01, np.array([[True, True]])).tolist()
+      >>> tap.replacement_indicator(h_l, h_p, 0.01, np.array([[True, True]])).tolist()
       [[True, False]]
     """
     return seen & (local_loss + margin < personal_loss)
@@ -260,7 +280,25 @@ def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> d
 
     Args:
       personal, federated: stacks of `seats`.
-      chosen: bool [K, R], client k takes the federated block r.
+      chosen: bool [K, R], client k takes the federated block r; see `chosen_blocks`.
+
+    Returns:
+      A stack like `personal`.
+
+    Example:
+      One client with two blocks, of which it takes the first.
+
+      >>> import numpy as np
+      >>> import tap_jax as tap
+      >>> from tap_jax.blocks import Partition, seat
+      >>> one = np.ones((1, 1), bool)
+      >>> partition = Partition(("encoder", "head"), ("encoder", "head"), touches=one.repeat(2, 1), task_mask=one)
+      >>> personal = {"encoder": np.array([[1.0]]), "head": np.array([[1.0]])}
+      >>> federated = {"encoder": np.array([[2.0]]), "head": np.array([[2.0]])}
+      >>> seats = seat(partition, partition.owned)
+      >>> new = tap.replace(personal, federated, seats, np.array([[True, False]]))
+      >>> new["encoder"].tolist(), new["head"].tolist()
+      ([[2.0]], [[1.0]])
     """
     padded = jnp.pad(chosen, ((0, 1), (0, 0)))
 

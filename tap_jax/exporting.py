@@ -59,6 +59,19 @@ def export_client(
     Raises:
       UserError: no finished run, an unknown client, task, variant, format or model, a folder in use, or an export
         that does not reproduce the model. Nothing is written then.
+
+    Example:
+      `experiment` is that of `build`'s example; `runs.run` is `tap-jax train` without a terminal.
+
+      >>> import pathlib
+      >>> import tap_jax as tap
+      >>> from tap_jax import runs
+      >>> silent = runs.Reporter(say=lambda line: None, progress=lambda line: None)
+      >>> rows = runs.run(experiment.config, "runs/small", silent)
+      >>> tap.export_client("runs/small", "exports/client1", client=1) < 1e-4
+      True
+      >>> sorted(path.name for path in pathlib.Path("exports/client1").glob("*.json"))
+      ['config.json', 'tap_export.json']
     """
     workdir = pathlib.Path(workdir)
     tasks = (tasks,) if isinstance(tasks, str) else tasks

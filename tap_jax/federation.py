@@ -129,9 +129,20 @@ class Client:
 class Federation:
     """Tasks and clients, and who owns what.
 
+    Attributes:
+      clients: K of them; a client's number is its place here.
+
     Raises:
       UserError: no clients, a client without tasks, an unknown task, a share outside (0, 1], or shares of
         one task in one group that add up to more than 1.
+
+    Example:
+      >>> import tap_jax as tap
+      >>> from tap_jax.federation import Client
+      >>> clients = Client("clinic", {"vqa": 0.5}), Client("press", {"vqa": 0.5, "ag_news": 1.0})
+      >>> federation = tap.Federation(clients)
+      >>> [task.name for task in federation.tasks], federation.task_mask.tolist()
+      (['ag_news', 'vqa'], [[False, True], [True, True]])
     """
 
     clients: tuple[Client, ...]

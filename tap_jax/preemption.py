@@ -20,8 +20,8 @@ class Preemption:
 
     Example:
       >>> with Preemption() as preemption:
-      ...     while not preemption.stop:
-      ...         state, line = experiment.round(state)
+      ...     [number for number in range(3) if not preemption.stop]
+      [0, 1, 2]
     """
 
     stop = False

@@ -62,8 +62,12 @@ def build(
       seed: of the synthetic suite and of the split between clients.
       vocab: V; the bound where the tokenizer is trained, else what the tokenizer must have.
       max_text, max_answer: longest input and answer in word pieces.
+      tokenizer: "train", a folder or a hub id; see `text.load_tokenizer`.
       sizes: "train" and "test" -> samples per task; 0 or absent for all there are.
       image_classes: keep only labels below this in image classification; 0 for all.
+      folders: task name -> sub-folder of `root`, where it is not the task's name.
+      cache_dir: of converted sets and trained tokenizers; None keeps nothing.
+      split, alpha, parts: how a set is dealt out; see `partition.assign`.
       personal_test: cut each test set between the clients like its training set.
 
     Raises:
@@ -100,7 +104,13 @@ def build(
 
 
 def client_data(tasks: Sequence[Task], mine: Mapping[str, np.ndarray], train: Mapping[str, TaskArrays]) -> ClientData:
-    """A client's samples by stream, from its ids by task."""
+    """A client's samples by stream.
+
+    Args:
+      tasks: of the federation.
+      mine: task name -> int64 ids of the client's samples; a task may be missing.
+      train: task name -> the arrays that the ids are into.
+    """
     streams, tokens = {}, {}
     for task in tasks:
         ids = mine.get(task.name, np.zeros(0, np.int64))

@@ -113,6 +113,8 @@ def minibatches(rng: np.random.Generator, samples: int, *, batch: int, steps: in
     """Positions 0..samples-1 cut into at most `steps` minibatches, each pass over them without replacement.
 
     Args:
+      rng: shuffles every pass anew.
+      samples: how many there are. batch, steps: at most so many in a minibatch, and minibatches.
       passes: how often the data may be used; 1 in local training, None (as often as needed) after it.
 
     Returns:
@@ -179,6 +181,40 @@ def share_out(plan: Plan, parts: int) -> Plan:
     return Plan(rows={name: rows(found) for name, found in plan.rows.items()}, **same)
 
 
+def joined(one: Plan, other: Plan) -> Plan:
+    """Two plans of as many steps as one: positions and rows of the other behind those of the first.
+
+    Args:
+      one, other: leaves with any common leading axes; both begin with the same step.
+
+    Returns:
+      K and N are the sums of theirs. Leading clients' rows of both come before the others of both.
+    """
+    positions = one.clients.shape[-1]
+
+    def rows(mine: Rows, theirs: Rows) -> Rows:
+        axis, kinds = mine.count.ndim, []
+        for found in (mine, theirs):
+            number = np.arange(found.table.client.shape[axis])
+            kinds.append((number >= found.lead[..., None]).astype(int) + (number >= found.count[..., None]))
+        order = np.argsort(np.concatenate(kinds, axis), axis=axis, kind="stable")
+
+        def behind(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+            both = np.concatenate([x, y], axis)
+            return np.take_along_axis(both, order.reshape(*order.shape, *(1,) * (both.ndim - order.ndim)), axis)
+
+        table = jax.tree.map(behind, mine.table, theirs.table.replace(client=theirs.table.client + positions))
+        return Rows(table, mine.count + theirs.count, mine.lead + theirs.lead)
+
+    return Plan(
+        rows={name: rows(found, other.rows[name]) for name, found in one.rows.items()},
+        clients=np.concatenate([one.clients, other.clients], -1),
+        active=np.concatenate([one.active, other.active], -1),
+        first=one.first,
+        steps=np.maximum(one.steps, other.steps),
+    )
+
+
 def draw_plan(
     data: Sequence[ClientData],
     clients: np.ndarray,
@@ -203,6 +239,9 @@ def draw_plan(
       data: of all clients of the federation.
       clients: int [K], client numbers, -1 for an empty position.
       families: of all tasks of the federation, in order.
+      seed, round_, purpose: with the client's number and `draw` they determine its minibatches; see `generator`.
+      batch: samples of a client's minibatch. microbatch: s.
+      steps: at most so many are taken; fewer where `passes` over a client's samples are over before.
       capacities: N per family, a multiple of the rows that a chunk takes on every device of the shard.
       starts: task name -> where its samples start in its family's arrays.
       length: τ of the arrays (>= steps), so that phases of different length share one program.

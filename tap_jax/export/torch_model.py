@@ -217,9 +217,11 @@ class LowRank(nn.Module):
         self.scale, self.rate = c.lora_alpha_ratio, c.lora_dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """What is added: [..., inputs] -> [..., outputs]."""
         return F.linear(F.linear(F.dropout(x, self.rate, self.training), self.lora_A), self.lora_B) * self.scale
 
     def project(self, frozen: nn.Linear, x: Tensor) -> Tensor:
+        """The frozen map with the adapter: [..., inputs] -> [..., outputs]."""
         return frozen(x) + self(x)
 
 
@@ -283,6 +285,7 @@ class Adapter(LowRank):
         self.delta = nn.Parameter(torch.empty(c.width, c.width)) if c.qv_delta else None
 
     def project(self, frozen: nn.Linear, x: Tensor) -> Tensor:
+        """The frozen projection with delta and adapter: [..., D] -> [..., D]."""
         weight = frozen.weight if self.delta is None else frozen.weight + self.delta
         return F.linear(x, weight, frozen.bias) + self(x)
 
@@ -321,6 +324,7 @@ class PlainLayer(Expert):
         self.heads = c.heads
 
     def forward(self, layer: FrozenLayer, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The whole layer, [B, T, D] -> [B, T, D]; mask bool [B, T], None where every token is real."""
         n = layer.norm1(x)
         q, v = _project(self.query, layer.query, n), _project(self.value, layer.value, n)
         x = x + layer.out(attend(q, layer.key(n), v, _keys(mask), self.heads))
@@ -367,6 +371,7 @@ class EncoderLayer(nn.Module):
         self.heads = c.heads
 
     def forward(self, layer: FrozenLayer, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The whole layer, [B, T, D] -> [B, T, D]; mask bool [B, T], None where every token is real."""
         n = layer.norm1(x)
         q, v = self.query.project(layer.query, n), self.value.project(layer.value, n)
         x = x + layer.out(attend(q, layer.key(n), v, _keys(mask), self.heads))
@@ -383,6 +388,7 @@ class InputAdaptor(nn.Module):
         self.upsample, self.size = c.upsample, c.image_size
 
     def forward(self, images: Tensor) -> Tensor:
+        """Standardised images [B, 64, 64, 3] -> [B, 3, image_size, image_size]."""
         x = images.permute(0, 3, 1, 2)
         x = F.gelu(self.conv3(_resize(x, round(images.shape[1] * self.upsample))))
         return self.conv1(_resize(x, self.size).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -396,6 +402,7 @@ class OutputProjection(nn.LayerNorm):
         self.linear = nn.Linear(c.width, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
         return super().forward(self.linear(x))
 
 
@@ -415,6 +422,7 @@ class ImageEncoder(nn.Module):
         self.output = OutputProjection(c)
 
     def forward(self, frozen: FrozenImage, images: Tensor, mask: None, adapters: nn.ModuleList | None) -> Tensor:
+        """See the class; `adapters` are the encoder's bottlenecks, where it has them."""
         c = self.sizes
         patches = F.unfold(self.adaptor(images), c.patch, stride=c.patch).transpose(1, 2)
         x = _project(self.patch if c.name == "vilt" else None, frozen.patch, patches)
@@ -447,6 +455,7 @@ class TextEncoder(nn.Module):
         self.output = OutputProjection(c)
 
     def forward(self, frozen: FrozenText, tokens: Tensor, mask: Tensor, adapters: nn.ModuleList | None) -> Tensor:
+        """See the class; mask bool [B, T]; `adapters` are the encoder's bottlenecks, where it has them."""
         if tokens.shape[1] > len(frozen.positions):
             raise ValueError(f"tokens: {tokens.shape[1]} in a text, the model has {len(frozen.positions)} positions")
         x = F.embedding(tokens, frozen.words) + frozen.positions[: tokens.shape[1]] + frozen.types[0]
@@ -483,6 +492,7 @@ class ClassificationHead(nn.Module):
         self.output = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
         for i in range(self.depth):
             x = getattr(self, f"hidden_{i}")(x)
             x = self.activation(self.layer_norm(x) if i == 0 and self.layer_norm else x)
@@ -501,6 +511,7 @@ class ImageHead(nn.Module):
             self.add_module(f"deconv_{i}", nn.ConvTranspose2d(channels[i], channels[i + 1], 4, 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, 64, 64, 3]."""
         x = self.seed(x).unflatten(-1, (-1, 8, 8))
         for i in range(self.depth):
             x = getattr(self, f"deconv_{i}")(F.relu(x) if i else x)
@@ -517,6 +528,7 @@ class ConditioningAttention(nn.Module):
         self.out_proj, self.heads = nn.Linear(c.width, c.width), c.text_cond_heads
 
     def forward(self, queries: Tensor, vectors: Tensor) -> Tensor:
+        """[A, D] and [B, P, D] -> [B, A, D]; where P is 1, all positions get the same: [B, 1, D]."""
         wq, wk, wv = self.in_proj_weight.chunk(3)
         bq, bk, bv = self.in_proj_bias.chunk(3)
         values = F.linear(vectors, wv, bv)

@@ -47,11 +47,22 @@ def distillation_loss(
     of each row of a channel (the width axis), averaged over rows and channels, or, with image_loss="mse", the mean
     squared difference. Equation 5 has power -2; Hinton's is +2; at temperature 1 they agree.
 
+    Args:
+      kind: task kind; it decides the shapes, as in `task_loss`.
+      teacher, student: z_T, z_S: logits [B, C] or [B, A-1, V], or images [B, 64, 64, 3].
+      batch: holds "answers" [B, A] for text generation, whose padding is ignored; else nothing is read.
+      temperature: τ̃ > 0.
+      power: of the factor in front.
+      image_loss: "kl" or "mse", for image generation.
+
     Example:
       >>> import jax.numpy as jnp
-      >>> z = jnp.array([[1.0, 2.0, 3.0]])
-      >>> float(distillation_loss("text_classification", z, z, {})[0])
-      0.0
+      >>> import tap_jax as tap
+      >>> teacher, student = jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 1.0]])
+      >>> tap.distillation_loss("text_classification", teacher, teacher, {}).tolist()
+      [0.0]
+      >>> round(float(tap.distillation_loss("text_classification", teacher, student, {})[0]), 4)
+      0.1201
     """
     if kind == "image_generation":
         if image_loss == "mse":

@@ -145,10 +145,13 @@ def bound(
     Raises:
       UserError: an argument is out of its range, or the last two differ in length.
 
-    >>> rates = [largest_rate(1.0, 5)] * 100
-    >>> blocks = {"heterogeneity": [0, 1], "owners": [8, 4]}
-    >>> round(bound(rates, 3.0, smoothness=1.0, local_steps=5, noise=1.0, **blocks), 3)
-    62.783
+    Example:
+      A hundred rounds at the largest rate that the theorem allows, 1/(48Lτ); two blocks with eight and four owners.
+
+      >>> import tap_jax as tap
+      >>> blocks = {"heterogeneity": [0, 1], "owners": [8, 4]}
+      >>> round(tap.bound([1 / 240] * 100, 3.0, smoothness=1.0, local_steps=5, noise=1.0, **blocks), 3)
+      62.783
     """
     found = terms(
         rates,
