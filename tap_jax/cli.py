@@ -19,6 +19,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from tap_jax import config as configuration
 from tap_jax import distributed, preemption, startup, terminal
 from tap_jax.errors import Preempted, UserError
+from tap_jax.writers import WRITERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,11 @@ def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: in
     _writable(pathlib.Path(workdir))
     startup.start_jax(config, several)
     from tap_jax import runs
+    from tap_jax.describe import headline
 
     with terminal.Terminal(config.rounds) as screen, preemption.Preemption() as asked_to:
         screen.say("reading data, building the model")
-        rows = runs.run(config, workdir, _reporter(screen), stop=lambda: asked_to.stop)
+        rows = runs.run(config, workdir, _reporter(screen, headline), stop=lambda: asked_to.stop)
         _finish(screen, rows, pathlib.Path(workdir))
 
 
@@ -74,10 +77,11 @@ def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: i
     config = configuration.load_config(folder / "config.json")
     startup.start_jax(config, several)
     from tap_jax import runs
+    from tap_jax.describe import evaluation_headline
 
     with terminal.Terminal(config.rounds) as screen:
         screen.say("reading data, building the model")
-        rows = runs.evaluate(folder, _reporter(screen))
+        rows = runs.evaluate(folder, _reporter(screen, evaluation_headline))
         _finish(screen, rows, folder)
 
 
@@ -171,16 +175,17 @@ COMMANDS = {
             *_PROCESSES,
         ),
         "trains, personalises and evaluates; resumes by itself",
-        "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, samples/, results.json and\n"
-        "report.md. On SIGTERM the state is saved after the round in progress, and the status is 143; a second\n"
-        "SIGTERM stops at once. After that, a kill, or a full disk (status 2), the same command goes on.\n"
+        "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, samples/, tokenizer/,\n"
+        "results.json, report.md and report.html; curves also for --config.writers=tensorboard,wandb. On SIGTERM it\n"
+        "saves after the round in progress and exits with 143 (a second one stops at once); with 75 if another\n"
+        "process has gone. After either, a kill or a full disk, the same command goes on.\n"
         "Example: tap-jax train --config=configs/demo.py --config.rounds=5 --workdir=runs/demo",
     ),
     "evaluate": Command(
         evaluate,
         (Flag("workdir", "DIR", "of a finished run"), *_PROCESSES),
         "scores the models of a finished run again",
-        "Rewrites results.json and report.md.\nExample: tap-jax evaluate --workdir=runs/demo",
+        "Rewrites results.json, report.md and report.html.\nExample: tap-jax evaluate --workdir=runs/demo",
     ),
     "report": Command(
         report,
@@ -195,9 +200,14 @@ COMMANDS = {
         (
             Flag("workdir", "DIR", "of a finished run"),
             Flag("client", "N", "whose model, from 0; --model=server may do without", ""),
-            Flag("format", "FORMAT", "torch (all of it), or of the encoders: peft, huggingface", "torch"),
+            Flag("format", "FORMAT", "torch (the default: all of it), or of the encoders peft, huggingface", "torch"),
             Flag("out", "DIR", "where the files go, a new or empty folder"),
-            Flag("model", "MODEL", "personal, federated (what the client last received) or server", "personal"),
+            Flag(
+                "model",
+                "MODEL",
+                "personal (the default), federated (what the client last received), server",
+                "personal",
+            ),
             Flag("variant", "NAME", "of the personal model; default: the run's first", ""),
             Flag("tasks", "NAME,...", "only these; default: all that the client has", ""),
         ),
@@ -210,6 +220,7 @@ COMMANDS = {
         describe,
         (_CONFIG,),
         "parameters (Table 7), who owns which block, memory plan; reads no data, allocates nothing",
+        "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
         "Example: tap-jax describe --config=configs/flava.py",
     ),
     "bench": Command(
@@ -223,8 +234,8 @@ COMMANDS = {
             *_PROCESSES,
         ),
         "times the local training of a cohort; one JSON line",
-        "Client steps, samples and TFLOP per s, MFU, memory, compile_s; round_s, schedule_s and stage2_s_per_client\n"
-        "with --rounds. Compiled programs are cached only where config.compilation_cache names a folder."
+        "Prints the line on stdout, words on stderr, and writes nothing. Without --rounds there is no round_s,\n"
+        "schedule_s or stage2_s_per_client. Compiled programs are cached only in config.compilation_cache."
         "\nExample: tap-jax bench --config=configs/demo.py --steps=10",
     ),
 }
@@ -299,7 +310,8 @@ def _fail(message: str, status: int) -> int:
 def _main(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help", "help") or (not argv):
-        print(usage(), end="", file=sys.stdout if argv else sys.stderr)
+        about = rest[0] if rest and rest[0] in COMMANDS else None
+        print(usage(about), end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if name == "--version":
         try:
@@ -318,6 +330,9 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
+_STATUS = "Exit status: 0; 2, with one line on stderr, for what you can mend; 130 if interrupted.\n"
+
+
 def usage(name: str | None = None) -> str:
     """The help text of a command, or of the whole."""
     if name is None:
@@ -326,7 +341,8 @@ def usage(name: str | None = None) -> str:
         return (
             "usage: tap-jax COMMAND [--FLAG=VALUE ...]\n\n"
             "TAP: two-stage adaptive personalization of multi-task, multi-modal models in federated learning.\n\n"
-            f"{listed}\n\ntap-jax COMMAND --help tells more; tap-jax --version.\n"
+            f"{listed}\n\ntap-jax COMMAND --help tells more; tap-jax --version.\n{_STATUS}"
+            "Example: tap-jax train --config=configs/demo.py --workdir=runs/demo\n"
         )
     command = COMMANDS[name]
     line, rows = [f"usage: tap-jax {name}"], []
@@ -342,16 +358,19 @@ def usage(name: str | None = None) -> str:
             rows.append(("--config.KEY=VALUE", "changes one field; tap_jax/config.py lists and explains all of them"))
     width = max(len(shown) for shown, _ in rows)
     listed = "\n".join(f"  {shown:{width}}  {about}" for shown, about in rows)
-    return "\n".join(
-        [
-            textwrap.fill(" ".join(line), 100, subsequent_indent="  ", break_on_hyphens=False),
-            "",
-            textwrap.fill(command.about[0].upper() + command.about[1:] + ".", 100),
-            "",
-            listed,
-            "",
-        ]
-    ) + (f"\n{command.details}\n")
+    return (
+        "\n".join(
+            [
+                textwrap.fill(" ".join(line), 100, subsequent_indent="  ", break_on_hyphens=False),
+                "",
+                textwrap.fill(command.about[0].upper() + command.about[1:] + ".", 100),
+                "",
+                listed,
+                "",
+            ]
+        )
+        + f"\n{_STATUS}{command.details}\n"
+    )
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -371,7 +390,8 @@ def parse(name: str, argv: Sequence[str]) -> dict:
     try:
         rest = values([name, *argv], known_only=True)[1:]
     except flags.Error as error:
-        raise UserError(str(error)) from None
+        wrong = re.match(r"flag --(\w+)=(.*?): invalid literal", str(error), re.DOTALL)
+        raise UserError(f"{wrong[1]}: '{wrong[2]}' is no whole number" if wrong else str(error)) from None
     found = {flag.name: values[flag.name].value for flag in command.flags}
     known = [f"--{flag.name}" for flag in command.flags]
     for flag in command.flags:
@@ -454,15 +474,15 @@ def _readable(config: ConfigDict, message: str) -> str:
 # --- what commands share -------------------------------------------------------------------------------------------
 
 
-def _reporter(screen: terminal.Terminal):
-    from tap_jax.describe import headline
+def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]]):
+    """`lines`: of an experiment, what to say once it is built."""
     from tap_jax.runs import Reporter
 
     def built(run) -> None:
-        for line in headline(run):
+        for line in lines(run):
             screen.say(line)
 
-    return Reporter(screen.say, screen.progress, built)
+    return Reporter(screen.say, screen.progress, built, screen.begin, screen.last, screen.scored)
 
 
 def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
@@ -470,8 +490,10 @@ def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
 
     screen.say("")
     screen.say(text_table(rows, terminal.columns()))
-    names = ("results.json", "report.md", "metrics.jsonl", "config.json", "checkpoints", "models", "samples")
-    screen.say(f"in {workdir}: {', '.join(name for name in names if (workdir / name).exists())}")
+    files = ("results.json", "report.md", "report.html", "metrics.jsonl", "config.json")
+    folders = ("checkpoints", "models", "samples", "tokenizer", *WRITERS)
+    screen.say(f"in {workdir}: {', '.join(name for name in (*files, *folders) if (workdir / name).exists())}")
+    screen.say(f"took {terminal.duration(screen.seconds)} in all")
 
 
 def _writable(workdir: pathlib.Path) -> None:

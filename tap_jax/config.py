@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS, PAPER_ROWS, TASKS, Federation, client_table
+from tap_jax.writers import WRITERS
 
 # method -> what one run of it can yield; the first is the default. Those of one line share a trunk (Sec. 3, App. C).
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -189,6 +190,7 @@ def default_config() -> ConfigDict:
     # --- How it runs: no effect on results beyond rounding, but for compute_dtype and microbatch -------------------
     config.compute_dtype = "auto"  # ⚙ bfloat16 on GPU and TPU, else float32 | "float32" | "bfloat16"
     config.checkpoint_every = 10  # rounds; 0: only at the end
+    config.writers = ()  # where curves go beside metrics.jsonl: "tensorboard", "wandb", each with its extra installed
     config.compilation_cache = ""  # folder of XLA's persistent cache; "": the user's cache folder; "off"
     config.mesh = mesh = ConfigDict()
     mesh.clients = 0  # devices that share out the cohort; 0: all there are, but not more than it has clients
@@ -202,7 +204,11 @@ def default_config() -> ConfigDict:
     # disk (workdir/store), and so does a persistent optimizer state. 0: half of the machine's, and none beyond 300
     # clients, whose checkpoints then hold tables in the place of a million arrays.
     engine.host_gigabytes = 0.0
-    engine.attention = "auto"  # ⚙ by platform | "einsum" | "xla" | "cudnn" (flash attention on NVIDIA)
+    engine.attention = "auto"  # ⚙ by platform, on GPUs by a trial | "einsum" | "xla" | "cudnn" (NVIDIA, bfloat16)
+    # ⚙ train the next round's W̃ beside this round's X, which do not depend on each other, in one program: twice the
+    # clients at once, and twice the memory. It helps where a round's clients are too few for the devices. Only with
+    # method "tap" and optimizer.state "fresh".
+    engine.pipeline_rounds = False
     engine.remat = False  # ⚙ recompute activations: less memory, about a third more time
     return config
 
@@ -215,12 +221,14 @@ NEUTRAL_FIELDS = (
     "engine.attention",
     "engine.clients_per_pass",
     "engine.host_gigabytes",
+    "engine.pipeline_rounds",
     "engine.remat",
     "engine.rows_per_chunk",
     "mesh.clients",
     "mesh.data",
     "mesh.parallel",
     "screening.on_broken",
+    "writers",
 )
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -270,7 +278,13 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
       overrides: field -> value, by dotted name (`{"model.width": 32}`) or nested.
 
     Raises:
-      UserError: no such file, or what `validate` objects to.
+      UserError: no such file, one that is no config, an unknown field, or what `validate` objects to.
+
+    Example:
+      >>> import tap_jax as tap
+      >>> config = tap.load_config("configs/demo.py", {"rounds": 5, "optimizer.weight_decay": 0.1})
+      >>> config.rounds, config.optimizer.weight_decay, config.model.width
+      (5, 0.1, 32)
     """
     name = os.fspath(path)
     file, colon, argument = name.partition(".py:")
@@ -281,7 +295,13 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         with open(file, encoding="utf-8") as stream:
             config = from_json(stream.read())
     else:
-        get_config = runpy.run_path(file).get("get_config")
+        try:
+            get_config = runpy.run_path(file).get("get_config")
+        except SyntaxError as error:
+            raise UserError(
+                f"config: {error.filename}, line {error.lineno}, is not Python ({error.msg}); name a config file"
+                " such as configs/flava.py"
+            ) from None
         if get_config is None:
             raise UserError(f"config: '{file}' has no function get_config(); copy one from configs/")
         if argument and not inspect.signature(get_config).parameters:
@@ -353,6 +373,11 @@ def validate(config: ConfigDict) -> None:
                 f"variants: '{variant}' does not come out of method '{config.method}';"
                 f" use {', '.join(VARIANTS[config.method])}, or variants=() for the first"
             )
+    for name in config.writers:
+        if name not in WRITERS:
+            raise UserError(f"writers: unknown '{name}'; use {', '.join(WRITERS)}, or writers=() for none")
+    if len(set(config.writers)) < len(config.writers):
+        raise UserError(f"writers: {', '.join(config.writers)}; name each once")
     if config.privacy.delta >= 1:
         raise UserError(f"privacy.delta: {config.privacy.delta}; use less than 1, best well below 1 / clients")
     if config.privacy.noise_multiplier:
@@ -365,6 +390,15 @@ def validate(config: ConfigDict) -> None:
                 f"aggregation: '{config.aggregation}' lets a client's size, which is private, raise its say; use"
                 " 'uniform' with privacy.noise_multiplier, or set that to 0"
             )
+    if config.engine.pipeline_rounds and config.method != "tap":
+        raise UserError(
+            f"engine.pipeline_rounds: method '{config.method}' trains nothing beside the server's blocks; use False"
+        )
+    if config.engine.pipeline_rounds and config.optimizer.state == "persist":
+        raise UserError(
+            "engine.pipeline_rounds: the next round's W̃ cannot start before this round's optimizer states are there;"
+            " use False, or optimizer.state='fresh'"
+        )
     if model.backbone == "standard" and config.method == "disentafl":
         raise UserError("model.backbone: 'disentafl' compares what the routed backbone's stacks put out; use 'routed'")
     if config.replacement.criterion == "gradient" and config.replacement.margin == "relative":
@@ -448,7 +482,7 @@ def variants_of(config: ConfigDict) -> tuple[str, ...]:
 
 
 def data_cache(config: ConfigDict) -> str:
-    """The folder that keeps converted data sets and trained tokenizers."""
+    """The folder that keeps converted data sets, trained tokenizers and downloaded weights."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return config.data.cache_dir or os.path.join(home, "tap_jax", "data")
 

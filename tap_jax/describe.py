@@ -7,6 +7,7 @@ Letters: K clients, D devices, R blocks.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +18,11 @@ from tap_jax.blocks import Partition
 from tap_jax.config import ConfigDict
 from tap_jax.data.federated import SYNTHETIC_SIZES
 from tap_jax.engine import parallel
-from tap_jax.engine.cohort import EngineSettings
 from tap_jax.engine.memory_plan import MemoryPlan, memory_plan
+from tap_jax.engine.settings import EngineSettings
 from tap_jax.experiment import Experiment
 from tap_jax.federation import Federation
+from tap_jax.methods.base import Method
 from tap_jax.models.accounting import account, counted_in_paper, shapes, table7
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
 from tap_jax.step_cost import gradients_per_step, longest, task_flops
@@ -68,36 +70,56 @@ def parameters(config: ConfigDict) -> dict[str, float]:
     return _table7(outline(config))
 
 
-def describe(config: ConfigDict, *, devices: int | None = None) -> str:
+def describe(config: ConfigDict) -> str:
     """The text of `tap-jax describe`.
 
     Args:
-      config: of any kind that `experiment.build` takes.
-      devices: over which cohort and minibatches are spread; default: what `mesh` says, or those that there are here.
+      config: of any kind that `experiment.build` takes. `mesh.clients` and `mesh.data` may ask for more devices than
+        there are here.
     """
     found = outline(config)
-    parts = [_head(found), _paper(found), _patterns(found), _stored(found), _map(found), _memory(found, devices)]
+    parts = [_head(found), _paper(found), _patterns(found), _stored(found), _map(found), _memory(found)]
     parts.append(_flops(found))
     return "\n\n".join(parts) + "\n"
 
 
 def headline(run: Experiment) -> list[str]:
     """What a run is about to do, once it is built."""
-    config, federation, partition = run.config, run.federation, run.partition
+    config, partition, settings = run.config, run.partition, run.engine.settings
     sizes = _block_sizes(partition, run.engine.like)
-    mine = partition.owned @ sizes
-    samples = [client.samples for client in run.data.clients]
-    settings = run.engine.settings
+    mine, server = partition.owned @ sizes, int(sizes[np.array(partition.sent)].sum())
     pushed = f"{settings.local_steps} steps of up to {config.batch_size} samples"
+    memory = plan_of(run)
+    device = max(memory.on_device(phase) for phase in memory.phases)
+    whole = max(memory.together(phase) for phase in memory.phases)
+    disk = f", {_size(sum(memory.disk.values()))} on disk" if memory.disk else ""
     return [
-        f"{_devices(run.engine.devices.size)}, {run.model.config.dtype}",
-        f"{config.method}: {config.rounds} rounds, {settings.cohort_size} of {len(federation.clients)} clients in each,"
-        f" {pushed}; yields {', '.join(run.variants)}",
-        f"tasks: {', '.join(task.name for task in federation.tasks)}; data: {config.data.root},"
-        f" {min(samples):,} to {max(samples):,} samples a client",
-        f"parameters a client trains: {mine.mean():,.0f} on average ({mine.min():,} to {mine.max():,});"
-        f" frozen, stored once: {blocks.count(run.engine.frozen):,}",
+        _where(run),
+        f"{config.method}: {config.rounds} rounds, {settings.cohort_size} of {len(run.federation.clients)} clients in"
+        f" each, {pushed}; yields {', '.join(run.variants)}",
+        _what(run),
+        f"parameters a client trains: {mine.mean():,.0f} on average ({mine.min():,} to {mine.max():,}); the server's"
+        f" model: {server:,}; frozen, stored once: {blocks.count(run.engine.frozen):,}",
+        f"memory beside activations: {_size(device)} on a device, {_size(whole)} with the host{disk}",
     ]
+
+
+def evaluation_headline(run: Experiment) -> list[str]:
+    """What an evaluation is about to do, once the run is built."""
+    return [_where(run), f"{run.config.method}: {run.config.rounds} rounds, finished", _what(run)]
+
+
+def _where(run: Experiment) -> str:
+    devices = run.engine.devices
+    return f"{_devices(devices.shards, devices.parts)}, {run.model.config.dtype}"
+
+
+def _what(run: Experiment) -> str:
+    samples = [client.samples for client in run.data.clients]
+    return (
+        f"tasks: {', '.join(task.name for task in run.federation.tasks)}; data: {run.config.data.root},"
+        f" {min(samples):,} to {max(samples):,} samples a client"
+    )
 
 
 # --- sections ------------------------------------------------------------------------------------------------------
@@ -212,46 +234,70 @@ def _map(found: Outline) -> str:
     return "Blocks x client patterns (# owns)\n" + _columns(rows, left=(0, 2))
 
 
-def plan(found: Outline, devices: int | None = None) -> MemoryPlan:
-    """How much memory the run will need.
-
-    Args:
-      devices: see `describe`.
-    """
+def plan(found: Outline) -> MemoryPlan:
+    """How much memory the run will need."""
     config, model = found.config, found.model
     settings = assembly.engine_settings(config, len(found.federation.clients))
-    variants = configuration.variants_of(config)
     frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)
-    shards, parts = (devices // (config.mesh.data or 1), config.mesh.data or 1) if devices else _mesh(config, settings)
-    return memory_plan(
-        model,
+    shards, parts = _mesh(config, settings)
+    return _plan(
+        found,
         found.partition.with_private(model.adapter_blocks),
-        assembly.method_of(config, model, variants),
+        assembly.method_of(config, model, configuration.variants_of(config)),
         settings,
         like=trainable,
         frozen=blocks.size_bytes(kept),
         data=_data_bytes(found),
-        waiting=config.method == "tap",
-        made=any(variant not in configuration.SERVER_VARIANTS for variant in variants),
-        after=any(variant not in (*configuration.SERVER_VARIANTS, "local") for variant in variants),
-        host_bytes=assembly.host_bytes(config, len(found.federation.clients)),
         shards=shards,
         parts=parts,
     )
 
 
+def plan_of(run: Experiment) -> MemoryPlan:
+    """The same of a run that is built: the size of its data is known."""
+    engine = run.engine
+    return _plan(
+        run,
+        run.partition,
+        run.method,
+        engine.settings,
+        like=engine.like,
+        frozen=blocks.size_bytes(engine.frozen),
+        data=blocks.size_bytes((engine.arrays, run.evaluator.arrays)),
+        shards=engine.devices.shards,
+        parts=engine.devices.parts,
+    )
+
+
+def _plan(found: Outline | Experiment, partition: Partition, method: Method, settings: EngineSettings, **sizes: Any):
+    config = found.config
+    variants, clients = configuration.variants_of(config), len(found.federation.clients)
+    return memory_plan(
+        found.model,
+        partition,
+        method,
+        settings,
+        made=any(variant not in configuration.SERVER_VARIANTS for variant in variants),
+        after=any(variant not in (*configuration.SERVER_VARIANTS, "local") for variant in variants),
+        host_bytes=assembly.host_bytes(config, clients),
+        **sizes,
+    )
+
+
 def _mesh(config: ConfigDict, settings: EngineSettings) -> tuple[int, int]:
-    """Shards and devices of each, as a run here would have them, or as the configuration says."""
-    if config.mesh.clients:
-        return config.mesh.clients, config.mesh.data or 1
-    here = parallel.devices(**config.mesh, cohort=settings.cohort_size)
+    """(Shards, devices of each) as a run here would choose them; as the configuration says where it asks for more."""
+    asked = (config.mesh.clients, config.mesh.data or 1)
+    if config.mesh.clients and asked[0] * asked[1] > len(jax.devices()):
+        return asked
+    here = parallel.devices(**config.mesh, cohort=settings.together)
     return here.shards, here.parts
 
 
-def _memory(found: Outline, devices: int | None) -> str:
+def _memory(found: Outline) -> str:
     """What lies where, in MiB."""
-    memory = plan(found, devices)
+    memory = plan(found)
+    settings = assembly.engine_settings(found.config, len(found.federation.clients))
     known = "" if _data_bytes(found) else " and data"
     names = {"frozen weights": f"frozen weights ({found.model.config.dtype})"}
     rows = [(names.get(name, name), size) for name, size in memory.always.items()]
@@ -270,7 +316,7 @@ def _memory(found: Outline, devices: int | None) -> str:
 
     return "\n".join(
         [
-            f"Memory per device in MiB, {_devices(memory.devices)}",
+            f"Memory per device in MiB, {_devices(*_mesh(found.config, settings))}",
             in_mib(rows),
             *(("On the host", in_mib(host)) if host else ()),
             *(
@@ -331,9 +377,14 @@ def _data_bytes(found: Outline) -> int | None:
     return sum(sizes) * total
 
 
-def _devices(count: int) -> str:
-    kind = jax.devices()[0].device_kind
-    return f"{count} x {kind}"
+def _devices(shards: int, parts: int) -> str:
+    mesh = f" (mesh of {shards} x {parts})" if shards * parts > 1 else ""
+    return f"{shards * parts} x {jax.devices()[0].device_kind}{mesh}"
+
+
+def _size(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / MIB:,.3g} MiB" if count < 1000 * MIB else f"{count / MIB / 1024:,.3g} GiB"
 
 
 def _columns(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:

@@ -1,22 +1,24 @@
 """Runs on disk: `tap-jax train` and `tap-jax evaluate`, and how the models of a finished run are had back.
 
 A run's folder holds config.json, metrics.jsonl, checkpoints/, models/, tokenizer/, samples/, results.json and
-report.md.
+report.md, and what `config.writers` adds.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
 from tap_jax import config as configuration
+from tap_jax import writers
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
@@ -29,7 +31,12 @@ from tap_jax.engine.screening import totals
 from tap_jax.errors import Preempted, UserError
 from tap_jax.evaluation.results import Row, write_results
 from tap_jax.evaluation.samples import write_samples
+from tap_jax.evaluation.scores import summarise
 from tap_jax.experiment import Experiment, build
+from tap_jax.methods.base import State
+from tap_jax.writers import Guarded, Writer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +47,20 @@ class Reporter:
       say: gets whole lines.
       progress: gets a line of metrics after every round.
       built: gets the experiment once, before anything is trained or written.
+      begin: gets the number of rounds that are done already, before the first that is played.
+      last: gets variant -> how many times it will be scored after the last round: once for each pass over some clients,
+        or once where it is the server's blocks.
+      scored: gets the variant, each time.
+      writers: of one's own, beside those of `config.writers`; closed at the end.
     """
 
     say: Callable[[str], None]
     progress: Callable[[dict], None]
     built: Callable[[Experiment], None] = lambda experiment: None
+    begin: Callable[[int], None] = lambda done: None
+    last: Callable[[Mapping[str, int]], None] = lambda times: None
+    scored: Callable[[str], None] = lambda variant: None
+    writers: Sequence[Writer] = ()
 
 
 def run(
@@ -58,7 +74,12 @@ def run(
     What follows the last round is done as a whole: a run that ends in the midst of it does it again, to the same bits.
 
     Args:
+      workdir: the run's folder, made if need be; the module text says what it holds then.
+      reporter: is told what is going on; nothing is printed.
       stop: asked before every round and after every model pass; once it says yes, the run stops with its state saved.
+
+    Returns:
+      Result rows, as of `Experiment.evaluate`.
 
     Raises:
       UserError: bad input, or a workdir that holds another configuration's run.
@@ -68,6 +89,7 @@ def run(
     workdir = pathlib.Path(workdir)
     identity = configuration.config_hash(config)
     _check_workdir(workdir, identity)
+    writers.check(config.writers)
     experiment = build(config)
     reporter.built(experiment)
     for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
@@ -81,13 +103,53 @@ def run(
     if resumed is not None:
         state = resumed
         reporter.say(f"resuming after round {state.round} of {config.rounds}")
+    curves = _curves(experiment, workdir, reporter, resumed=resumed is not None) if writes else []
     # From here on only the loop holds the blocks that it begins with: whoever else did would keep a second copy of all
     # clients' blocks in memory.
     experiment, begun = dataclasses.replace(experiment, initial_blocks={}), [state]
     del state, resumed
+    try:
+        return _play(
+            experiment,
+            begun,
+            workdir=workdir,
+            identity=identity,
+            checkpoints=checkpoints,
+            reporter=reporter,
+            curves=curves,
+            stop=stop,
+            started=started,
+        )
+    finally:
+        for curve in curves:
+            curve.close()
+
+
+def _play(
+    experiment: Experiment,
+    begun: list[State],
+    *,
+    workdir: pathlib.Path,
+    identity: str,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    curves: Sequence[Writer],
+    stop: Callable[[], bool],
+    started: float,
+) -> list[Row]:
+    """`run` from the first round on; takes the state out of `begun`."""
+    config, writes = experiment.config, jax.process_index() == 0
     experiment.evaluator.keep_samples(experiment.variants[0])
     experiment.prepare()
     built = time.monotonic()
+    margins = tuple(experiment.method.margins.values())
+
+    def progress(line: dict) -> None:
+        for curve in curves:
+            curve.write(line["round"] + 1, writers.of_round(line, margins))
+        reporter.progress(line)
+
+    reporter.begin(int(begun[0].round))
     state = rounds.run_rounds(
         experiment.engine,
         experiment.method,
@@ -97,13 +159,11 @@ def run(
         every=config.checkpoint_every,
         config_hash=identity,
         checkpoints=checkpoints,
-        progress=reporter.progress,
+        progress=progress,
         stop=stop,
     )
     trained = time.monotonic()
-    reporter.say(
-        f"after the last round: {', '.join(experiment.variants)} for {len(experiment.federation.clients)} clients"
-    )
+    _announce(experiment, reporter)
     rows: list[Row] = []
     stage2, since = 0.0, trained
     for cohort, variant, mine in experiment.finish_in_passes(state):
@@ -112,15 +172,20 @@ def run(
         for client, found in mine.items() if writes else ():
             write_model(workdir / "models", variant, client, found, config.rounds)
         rows += experiment.evaluate_cohort(variant, cohort, mine, state)
+        reporter.scored(variant)
         _stop_here(stop)
         since = time.monotonic()
     for variant in experiment.variants:
         if variant in configuration.SERVER_VARIANTS:
             rows += experiment.evaluate_server(variant, state)
+            reporter.scored(variant)
             _stop_here(stop)
     rows = experiment.in_order(rows)
     if not writes:
         return rows
+    means = {"/".join(("score", s["variant"], s["task"], s["metric"])): s["mean"] for s in summarise(rows)}
+    for curve in curves:
+        curve.write(config.rounds + 1, {name: mean for name, mean in means.items() if mean is not None})
     write_samples(workdir / "samples", experiment.evaluator.sampler.samples)
     timing = {
         "build_seconds": built - started,
@@ -179,7 +244,7 @@ def stored_model(experiment: Experiment, workdir: pathlib.Path, variant: str, cl
 
 
 def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
-    """`tap-jax evaluate`: scores the models of a finished run again and rewrites its results.
+    """`tap-jax evaluate`: scores the models of a finished run again and rewrites its results -> result rows.
 
     Raises:
       UserError: no run there, or one that has not finished.
@@ -195,14 +260,17 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)
     if state is None:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
+    _announce(experiment, reporter)
     rows = []
     for variant in experiment.variants:
         if variant in configuration.SERVER_VARIANTS:
             rows += experiment.evaluate_server(variant, state)
+            reporter.scored(variant)
             continue
         for cohort in experiment.engine.passes(state.round):
             models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
             rows += experiment.evaluate_cohort(variant, cohort, models, state)
+            reporter.scored(variant)
     rows = experiment.in_order(rows)
     if jax.process_index():  # the first one writes
         return rows
@@ -230,6 +298,31 @@ def _begin(workdir: pathlib.Path, experiment: Experiment) -> None:
     partial.replace(workdir / "config.json")
     if experiment.data.tokenizer is not None:
         experiment.data.tokenizer.save(workdir / "tokenizer")
+
+
+def _announce(experiment: Experiment, reporter: Reporter) -> None:
+    """Says what will be scored, and how often each variant."""
+    clients, at_once = len(experiment.federation.clients), experiment.engine.settings.clients_per_pass
+    reporter.say(
+        f"after the last round: {', '.join(experiment.variants)} for {clients} clients"
+        + (f", {at_once} at a time" if at_once < clients else "")
+    )
+    servers = configuration.SERVER_VARIANTS
+    passes = -(-clients // at_once)
+    reporter.last({variant: 1 if variant in servers else passes for variant in experiment.variants})
+
+
+def _curves(experiment: Experiment, workdir: pathlib.Path, reporter: Reporter, *, resumed: bool) -> list[Writer]:
+    """Those of the configuration, which a resumed run does without if they do not start, and of the reporter."""
+    opened: list[Writer] = []
+    for name in experiment.config.writers:
+        try:
+            opened.append(writers.open_writer(name, workdir, experiment.config.to_dict(), reporter.say))
+        except UserError as error:
+            if not resumed:
+                raise
+            _LOG.warning("%s; the run goes on without", error)
+    return [Guarded(writer) for writer in (*opened, *reporter.writers)]
 
 
 def _stop_here(stop: Callable[[], bool]) -> None:

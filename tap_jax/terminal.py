@@ -5,11 +5,17 @@ import logging
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
-PLAIN_LINES = 20  # of progress in a whole run where there is no terminal, and one for the first round
+# Of the rounds where there is no terminal, beside the first two: the first compiles, and after the second it is known
+# how long the others take.
+PLAIN_LINES = 20
+LAST_LINES = 10  # after the last round
 
 
 class Terminal:
@@ -18,15 +24,18 @@ class Terminal:
     Args:
       rounds: T.
       bar: whether to draw a progress bar; default: where stdout and stderr are terminals.
+      clock: seconds.
     """
 
-    def __init__(self, rounds: int, *, bar: bool | None = None):
-        self.rounds = rounds
+    def __init__(self, rounds: int, *, bar: bool | None = None, clock: Callable[[], float] = time.monotonic):
+        self.rounds, self._clock, self._started = rounds, clock, clock()
         self._draw = interactive() if bar is None else bar
         self._bar: tqdm | None = None
-        self._every = max(1, -(-rounds // PLAIN_LINES))
-        self._times: list[float] = []
+        self._room, self._closed = 0, threading.Event()  # characters behind the bar; that it is closed
         self._told = False  # that an update was dropped
+        self._first: tuple[int, float] | None = None  # rounds done after the first of this process, and the time then
+        self._scored = self._total = self._warm = 0  # how often, of how often; after how often nothing compiles
+        self._since = 0.0  # the time then
 
     def __enter__(self) -> "Terminal":
         return self
@@ -34,61 +43,140 @@ class Terminal:
     def __exit__(self, *_) -> None:
         self._close()
 
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return self._clock() - self._started
+
     def say(self, text: str) -> None:
-        """One line on stdout, above the bar if there is one."""
+        """Lines on stdout, above the bar if there is one; where somebody watches, they are broken between words."""
+        if self._draw:
+            text = "\n".join(_broken(line, columns()) for line in text.split("\n"))
         if self._bar is None:
             print(text, flush=True)
         else:
             tqdm.write(text, file=sys.stdout)
 
+    def begin(self, done: int) -> None:
+        """Before the first round of this process; so many are done."""
+        if done < self.rounds:
+            self._open("rounds", done, self.rounds, "the first compiles")
+
     def progress(self, line: dict) -> None:
         """A line of metrics.jsonl, after its round."""
-        done = line["round"] + 1
+        done, now = line["round"] + 1, self._clock()
         if line.get("dropped") and not self._told:
             self._told = True
             found = ", ".join(f"client {entry['client']} ({entry['why']})" for entry in line["dropped"])
             self.say(f"round {done}: update dropped of {found}; metrics.jsonl has this and any later ones")
+        self._first = self._first or (done, now)
+        timed, left = done - self._first[0], ""
+        if timed and done < self.rounds:
+            left = f"about {duration((now - self._first[1]) / timed * (self.rounds - done))} left"
         if self._draw:
-            if self._bar is None:
-                # Not tqdm's own measure: in containers it may be 0 x 0, on which nothing would be drawn.
-                size = shutil.get_terminal_size((100, 24))
-                self._bar = tqdm(
-                    total=self.rounds, initial=line["round"], unit="round", ncols=size.columns, nrows=size.lines
-                )
-            self._bar.set_postfix_str(losses(line), refresh=False)
-            self._bar.update()
-            if done == self.rounds:
-                self._close()
-        else:
-            self._times.append(line["seconds"])
-            if done % self._every == 0 or done == self.rounds or len(self._times) == 1:
-                own = [entry for entry in line.get("replacements", ()) if entry.get("variant", "tap") == "tap"]
-                replaced = f", {len(own)} replaced" if "replacements" in line else ""
-                self.say(
-                    f"round {done}/{self.rounds}: {losses(line)}{replaced}; {line['seconds']:.2g} s{self._left(done)}"
-                )
+            self._show("rounds", done, self.rounds, [left, *means(line, digits=3)])
+        elif timed < 2 or _shown(done, self.rounds, PLAIN_LINES):
+            own = [entry for entry in line.get("replacements", ()) if entry.get("variant", "tap") == "tap"]
+            replaced = f", {len(own)} replaced" if "replacements" in line else ""
+            took = short(line["seconds"]) + ("" if timed else " with compiling")
+            self.say(f"round {done}/{self.rounds}: {losses(line)}{replaced}; {', '.join(filter(None, (took, left)))}")
 
-    def _left(self, done: int) -> str:
-        """An estimate, once there is a round that did not compile."""
-        if len(self._times) < 2 or done == self.rounds:
-            return ""
-        return f", about {duration(statistics.median(self._times[1:][-20:]) * (self.rounds - done))} left"
+    def last(self, times: Mapping[str, int]) -> None:
+        """Before models are scored: variant -> how often this will be done."""
+        self._scored, self._total = 0, sum(times.values())
+        self._warm = sum(count > 1 for count in times.values())  # a pass, in which programs may still be compiled
+        self._open("scored", 0, self._total)
+
+    def scored(self, variant: str) -> None:
+        """A variant's models of some clients are trained and scored."""
+        self._scored += 1
+        now, timed, left = self._clock(), self._scored - self._warm, ""
+        if not timed:
+            self._since = now
+        elif timed >= self._warm > 0 and self._scored < self._total:  # clients differ: not on less than another pass
+            left = f"about {duration((now - self._since) / timed * (self._total - self._scored))} left"
+        if self._draw:
+            self._show("scored", self._scored, self._total, [left, variant])
+        elif _shown(self._scored, self._total, LAST_LINES):
+            self.say(f"scored {self._scored}/{self._total}: {'; '.join(filter(None, (variant, left)))}")
+
+    def _open(self, what: str, done: int, total: int, text: str = "") -> None:
+        if self._draw:
+            self._close()
+            # Not tqdm's own measure: in containers it may be 0 x 0, on which nothing would be drawn.
+            size = shutil.get_terminal_size((100, 24))
+            bar = 25 if size.columns >= 120 else 6
+            self._bar = tqdm(
+                desc=what,
+                total=total,
+                initial=done,
+                bar_format=f"{{desc}} {{n_fmt}}/{{total_fmt}} |{{bar:{bar}}}| {{elapsed}}{{postfix}}",
+                postfix=text,
+                ncols=size.columns,
+                nrows=size.lines,
+            )
+            self._room = size.columns - len(f"{what} {total}/{total} || 0:00:00") - bar - 1
+            self._closed = threading.Event()
+            threading.Thread(target=_tick, args=(self._bar, self._closed), daemon=True).start()
+
+    def _show(self, what: str, done: int, total: int, texts: Sequence[str]) -> None:
+        """Redraws the bar with as many of the texts behind it as fit, so that no number is cut."""
+        if self._bar is None:
+            self._open(what, done, total)
+        shown = ""
+        for text in filter(None, texts):
+            if len(shown) + len(text) + 2 > self._room:
+                break
+            shown += f", {text}"
+        self._bar.set_postfix_str(shown[2:], refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._close()
 
     def _close(self) -> None:
         if self._bar is not None:
+            self._closed.set()
             self._bar.close()
             self._bar = None
 
 
+def _tick(bar: tqdm, closed: threading.Event) -> None:
+    """Keeps the clock beside the bar going: a round may take minutes."""
+    while not closed.wait(1):
+        with bar.get_lock():
+            if not closed.is_set():
+                bar.refresh()
+
+
+def _shown(done: int, total: int, lines: int) -> bool:
+    return done == total or done % max(1, -(-total // lines)) == 0
+
+
 def losses(line: dict) -> str:
     """Mean losses over a round's clients and tasks, by chain: "loss federated 1.234, personal 1.120"."""
-    means = []
+    return "loss " + ", ".join(means(line, digits=4))
+
+
+def means(line: dict, *, digits: int) -> list[str]:
+    """Of each chain, its name and mean loss to so many digits."""
+    found = []
     for chain, clients in line["losses"].items():
         values = [value for tasks in clients.values() for value in tasks.values()]
         finite = [value for value in values if value is not None]
-        mean = f"{statistics.fmean(finite):.4g}" if finite else "-"
-        means.append(f"{chain} {mean}" + (" (some not finite)" if len(finite) < len(values) else ""))
-    return "loss " + ", ".join(means)
+        mean = f"{statistics.fmean(finite):.{digits}g}" if finite else "-"
+        found.append(f"{chain} {mean}" + (" (some not finite)" if len(finite) < len(values) else ""))
+    return found
+
+
+def _broken(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def short(seconds: float) -> str:
+    """0.31 s, 5.8 s, 12 s; from a minute on like 2:34 min."""
+    return f"{seconds:.2g} s" if seconds < 59.5 else f"{duration(seconds)} min"
 
 
 def duration(seconds: float) -> str:

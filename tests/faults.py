@@ -6,7 +6,7 @@ A chain is one run that is killed again and again: while programs compile (with 
 while a checkpoint is being written, after the last round in training and in evaluation; and once it gets SIGTERM. The
 moment is drawn within what the phase lasted when nobody disturbed it; the table says where it really was. Two runs are
 left alone, since they have to agree for the rest to mean anything. Compared is all that a run leaves but for times:
-models, results.json, metrics.jsonl, samples, report.md, tokenizer, the last checkpoint's contents, and which files
+models, results.json, metrics.jsonl, samples, reports, tokenizer, the last checkpoint's contents, and which files
 there are. In the last chain, personal blocks are in a store on disk.
 
 Exit status: 1 if anything differs, if more rounds are lost than were played since the last checkpoint, or if a phase or
@@ -243,6 +243,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in left["metrics.jsonl"].splitlines()]
     left["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
     left["report.md"] = [line for line in left["report.md"].splitlines() if not line.startswith(b"Timing: ")]
+    left["report.html"] = [line for line in left["report.html"].splitlines() if not line.startswith(b"<p>Timing: ")]
     stored = json.loads((workdir / "checkpoints" / str(ROUNDS) / "_CHECKPOINT_METADATA").read_text())
     if not (workdir / "store").exists():  # else it says in which rows of files personal blocks are
         left["the last checkpoint"] = stored["custom_metadata"]["manifest"]  # with a checksum for every array

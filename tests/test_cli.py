@@ -1,7 +1,7 @@
 """The command line: what its arguments mean, what it prints and writes, and how it ends."""
 
+import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -11,9 +11,10 @@ import sys
 import jax
 import pytest
 
-from tap_jax import cli, startup, terminal
+from tap_jax import cli, runs, startup
 from tap_jax.config import config_hash, default_config, load_config, to_json
 from tap_jax.errors import UserError
+from tap_jax.writers import of_round
 
 DEMO = "configs/demo.py"
 
@@ -126,9 +127,10 @@ def test_a_wrong_argument_is_named(argv, message):
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["tables"], "unknown command 'tables'; .*there are train, evaluate, report, export, describe, bench"),
         (["evaluate", "--workdir=w", "--config=x"], "unknown argument '--config'"),
-        (["bench", f"--config={DEMO}", "--steps=few"], "steps"),
+        (["bench", f"--config={DEMO}", "--steps=few"], "steps: 'few' is no whole number"),
         (["bench", f"--config={DEMO}", "--steps=-1"], "steps: -1; use at least 1"),
         (["describe", "--config=configs/none.py"], "no file 'configs/none.py'"),
+        (["describe", "--config=README.md"], "config: README.md, line .*, is not Python .*; name a config file"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_status_2(argv, message, capsys):
@@ -136,6 +138,18 @@ def test_a_wrong_command_is_one_line_and_status_2(argv, message, capsys):
     streams = capsys.readouterr()
     assert streams.out == ""
     assert re.fullmatch(f"tap-jax: .*{message}.*\n", streams.err)
+
+
+def test_a_missing_writer_is_said_before_anything_is_built(tiny, tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else found(name, *a))
+    monkeypatch.setattr(runs, "build", lambda config: pytest.fail("something is built"))
+    (tmp_path / "tiny.json").write_text(to_json(tiny(({"ag_news": 0.5},) * 2, {"compilation_cache": "off"})))
+    command = ["train", f"--config={tmp_path}/tiny.json", f"--workdir={tmp_path}/run", "--config.writers=wandb"]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert error == "tap-jax: writers: 'wandb' is not installed; pip install 'tap-jax[wandb]', or leave it out\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_is_complete(capsys):
@@ -149,9 +163,11 @@ def test_help_is_complete(capsys):
         text = capsys.readouterr().out
         assert text.startswith(f"usage: tap-jax {name}")
         assert all(f"--{flag.name}=" in text for flag in command.flags)
-        assert len(text.splitlines()) < 20
+        assert len(text.splitlines()) <= 20
         assert max(map(len, text.splitlines())) <= 110
-        assert f"Example: tap-jax {name}" in text
+        assert f"Example: tap-jax {name}" in text and "Exit status: 0; 2," in text
+        assert cli.main(["help", name]) == 0
+        assert capsys.readouterr().out == text
 
 
 def test_interrupted(monkeypatch, capsys):
@@ -248,40 +264,6 @@ def test_late_callbacks_are_dropped_and_other_errors_are_not():
     assert "Event loop" not in error
 
 
-# --- what a run prints ---------------------------------------------------------------------------------------------
-
-
-def line(number, **more):
-    losses = {"federated": {"0": {"ag_news": 1.0, "vqa": 2.0}, "3": {"vqa": None}}, "personal": {"0": {"vqa": 0.5}}}
-    return {"round": number, "losses": losses, "seconds": 2.0, "replacements": [{}, {}]} | more
-
-
-@pytest.mark.parametrize(("rounds", "most"), [(1, 1), (7, 7), (20, 20), (200, 21), (1001, 21)])
-def test_a_pipe_gets_at_most_21_lines_of_progress(rounds, most, capsys):
-    with terminal.Terminal(rounds, bar=False) as screen:
-        for number in range(rounds):
-            screen.progress(line(number))
-    lines = capsys.readouterr().out.splitlines()
-    assert 0.9 * most <= len(lines) <= most
-    assert lines[-1].startswith(f"round {rounds}/{rounds}: loss federated 1.5 (some not finite), personal 0.5, 2 repl")
-
-
-def test_a_terminal_gets_a_bar_and_words_above_it(capsys):
-    with terminal.Terminal(3, bar=True) as screen:
-        screen.say("before")
-        for number in (1, 2):  # resumed
-            screen.progress(line(number))
-            screen.say(f"after {number}")
-    streams = capsys.readouterr()
-    assert streams.out.split() == ["before", "after", "1", "after", "2"]
-    assert "3/3" in streams.err and "loss federated 1.5" in streams.err
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (754, "12:34"), (3723, "1:02:03"), (90061, "25:01:01")])
-def test_duration(seconds, text):
-    assert terminal.duration(seconds) == text
-
-
 # --- whole runs ----------------------------------------------------------------------------------------------------
 
 
@@ -292,10 +274,9 @@ def command(tmp_path_factory):
     environment = os.environ | {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": cache}
     environment.pop("JAX_NUM_CPU_DEVICES", None)
 
-    def run(*argv):
-        return subprocess.run(
-            [sys.executable, "-m", "tap_jax", *argv], capture_output=True, text=True, env=environment, timeout=300
-        )
+    def run(*argv, program=("-m", "tap_jax")):
+        command = [sys.executable, *program, *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
     run.cache = cache
     return run
@@ -332,12 +313,16 @@ def test_train_says_what_it_does(trained):
     folder, _, done = trained
     text = done.stdout
     assert "1 x cpu, float32" in text
+    assert re.search(r"memory beside activations: [\d.]+ MiB on a device, [\d.]+ MiB with the host", text)
     assert "fedavg: 2 rounds, 2 of 2 clients in each" in text
     assert "tasks: ag_news; data: synthetic" in text
     assert re.search(r"parameters a client trains: [\d,]+ on average", text)
     assert "round 2/2: loss federated" in text
     assert re.search(r"ag_news Acc ↑ +\d", text)
-    assert f"in {folder}: results.json, report.md, metrics.jsonl" in text
+    assert "after the last round: fedavg, fedavg+post for 2 clients\n" in text
+    assert "scored 2/2: fedavg\n" in text
+    assert re.search(rf"in {folder}: results.json, report.md, .*metrics.jsonl, config.json, checkpoints, models", text)
+    assert re.search(r"took \d+:\d\d in all\n$", text)
 
 
 def test_evaluate_finds_the_same_scores(trained, command):
@@ -347,6 +332,7 @@ def test_evaluate_finds_the_same_scores(trained, command):
     assert done.returncode == 0, done.stderr
     after = json.loads((folder / "results.json").read_text())
     assert after["results"] == before["results"]
+    assert "fedavg: 2 rounds, finished" in done.stdout and "scored 2/2: fedavg+post" in done.stdout
     assert "ag_news Acc" in done.stdout
 
 
@@ -365,18 +351,45 @@ def test_bench_prints_one_json_line(trained, command):
     assert len(found["seconds"]) >= 5
 
 
+WITH_A_WRITER = """if True:
+    import json, sys
+    from tap_jax import runs
+    from tap_jax.config import load_config
+
+    class Mine:
+        def write(self, step, scalars):
+            print("==", json.dumps([step, scalars]))
+
+        def close(self):
+            print("==", json.dumps("closed"))
+
+    config = load_config(sys.argv[1], {"writers": json.loads(sys.argv[3])})
+    runs.run(config, sys.argv[2], runs.Reporter(print, lambda line: None, writers=[Mine()]))
+"""
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(trained, command, tmp_path):
     folder, config, _ = trained
     shutil.copytree(folder, tmp_path / "run")
     parts = [path for path in (tmp_path / "run" / "checkpoints" / "2").rglob("*") if path.is_file()]
     damaged = max(parts, key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])  # as a full disk or a kill leaves it
-    done = command("train", f"--config={config}", f"--workdir={tmp_path}/run")
+    names = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    done = command(config, tmp_path / "run", json.dumps(names), program=("-c", WITH_A_WRITER))
     assert done.returncode == 0, done.stderr
     assert "checkpoint 2 passed over: " in done.stdout
     assert "resuming after round 1 of 2" in done.stdout
     results = [json.loads((run / "results.json").read_text())["results"] for run in (folder, tmp_path / "run")]
     assert results[0] == results[1]
+    # One's own writer gets what this process plays, and the scores.
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    *written, closed = [json.loads(text[3:]) for text in done.stdout.splitlines() if text.startswith("== ")]
+    assert closed == "closed" and [step for step, _ in written] == [2, 3]
+    assert written[0][1] == of_round(lines[1])
+    assert set(written[1][1]) == {f"score/{name}/ag_news/accuracy" for name in ("fedavg", "fedavg+post")}
+    scores = [row["value"] for row in results[0] if row["variant"] == "fedavg"]
+    assert written[1][1]["score/fedavg/ag_news/accuracy"] == pytest.approx(sum(scores) / len(scores))
+    assert len(list(tmp_path.glob("run/tensorboard/*"))) == len(names)
 
     for number in (1, 2):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(number) / "state")
@@ -400,12 +413,3 @@ def test_evaluate_says_what_a_run_lacks(trained, tmp_path, capsys):
 def snapshot(folder):
     """Every file's bytes."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_warnings_of_the_package_are_plain_lines_said_once(capsys):
-    with terminal.plain_logging():
-        for _ in range(2):
-            logging.getLogger("tap_jax.data.hub").warning("data: %s stands in for %s", "easy_vqa", "vqa")
-        logging.getLogger("tap_jax.data.hub").info("not shown")
-    assert capsys.readouterr().err == "data: easy_vqa stands in for vqa\n"
-    assert logging.getLogger("tap_jax").propagate

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tap_jax.config import load_config
-from tap_jax.describe import MIB, describe, outline
+from tap_jax.describe import MIB, describe, evaluation_headline, headline, outline, plan, plan_of
+from tap_jax.experiment import build
 
 TABLE7 = {  # typed from the paper
     "flava": "avg total 310,559,996.4 · avg trainable 36,862,998.0 · 10.3347 % · with TAP 347,422,994.4 · 18.1086 %",
@@ -154,9 +155,49 @@ def test_memory_plan_of_a_federation_counted_by_hand(tiny):
 
 
 def test_more_devices_share_the_cohort(tiny):
-    config = tiny(({"ag_news": 0.5}, {"ag_news": 0.5}))
-    assert "round, 2 clients: blocks in training" in describe(config, devices=1)
-    assert "round, 1 clients: blocks in training" in describe(config, devices=2)
+    rows = ({"ag_news": 0.5}, {"ag_news": 0.5})
+    for clients, shown in ((1, "round, 2 clients"), (2, "round, 1 clients"), (16, "16 x cpu (mesh of 16 x 1)")):
+        assert shown in describe(tiny(rows, {"mesh.clients": clients}))  # 16: more than there are here
+
+
+@pytest.mark.parametrize(
+    ("fields", "mesh"),
+    [
+        ({"mesh.clients": 0}, (2, 4)),  # of the 8 devices of the tests
+        ({"mesh.clients": 0, "mesh.data": 2}, (4, 2)),
+        ({"mesh.clients": 0, "mesh.parallel": "vmap"}, (1, 1)),
+    ],
+)
+def test_a_run_has_the_devices_and_the_memory_that_are_described(tiny, fields, mesh):
+    config = tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), fields)
+    run = build(config)
+    devices = run.engine.devices
+    assert (devices.shards, devices.parts) == mesh
+    shown = f"{devices.size} x cpu" + (f" (mesh of {mesh[0]} x {mesh[1]})" if devices.size > 1 else "")
+    assert f"Memory per device in MiB, {shown}\n" in describe(config)
+    where, _, _, parameters, memory = headline(run)
+    assert where == f"{shown}, float32"
+    # The same but for the data, which now are known, and for weights of a vocabulary that is.
+    bound, found = plan(outline(config)), plan_of(run)
+    assert found.devices == bound.devices == devices.size
+    assert {name: phase.clients for name, phase in found.phases.items()} == {
+        name: phase.clients for name, phase in bound.phases.items()
+    }
+    for name in found.phases:
+        assert found.on_device(name) <= bound.on_device(name) <= 1.5 * found.on_device(name)
+    own = sum(leaf.size for leaf in jax.tree.leaves(run.initial_blocks))
+    assert f"the server's model: {own:,};" in parameters
+    most = max(found.together(name) for name in found.phases) / MIB
+    assert f"{most:,.3g} MiB with the host" in memory
+
+
+def test_an_evaluation_says_what_it_is(tiny):
+    run = build(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "method": "fedavg"}))
+    assert evaluation_headline(run) == [
+        "1 x cpu, float32",
+        "fedavg: 3 rounds, finished",
+        "tasks: ag_news; data: synthetic, 48 to 48 samples a client",
+    ]
 
 
 def test_unknown_sizes_are_said_to_be_unknown(tiny):
