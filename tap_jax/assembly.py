@@ -7,11 +7,13 @@ import numpy as np
 
 from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
-from tap_jax.engine.cohort import EngineSettings
+from tap_jax.engine.agreement import first_said
 from tap_jax.engine.local_training import TrainingSettings
 from tap_jax.engine.memory import machine_memory
 from tap_jax.engine.privacy import Privacy, epsilon
 from tap_jax.engine.screening import Screening
+from tap_jax.engine.settings import EngineSettings
+from tap_jax.errors import UserError
 from tap_jax.federation import Federation, Task
 from tap_jax.methods.base import LocalRule, Method, Row
 from tap_jax.methods.criteria import CRITERIA, Criterion
@@ -23,6 +25,7 @@ from tap_jax.methods.local import local
 from tap_jax.methods.losses import distillation_loss, task_loss
 from tap_jax.methods.per_fedavg import per_fedavg
 from tap_jax.methods.tap import Replacement, tap
+from tap_jax.models.attention import why_not_cudnn
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
 
@@ -45,11 +48,36 @@ def compute_dtype(config: ConfigDict) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def attention_of(config: ConfigDict) -> tuple[str, str]:
+    """`engine.attention`, where that is "auto" on a GPU "cudnn" or "xla"; and why not cuDNN's, if so."""
+    chosen, model = config.engine.attention, config.model
+    if chosen != "auto" or jax.default_backend() != "gpu":
+        return chosen, ""
+    lengths = ((model.image_size // model.patch) ** 2 + 1, model.max_text)
+    # What one process cannot do, none does: they run one program.
+    reason = first_said(why_not_cudnn(model.heads, model.width, lengths, compute_dtype(config)))
+    return ("xla" if reason else "cudnn"), reason
+
+
+def attention_notes(config: ConfigDict) -> tuple[str, ...]:
+    """What was chosen where the platform does not say it.
+
+    Raises:
+      UserError: cuDNN's was, and cannot be had.
+    """
+    chosen, reason = attention_of(config)
+    if config.engine.attention == "cudnn" and compute_dtype(config) != "bfloat16":
+        raise UserError("engine.attention: 'cudnn' has no float32; use compute_dtype='bfloat16', or 'auto' here")
+    if chosen == config.engine.attention:
+        return ()
+    return (f"engine.attention: '{chosen}'" + (f", not 'cudnn': {reason}" if reason else ", which was tried here"),)
+
+
 def model_config(config: ConfigDict, *, vocab: int | None = None) -> ModelConfig:
     """The model section as `ModelConfig`."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     fields = {name: value for name, value in config.model.items() if name in names}
-    fields |= {"attention": config.engine.attention, "remat": config.engine.remat, "dtype": compute_dtype(config)}
+    fields |= {"attention": attention_of(config)[0], "remat": config.engine.remat, "dtype": compute_dtype(config)}
     fields |= {"bottleneck": config.feddat.bottleneck if config.method == "feddat" else 0}
     return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
 
@@ -90,7 +118,7 @@ def method_of(
             section.history, section.first, criterion or CRITERIA[section.criterion], section.margin == "relative"
         ),
         patience=patience if distillation.patience else None,
-        rule=LocalRule(guided=True, extra_loss=teaching_loss(config, model)),
+        rule=LocalRule(guided=True, also_alone=True, extra_loss=teaching_loss(config, model)),
     )
 
 
@@ -116,6 +144,8 @@ def teaching_loss(config: ConfigDict, model: ServerModel):
     distillation = config.distillation
 
     def loss(row: Row, outputs, latents, aid):
+        if aid is None:
+            return jax.numpy.zeros(())
         given, teacher = aid
 
         def taught(outputs):
@@ -206,6 +236,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         seed=config.seed,
         screening=Screening(config.screening.max_norm, config.screening.on_broken == "stop"),
         privacy=Privacy(**config.privacy) if config.privacy.noise_multiplier else None,
+        pipelined=config.rounds if config.engine.pipeline_rounds else 0,
     )
 
 

@@ -102,6 +102,7 @@ def bench(
         "microbatch": engine.settings.microbatch,
         "rows_per_chunk": engine.settings.rows_per_chunk,
         "dtype": run.model.config.dtype,
+        "attention": run.model.config.attention,
         "tasks": list(widths),
         "text_tokens": {name: shape["tokens"][0] for name, shape in widths.items() if "tokens" in shape},
         "answer_tokens": {name: shape["answers"][0] for name, shape in widths.items() if "answers" in shape},

@@ -206,8 +206,8 @@ def default_config() -> ConfigDict:
     engine.host_gigabytes = 0.0
     engine.attention = "auto"  # ⚙ by platform, on GPUs by a trial | "einsum" | "xla" | "cudnn" (NVIDIA, bfloat16)
     # ⚙ train the next round's W̃ beside this round's X, which do not depend on each other, in one program: twice the
-    # clients at once, and twice the memory. It helps where a round's clients are too few for the devices. Only with
-    # method "tap" and optimizer.state "fresh".
+    # clients at once, and twice the memory. Meant for rounds of fewer clients than there are devices, to which
+    # mesh.clients = 0 then gives both rounds' clients. Only with method "tap" and optimizer.state "fresh".
     engine.pipeline_rounds = False
     engine.remat = False  # ⚙ recompute activations: less memory, about a third more time
     return config

@@ -24,7 +24,8 @@ from tap_jax.data import federated
 from tap_jax.data.federated import FederatedData
 from tap_jax.data.sampling import hold_out
 from tap_jax.engine import parallel, rounds
-from tap_jax.engine.cohort import Cohort, Engine
+from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.engine import Engine
 from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.evaluation.metrics import TextScorer, text_scorer
@@ -63,6 +64,9 @@ class Experiment:
       variants: which results `finish` makes.
       initial_blocks: W̃ before round 0, by name, on the host.
       notes: what the user should know about how it was built, one line each.
+
+    Example:
+      `build`, `init`, `round`, `finish` and `evaluate` each have a part of one example, to be read in this order.
     """
 
     config: ConfigDict
@@ -85,6 +89,13 @@ class Experiment:
 
         Raises:
           UserError: they must go there, and there are several processes.
+
+        Example:
+          h^(p) is +inf as long as a client has not taken part, a row for each client and a column for each task.
+
+          >>> state = experiment.init()
+          >>> state.round, list(state.chains), state.personal_loss["personal"].tolist()
+          (0, ['personal'], [[inf], [inf]])
         """
         return rounds.initial_state(
             self.engine,
@@ -97,13 +108,35 @@ class Experiment:
     def round(self, state: State, clients: Sequence[int] | None = None) -> tuple[State, dict]:
         """One round -> (new state, a line of losses, replacements and bytes).
 
+        The state given stays as it is. The line is JSON-ready: "round" (from 0), "clients", "learning_rate", "losses"
+        (chain -> client -> task -> mean training loss; None where it is no number), and where the method has them
+        "replacements", "bytes_sent" (by client), "bytes_received" (of all clients), "dropped" updates and "epsilon".
+
         Args:
           clients: who takes part, `cohort_size` of them at most; None: drawn from the seed and the round.
+
+        Raises:
+          UserError: a broken update was dropped, and `screening.on_broken` is "stop".
+          ValueError: `clients` are named in a run with differential privacy.
+
+        Example:
+          >>> state, line = experiment.round(state, clients=[1])
+          >>> state.round, line["replacements"]
+          (1, [{'round': 0, 'client': 1, 'task': 'ag_news', 'variant': 'tap'}])
+          >>> [list(line["losses"][chain]["1"]) for chain in ("federated", "personal")]
+          [['ag_news'], ['ag_news']]
         """
         return rounds.play_round(self.engine, self.method, state, clients)
 
     def finish(self, state: State) -> Finished:
-        """Stage 2 and the other variants' last phases, over all clients in passes."""
+        """Stage 2 and the other variants' last phases, over all clients in passes.
+
+        Example:
+          >>> finished = experiment.finish(state)
+          >>> models = finished.models["tap"]
+          >>> len(models), set(models[0]) == set(experiment.partition.blocks_of(0))
+          (2, True)
+        """
         found: dict[str, dict[int, Blocks]] = {}
         for _, variant, mine in self.finish_in_passes(state):
             found.setdefault(variant, {}).update(mine)
@@ -125,6 +158,7 @@ class Experiment:
         cohort = self.engine.cohort(range(self.engine.settings.cohort_size), 0)
         everyone = self.engine.passes(0)[0]
         cohort.prepare()
+        self.engine.pipeline.prepare(cohort)
         everyone.prepare()
         self.evaluator.prepare(everyone)
 
@@ -148,7 +182,18 @@ class Experiment:
         """Result rows {"variant", "client", "task", "metric", "value"} of finished models.
 
         A state is evaluated as it stands, its chains under their own names, the server's blocks under the method's for
-        them ("fedavg" in a run of TAP).
+        them ("fedavg" in a run of TAP). Accuracy and text metrics are in %, MSE in standardised units; a value is None
+        where training diverged.
+
+        Raises:
+          UserError: a state of FedDAT, whose clients have models after `finish` only.
+
+        Example:
+          >>> rows = experiment.evaluate(finished)
+          >>> [(row["variant"], row["client"], row["task"], row["metric"]) for row in rows]
+          [('tap', 0, 'ag_news', 'accuracy'), ('tap', 1, 'ag_news', 'accuracy')]
+          >>> all(0 <= row["value"] <= 100 for row in rows)
+          True
         """
         if isinstance(models, State):
             if self.model.adapter_blocks:
@@ -193,15 +238,29 @@ def build(
     method: Method | None = None,
     variants: Sequence[str] = (),
 ) -> Experiment:
-    """Builds everything that a configuration describes.
+    """Builds everything that a configuration describes: federation, data, model, method, and the engine to train it.
+
+    Nothing is trained, and programs are compiled when they are first needed.
 
     Args:
+      config: of `load_config`.
       criterion: one's own for TAP's Stage 1, in the place of `replacement.criterion`; see `methods.criteria`.
       method: one's own, in the place of `config.method`; see `methods.base`. With `variants`, the names that its
         `finish` yields.
 
     Raises:
       UserError: whatever is wrong with it, in one line.
+
+    Example:
+      Two clients with one task.
+
+      >>> import tap_jax as tap
+      >>> fields = {"rounds": 1, "cohort_size": 1, "local_steps": 2, "post_steps": 2, "variants": ("tap",)}
+      >>> fields |= {"federation.table": "custom", "federation.rows": ({"ag_news": 0.5},) * 2, "federation.groups": 1}
+      >>> fields |= {"data.train_size": 64, "data.test_size": 8}
+      >>> experiment = tap.build(tap.load_config("configs/demo.py", fields))
+      >>> [client.name for client in experiment.federation.clients], experiment.variants
+      (['client0', 'client1'], ('tap',))
     """
     configuration.validate(config)
     if criterion and (method or config.method != "tap"):
@@ -212,11 +271,11 @@ def build(
     tasks = assembly.tasks_of(config, federation)
     variants = tuple(variants) if method else configuration.variants_of(config)
     settings = assembly.engine_settings(config, len(federation.clients))
-    devices = parallel.devices(**config.mesh, cohort=settings.cohort_size)
+    devices = parallel.devices(**config.mesh, cohort=settings.together)
     # What cannot be had or does not fit is said before the data are read.
     if config.metrics.bertscore_model != "auto":
         scorer_of(config, tasks)
-    notes = assembly.privacy_notes(config, federation)
+    notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config))
     pretrained = pretrained_weights(config, tasks)
     data = federated.build(
         federation,

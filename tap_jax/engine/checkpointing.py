@@ -40,9 +40,13 @@ class Checkpoints:
       notes: one line for each checkpoint that `restore_latest` passed over, and why.
 
     Example:
-      >>> with Checkpoints(workdir / "checkpoints") as checkpoints:
-      ...     checkpoints.save(10, {"server": {"mote/image/attention": weights}}, {"config": "9f86d0"})
-      >>> step, tree, metadata = checkpoints.restore_latest({"server": {"mote/image/attention": weights}})
+      >>> import numpy as np
+      >>> tree = {"server": {"mote/image/attention": np.ones((1, 4), np.float32)}}
+      >>> with Checkpoints("checkpoints") as checkpoints:
+      ...     checkpoints.save(10, tree, {"config": "9f86d0"})
+      >>> step, tree, metadata = checkpoints.restore_latest(tree)
+      >>> step, metadata
+      (10, {'config': '9f86d0'})
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2, report: Callable[[str], None] | None = None):

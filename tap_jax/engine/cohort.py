@@ -1,17 +1,14 @@
-"""Clients that train together: host plans and compiled operations on their stacks.
+"""Clients that train together: what methods compose (`methods.base.Cohort`).
 
-`Engine` holds what does not change during a run (model, data on the device, compiled programs); `Engine.cohort`
-makes the object that methods compose (`methods.base.Cohort`). Everything a cohort returns stays on the device
-until somebody reads it.
+Plans are drawn on the host; everything else a cohort returns stays on the device until somebody reads it.
 
 Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,202 +16,63 @@ import numpy as np
 from jax import Array
 
 from tap_jax import blocks
-from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree
-from tap_jax.data.families import families, offsets
-from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan, share_out
-from tap_jax.data.store import stored
-from tap_jax.engine import parallel
-from tap_jax.engine.local_training import Losses, TrainingSettings, local_training
-from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
-from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED, Devices
-from tap_jax.engine.privacy import Privacy, expected_owners, private_aggregate
-from tap_jax.engine.probes import Probes
-from tap_jax.engine.programs import Program, abstract
-from tap_jax.engine.screening import Screening, Verdicts, screen, update_norms
+from tap_jax.blocks import Blocks, Seats, Stack
+from tap_jax.data.sampling import PURPOSES, Plan, capacities, draw_plan, joined, share_out
+from tap_jax.engine import parallel, pipelining
+from tap_jax.engine.local_training import Losses
+from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
+from tap_jax.engine.programs import abstract
+from tap_jax.engine.screening import Verdicts
+from tap_jax.engine.settings import EngineSettings
+from tap_jax.engine.stacks import flatten_seats
 from tap_jax.federation import Task
 from tap_jax.methods.base import LocalRule
 
+if TYPE_CHECKING:
+    from tap_jax.engine.engine import Engine
+
 # Phase -> the phase with whose optimizer states it goes on, where they persist; the others go on with their own.
 CONTINUES = {"post": "federated", "post_again": "post", "distil": "personal"}
-_DRAWING = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
+# Bytes of a device's stack up to which a place is kept for a teacher where there is none, so that one program serves
+# every phase; beyond, a rule that does without has a second program for these phases.
+PLACE_KEPT = 2**28
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineSettings:
-    """How local training runs.
+class Phase(NamedTuple):
+    """What a local training of a cohort is given.
 
     Attributes:
-      cohort_size, clients_per_pass: clients in a round, and at once in phases over all clients.
-      batch: samples per iteration. local_steps: τ. post_steps: P.
-      microbatch: s, samples of a row. rows_per_chunk: v, rows side by side. training: static choices of the program.
-      persist: a client goes on with its optimizer states instead of starting every local training afresh.
-      rate: round -> learning rate. post_rate: learning rate after the last round.
-      aggregation: "samples" or "uniform".
-      scope: of a replacement, see `Partition.replaceable`.
-      seed: of every draw.
-      screening: of the clients' updates. privacy: of the aggregate; None: it is exact.
+      plan: dealt out to the E devices of every shard, leaves [D, E, ...]; numpy.
+      rate: float32 [D, K], numpy.
+      key: of (seed, round, purpose), [D, K].
     """
 
-    cohort_size: int
-    clients_per_pass: int
-    batch: int
-    local_steps: int
-    post_steps: int
-    microbatch: int
-    rows_per_chunk: int
-    training: TrainingSettings
-    persist: bool
-    rate: Callable[[int], float]
-    post_rate: float
-    aggregation: str
-    scope: str
-    seed: int
-    screening: Screening = Screening()
-    privacy: Privacy | None = None
+    plan: Plan
+    rate: np.ndarray
+    key: Array
 
-
-class Finished(NamedTuple):
-    """What a model's blocks are like: shapes by name, and family -> what a forward pass takes of them."""
-
-    model: Any
-    like: Blocks
-    tables: Mapping[str, Mapping[str, Part]]
-
-
-class Engine:
-    """The compiled side of a run.
-
-    Args:
-      model: `models.ServerModel` (or anything with its `roles`, `streams`, `tasks`).
-      partition: the federation's blocks.
-      frozen: Ŵ, host or device arrays; one copy is put on every device.
-      arrays: task -> training set (`data.text.TaskArrays`).
-      data: one `ClientData` per client. held_out: likewise, samples that nobody trains on.
-      sample_loss: see `objective`. rule: how clients train.
-      like: shapes of every block by name, private ones too.
-      finished: what the blocks of finished models are of, see `Finished`; default: of `model`.
-      devices: where everything runs.
-    """
-
-    def __init__(
-        self,
-        model,
-        partition: Partition,
-        *,
-        frozen: Tree,
-        arrays: Mapping,
-        like: Blocks,
-        finished: tuple[Any, Blocks] | None = None,
-        data: Sequence[ClientData],
-        held_out: Sequence[ClientData] = (),
-        sample_loss: SampleLoss,
-        rule: LocalRule,
-        settings: EngineSettings,
-        devices: Devices,
-    ):
-        self.model, self.partition, self.settings, self.devices = model, partition, settings, devices
-        self.data, self.held_out, self.rule = tuple(data), tuple(held_out), rule
-        self.tasks: tuple[Task, ...] = model.tasks
-        self.shared, self.by_client, self.by_row = map(devices.sharding, (SHARED, CLIENTS, ROWS))
-        self.frozen = devices.put(frozen, SHARED)
-        self.families = families(self.tasks, arrays)
-        self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
-        self.arrays = devices.put(stored(self.families, arrays), SHARED)
-        self.server_seats = blocks.server_seats(partition)
-        self.like = like
-        self.moments_like = {
-            name: jax.ShapeDtypeStruct((1 + 2 * blocks.count(tree),), np.float32) for name, tree in self.like.items()
-        }
-        self.finished = self._tabled(*(finished or (model, like)))
-        tables = self._tabled(model, like).tables
-        self.objective = Objective(
-            sample_loss, self.tasks, self.families, tables, settings.rows_per_chunk, rule, devices.sum_axis
-        )
-        self.probes = Probes(self)
-        mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
-        self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
-        self._blank: dict[tuple, Stack] = {}
-        self._begins: str | None = None  # the purpose that a round's first training had
-        self._ahead: dict[tuple, concurrent.futures.Future] = {}
-        self._replaceable = partition.replaceable(settings.scope)
-        self._work = [
-            sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
-            for client in self.data
-        ]
-        self.shape_of: Callable[[int], _Shape] = functools.cache(
-            lambda clients: _shape(self.data, self.families, partition, settings, devices, clients)
-        )
-        # (frozen, data, stack, moments, aid, seats, plan, rate, key); the stack is donated. The moments are not: two
-        # phases may start from the same ones.
-        specs = (SHARED, SHARED, CLIENTS, CLIENTS, CLIENTS, CLIENTS, ROWS, SHARED, SHARED)
-        self._train = Program(
-            functools.partial(_train, devices.over(local_training(self.objective, settings.training), specs)),
-            donate_argnums=(2,),
-            out_shardings=(self.by_client, self.by_client, self.shared),
-        )
-        self._broadcast = jax.jit(functools.partial(_broadcast, self.server_seats), out_shardings=self.by_client)
-        expected = expected_owners(partition.owned, partition.sent, settings.cohort_size)
-        aggregate = functools.partial(_aggregate, settings.screening, settings.privacy, expected, self.server_seats)
-        self._aggregate = jax.jit(aggregate, out_shardings=self.shared)
-        self._replace = jax.jit(_replace, donate_argnums=(0,), out_shardings=self.by_client)
-
-    def _tabled(self, model, like: Blocks) -> "Finished":
-        tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
-        return Finished(model, like, tables)
-
-    def cohort(self, clients: Sequence[int], round_: int, moments: Mapping | None = None) -> "Cohort":
-        """The clients of round `round_` (0-based); `moments` as in `State`, where optimizer states persist."""
-        return Cohort(self, clients, round_, size=self.settings.cohort_size, moments=moments)
-
-    def draw_ahead(self, clients: Sequence[int], round_: int) -> None:
-        """Draws the plan with which a round of these clients will begin, beside what runs now.
-
-        It is taken to begin as the last one did. A plan is a function of (seed, round, purpose, clients), so whether it
-        was drawn ahead changes nothing.
-        """
-        if self._begins is not None:
-            drawn = _DRAWING.submit(
-                lambda purpose: self.cohort(clients, round_).plan(purpose, post=False), self._begins
-            )
-            kept = {key: plan for key, plan in self._ahead.items() if key[0] == round_ - 1}
-            self._ahead = kept | {(round_, self._begins, tuple(clients)): drawn}
-
-    def passes(self, round_: int, moments: Mapping | None = None) -> list["Cohort"]:
-        """All clients, `clients_per_pass` at a time."""
-        size, everyone = self.settings.clients_per_pass, range(len(self.data))
-        return [Cohort(self, everyone[i : i + size], round_, size=size, moments=moments) for i in everyone[::size]]
-
-    def _nobody(self, shapes: Stack) -> Stack:
-        """Stands in for a teacher where there is none; never read, made once per shape."""
-        key = tuple((group, shape.shape) for group, shape in shapes.items())
-        if key not in self._blank:
-            zeros = {group: np.zeros(shape.shape, shape.dtype) for group, shape in shapes.items()}
-            self._blank[key] = self.devices.put(zeros, CLIENTS)
-        return self._blank[key]
-
-    def placed(self, plan: Plan) -> Plan:
-        """A plan of all shards, leaves [D, ...], on the devices that run its rows, leaves [D, E, ...]."""
-        return self.devices.put(share_out(plan, self.devices.parts), ROWS)
-
-    def server_stack(self, server: Blocks) -> Stack:
-        """The server's blocks by name -> on the device."""
-        packed = blocks.pack(self.partition, self.server_seats, [server], self.like)
-        return self.devices.put(packed, SHARED)
-
-    def server_blocks(self, server: Stack) -> Blocks:
-        """The inverse of `server_stack`, on the host."""
-        return blocks.unpack(self.partition, self.server_seats, server, self.like)[0]
+    def beside(self, other: "Phase") -> "Phase":
+        """Both as one, the other's positions behind those of this one."""
+        rate, key = np.concatenate([self.rate, other.rate], 1), jnp.concatenate([self.key, other.key], 1)
+        return Phase(joined(self.plan, other.plan), rate, key)
 
 
 class Cohort:
     """See `methods.base.Cohort`; made by `Engine.cohort` and `Engine.passes`."""
 
     def __init__(
-        self, engine: Engine, clients: Sequence[int], round_: int, *, size: int, moments: Mapping | None = None
+        self,
+        engine: "Engine",
+        clients: Sequence[int],
+        round_: int,
+        *,
+        size: int,
+        moments: Mapping | None = None,
+        following: Sequence[int] | None = None,
     ):
-        self.engine, self.round = engine, round_
+        self.engine, self.round, self.following = engine, round_, following
         self._before, self._moments = moments or {}, {}
-        self._given, self._trained = tuple(clients), False
+        self.given, self._trained = tuple(clients), False
         self.verdicts: list[Verdicts] = []
         self.shape = engine.shape_of(size)
         table = parallel.deal(
@@ -223,13 +81,17 @@ class Cohort:
             shards=engine.devices.shards,
             positions=self.shape.positions,
         )
+        if engine.settings.pipelined and round_ % 2:
+            table = table[
+                ::-1
+            ]  # rounds that follow each other train together: one's least loaded shard is the other's most
         self.clients = table.reshape(-1)
         owned = engine.partition.owned[table] & (table >= 0)[..., None]
-        shards = [blocks.seat(engine.partition, mine, self.shape.slots) for mine in owned]
+        self.shard_seats = [blocks.seat(engine.partition, mine, self.shape.slots) for mine in owned]
         self.positions = self.shape.positions
         self.table, self._owned = table, owned.reshape(len(self.clients), -1)
-        self.seats: Seats = engine.devices.put(jax.tree.map(lambda *x: np.stack(x), *shards), CLIENTS)
-        self.flat_seats: Seats = _flatten_seats(shards)
+        self.seats: Seats = engine.devices.put(jax.tree.map(lambda *x: np.stack(x), *self.shard_seats), CLIENTS)
+        self.flat_seats: Seats = flatten_seats(self.shard_seats)
 
     def broadcast(self, server: Stack) -> Stack:
         """W̃[i] for every client, [D, G, n]."""
@@ -316,35 +178,50 @@ class Cohort:
         teacher: Stack | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
+        ahead: Stack | None = None,
     ) -> tuple[Stack, Losses]:
         """Local training -> (stack, `Losses` [P, O]); see `methods.base.Cohort`."""
-        engine, settings = self.engine, self.engine.settings
-        key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
-        key = jax.random.fold_in(key, PURPOSES.index(purpose))
-        rate = np.float32(settings.post_rate if post else settings.rate(self.round))
-        plan = self._drawn(purpose, post, idle)
+        engine, phase = self.engine, self.phase(purpose, post=post, idle=idle)
+        beside = ahead is not None and engine.pipeline.reaches(self)
+        if not post:
+            self.begin((0, purpose), *[(1, pipelining.PURPOSE)] * beside)
+        if beside:
+            return engine.pipeline.train_both(self, stack, phase, ahead)
         if steps is not None:
-            plan = plan.replace(first=np.full_like(plan.first, steps[0]), steps=np.minimum(plan.steps, steps[1]))
-        plan = engine.placed(plan)
-        rate, key = engine.devices.put((rate, key), SHARED)
-        aid, moments = self._aid(teacher), self._remembered(purpose, chain, steps is not None and steps[0] > 0)
-        stack, after, losses = engine._train(
-            engine.frozen, engine.arrays, stack, moments, aid, self.seats, plan, rate, key
-        )
-        if settings.persist or steps is not None:
+            plan = phase.plan
+            first, last = np.full_like(plan.first, steps[0]), np.minimum(plan.steps, steps[1])
+            phase = phase._replace(plan=plan.replace(first=first, steps=last))
+        moments = self._remembered(purpose, chain, steps is not None and steps[0] > 0)
+        stack, after, losses = engine.train(stack, moments, self._aid(teacher), self.seats, phase)
+        if engine.settings.persist or steps is not None:
             self._moments[purpose if post else chain or purpose] = after
         return stack, losses
 
-    def _drawn(self, purpose: str, post: bool, idle: np.ndarray | None) -> Plan:
-        """The plan, drawn ahead or now."""
-        engine = self.engine
-        if not (self._trained or post):
-            engine._begins = purpose
+    def train_federated(self, server: Stack) -> tuple[Stack, Losses]:
+        """See `methods.base.Cohort`."""
+        if self.engine.pipeline.runs:
+            return self.engine.pipeline.federated(self, server)
+        return self.train(self.broadcast(server), "federated")
+
+    def begin(self, *parts: tuple[int, str]) -> None:
+        """Notes of what a training is, if it is the round's first: of each part, how many rounds ahead, and purpose."""
+        if not self._trained:
+            self.engine.begins = parts
         self._trained = True
-        ahead = engine._ahead.pop((self.round, purpose, self._given), None)
+
+    def phase(self, purpose: str, *, post: bool = False, idle: np.ndarray | None = None) -> "Phase":
+        """A local training of this (seed, round, purpose); its plan is drawn now, unless it was ahead."""
+        settings = self.engine.settings
+        key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
+        key = jax.random.fold_in(key, PURPOSES.index(purpose))
+        rate = np.float32(settings.post_rate if post else settings.rate(self.round))
+        ahead = self.engine._ahead.pop((self.round, purpose, self.given), None)
         if ahead and not post and idle is None:
-            return ahead.result()
-        return self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
+            plan = ahead.result()
+        else:
+            plan = self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
+        plan = share_out(plan, self.engine.devices.parts)
+        return Phase(plan, np.full(self.table.shape, rate), jnp.broadcast_to(key, self.table.shape))
 
     def _remembered(self, purpose: str, chain: str | None, again: bool) -> Stack | None:
         """The optimizer states with which a phase goes on, or None where no phase does."""
@@ -357,7 +234,7 @@ class Cohort:
             return self._moments[before]
         if self.engine.settings.persist and before in self._before:
             return self._put(self._before[before], self.engine.moments_like)
-        return self.engine._nobody(self.abstract_stack(self.engine.moments_like))
+        return self.engine.nobody(self.abstract_stack(self.engine.moments_like))
 
     def _aid(self, teacher: Stack | None):
         """A teacher's stack and whether it is one, per shard: one program serves training and distillation."""
@@ -366,23 +243,34 @@ class Cohort:
             if teacher is not None:
                 raise ValueError("the method's rule takes no teacher")
             return None
+        if teacher is None and not self.keeps_place:
+            return None
         flag = engine.devices.put(np.full(len(self.table), teacher is not None), CLIENTS)
-        return flag, engine._nobody(self.abstract_stack()) if teacher is None else teacher
+        return flag, engine.nobody(self.abstract_stack()) if teacher is None else teacher
+
+    @property
+    def keeps_place(self) -> bool:
+        """Whether training takes a stack for a teacher even where there is none."""
+        size = sum(4 * matrix.size for matrix in self.abstract_stack().values()) // len(self.table)
+        return keeps_place(self.engine.rule, size)
 
     def prepare(self) -> None:
         """Starts compiling `train` in the background."""
         engine = self.engine
         stack = self.abstract_stack()
         flag = abstract(np.zeros(len(self.table), bool), engine.by_client)
-        engine._train.prepare(
-            *abstract((engine.frozen, engine.arrays), engine.shared),
-            stack,
-            self.abstract_stack(engine.moments_like) if engine.settings.training.remember else None,
-            (flag, stack) if engine.rule.guided else None,
-            abstract(self.seats, engine.by_client),
-            abstract(share_out(self.plan(PURPOSES[-1], post=True), engine.devices.parts), engine.by_row),
-            *abstract((np.float32(0), jax.random.key(0)), engine.shared),
-        )
+        alone, guided = [None] * (not self.keeps_place), [(flag, stack)] * engine.rule.guided
+        keys = jnp.broadcast_to(jax.random.key(0), self.table.shape)
+        for aid in alone + guided:
+            engine._train.prepare(
+                *abstract((engine.frozen, engine.arrays), engine.shared),
+                stack,
+                self.abstract_stack(engine.moments_like) if engine.settings.training.remember else None,
+                aid,
+                abstract(self.seats, engine.by_client),
+                abstract(share_out(self.plan(PURPOSES[-1], post=True), engine.devices.parts), engine.by_row),
+                *abstract((np.zeros(keys.shape, np.float32), keys), engine.by_client),
+            )
 
     def abstract_stack(self, like: Blocks | None = None) -> Stack:
         """The shapes of the cohort's stacks, of blocks or of what else has a vector per block."""
@@ -439,8 +327,13 @@ class Cohort:
         return self.engine.probes.inner(self, stack, other)
 
 
+def keeps_place(rule: LocalRule, stack: int) -> bool:
+    """`Cohort.keeps_place`, for stacks of so many bytes on a device."""
+    return rule.guided and (not rule.also_alone or stack <= PLACE_KEPT)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class Shape:
     """Static capacities of a shard: positions K, group -> slots G, family -> rows N."""
 
     positions: int
@@ -448,7 +341,8 @@ class _Shape:
     rows: Mapping[str, int]
 
 
-def _shape(data, families, partition, settings: EngineSettings, devices: Devices, clients: int) -> _Shape:
+def shape_of(data, families, partition, settings: EngineSettings, devices: Devices, clients: int) -> Shape:
+    """Capacities for any so many of the federation's clients at once."""
     positions = -(-clients // devices.shards)
     rows = capacities(
         data,
@@ -458,71 +352,4 @@ def _shape(data, families, partition, settings: EngineSettings, devices: Devices
         microbatch=settings.microbatch,
         multiple=settings.rows_per_chunk * devices.parts,
     )
-    return _Shape(positions, partition.capacities(partition.owned, positions), rows)
-
-
-def _flatten_seats(shards: Sequence[Seats]) -> Seats:
-    """One `Seats` over all P positions for stacks whose shard axis is flattened, [D·G, n]; numpy."""
-    positions = len(shards[0].slot)
-    total = positions * len(shards)
-
-    def flat(group):
-        parts = [
-            np.where(shard.client[group] < positions, shard.client[group] + number * positions, total)
-            for number, shard in enumerate(shards)
-        ]
-        return np.concatenate(parts).astype(np.int32)
-
-    return Seats(
-        np.concatenate([shard.slot for shard in shards]),
-        {group: flat(group) for group in shards[0].client},
-        {group: np.concatenate([shard.block[group] for shard in shards]) for group in shards[0].block},
-    )
-
-
-def _flat(stack: Stack) -> Stack:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stack)
-
-
-def _train(sharded, *args):
-    stack, moments, losses = sharded(*args)
-    return stack, moments, _flat_losses(losses)
-
-
-def _flat_losses(losses: Losses) -> Losses:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), losses)
-
-
-def _broadcast(server_seats: Seats, server: Stack, seats: Seats) -> Stack:
-    return blocks.broadcast(server, server_seats, seats)
-
-
-def _aggregate(
-    screening: Screening,
-    privacy: Privacy | None,
-    expected: np.ndarray,
-    server_seats: Seats,
-    server: Stack,
-    stack: Stack,
-    seats: Seats,
-    weights: Array,
-    losses: Losses,
-    key: Array | None,
-) -> tuple[Stack, Verdicts]:
-    stack, sent = _flat(stack), weights > 0
-    norm = update_norms(server, stack, server_seats, seats, sent) if screening.max_norm or privacy else None
-    heard, found = screen(stack, seats, sent, losses, norm, screening.max_norm)
-    if privacy is None:
-        weights = jnp.where(heard[:, None], weights, 0)
-        return blocks.aggregate(server, stack, server_seats, seats, weights), found
-    sent = sent & heard[:, None]
-    after = private_aggregate(
-        server, stack, server_seats, seats, sent, norm, expected=expected, privacy=privacy, key=key
-    )
-    return after, found
-
-
-def _replace(personal: Stack, federated: Stack, seats: Seats, indicator: Array, replaceable: Array) -> Stack:
-    chosen = blocks.chosen_blocks(indicator, replaceable)
-    out = blocks.replace(_flat(personal), _flat(federated), seats, chosen)
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), out, dict(personal))
+    return Shape(positions, partition.capacities(partition.owned, positions), rows)

@@ -65,7 +65,7 @@ def local_training(objective: Objective, settings: TrainingSettings):
       frozen: Ŵ. data: family -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only in the
       steps in which its client is active, an idle slot never. moments: AdamW's state by slot, group -> [G, 1 + 2n]
       (`remembered_update`), or None to start afresh and forget it. aid: what the rule's steps are given. rate:
-      learning rate, float32. key: of (seed, round, purpose).
+      learning rate of every position, float32 [K]. key: of (seed, round, purpose) of every position, [K].
     """
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
     rule = objective.rule
@@ -106,12 +106,19 @@ class Tools:
     surroundings: tuple  # frozen, data, seats, plan
     step: Array
     key: Array
-    rate: Array
+    rates: Array
     active: Array
 
     def _where(self, draw) -> Where:
         draw = 0 if self.objective.rule.draws == 1 else jnp.asarray(draw)
         return Where(*self.surroundings, draw, self.step, self.key)
+
+    @property
+    def rate(self) -> dict[str, Array]:
+        """η of every slot, group -> [G, 1]; 0 where a slot is idle."""
+        _, _, seats, _ = self.surroundings
+        padded = jnp.append(self.rates, 0)
+        return {group: padded[client][:, None] for group, client in seats.client.items()}
 
     @property
     def no_losses(self) -> StepLosses:
@@ -131,7 +138,7 @@ class Tools:
         _, _, seats, _ = self.surroundings
         if self.settings.clip_norm:
             gradient = clip_per_client(gradient, seats, self.settings.clip_norm)
-        updates, after = {}, {}
+        updates, after, rate = {}, {}, self.rate
         for group, matrix in stack.items():
             live = self.active[seats.client[group]][:, None]
             if self.settings.remember:
@@ -139,7 +146,7 @@ class Tools:
                 after[group] = jnp.where(live, moments, state[group])
             else:
                 update, after[group] = self.optimizer.update(gradient[group], state[group], matrix)
-            updates[group] = jnp.where(live, matrix - self.rate * update, matrix)
+            updates[group] = jnp.where(live, matrix - rate[group] * update, matrix)
         return updates, after
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from tap_jax import blocks
 from tap_jax.blocks import PRIVATE, Blocks, Partition
-from tap_jax.engine.cohort import EngineSettings
+from tap_jax.engine.cohort import keeps_place
 from tap_jax.engine.rounds import chain_blocks
+from tap_jax.engine.settings import EngineSettings
 from tap_jax.methods.base import Method
 
 ROUND, LAST = "round", "after the last"
@@ -66,7 +67,6 @@ def memory_plan(
     like: Blocks,
     frozen: int,
     data: int | None,
-    waiting: bool,
     made: bool,
     after: bool,
     host_bytes: int,
@@ -80,26 +80,34 @@ def memory_plan(
       partition: with private blocks, where the method has them.
       like: shapes of every block by name; a private one is like its twin.
       frozen: bytes of Ŵ in the compute type. data: bytes of training and test sets at most; None: not known.
-      waiting: federated blocks wait for the aggregation while personal ones train.
       made: the last phase makes models of the clients' own. after: it trains.
       host_bytes: what personal blocks may take in memory.
       shards: D. parts: devices of a shard.
     """
     sizes = np.array([4 * blocks.count(like[name.removeprefix(PRIVATE)]) for name in partition.names])
+    server = int(sizes.sum())
     row = max(_row_bytes(model.roles(stream), like) for stream in model.streams)
 
     def phase(clients: int, last: bool) -> Phase:
         positions = -(-clients // shards)
         slots = partition.capacities(partition.owned, positions)
         stack = sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
-        found = {"blocks in training": stack, "their gradients": stack, "AdamW's two moments": 2 * stack}
-        if waiting and not last:
-            found["federated blocks"] = stack
-        if method.rule.guided:  # a place is kept throughout, so that one program serves every phase
+        rounds = 2 if settings.pipelined and not last else 1
+        trained = rounds * stack
+        found = {"blocks in training": trained, "their gradients": trained, "AdamW's two moments": 2 * trained}
+        if method.margins and not last:
+            # The last personal chain trains after the aggregation, any others before it.
+            if len(method.margins) > 1 and rounds == 1 and stack > server:
+                found["federated blocks"] = stack
+            else:
+                found["server's blocks of the next round"] = server
+        # Two cohorts together never have a teacher; other chains of the same rounds train by themselves.
+        alone = rounds == 1 or len(method.chains) > 1
+        if keeps_place(method.rule, stack) and alone or last and method.rule.guided:
             found["teacher's blocks"] = stack
         v = settings.rows_per_chunk
         found["one row's blocks and gradients" if v == 1 else f"{v} rows' blocks and gradients"] = 2 * v * row
-        return Phase(positions, found)
+        return Phase(rounds * positions, found)
 
     owned = int((partition.owned @ sizes).sum())
     mine = int((partition.owned @ (sizes * np.isin(partition.names, chain_blocks(partition)))).sum())
@@ -113,7 +121,7 @@ def memory_plan(
     share = min(1.0, settings.clients_per_pass / len(partition.owned))
     return MemoryPlan(
         devices=shards * parts,
-        always={"frozen weights": frozen, "server's blocks": int(sizes.sum()), **known},
+        always={"frozen weights": frozen, "server's blocks": server, **known},
         phases={ROUND: phase(settings.cohort_size, False)}
         | ({LAST: phase(settings.clients_per_pass, True)} if after else {}),
         host=({} if on_disk else stored)

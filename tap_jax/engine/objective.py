@@ -96,10 +96,10 @@ class Objective:
 
 
 class Where(NamedTuple):
-    """A minibatch of a cohort: the plan (rows [draws, τ, ...]), which draw and step of it, and the phase's key.
+    """A minibatch of a cohort: the plan (rows [draws, τ, ...]), which draw and step of it, and all positions' keys [K].
 
-    A row's dropout key is folded from `key` by client, step, family and row (and draw, where a step takes several), so
-    it does not depend on who else is in the cohort.
+    A row's dropout key is folded from its client's by client, step, family and row (and draw, where a step takes
+    several), so it does not depend on who else is in the cohort.
     """
 
     frozen: Tree
@@ -180,13 +180,15 @@ def over_rows(objective: Objective, where: Where, one: Callable, add: Callable, 
     Without `count` only over the shapes of what `one` finds.
     """
     v, plan, seats = objective.rows_per_chunk, where.plan, where.seats
-    key = where.key if isinstance(where.draw, int) else jax.random.fold_in(where.key, where.draw)
+    key = where.key
+    if not isinstance(where.draw, int):
+        key = jax.vmap(jax.random.fold_in, (0, None))(key, where.draw)
     for number, family in enumerate(objective.families):
         table, rows = objective.tables[family.name], plan.rows[family.name]
         task_of = jnp.array([objective.tasks.index(stream.task) for stream in family.streams])
 
         def visit(entry: Table, family=family, table=table, number=number):
-            row_key = jax.random.fold_in(key, plan.clients[entry.client])
+            row_key = jax.random.fold_in(key[entry.client], plan.clients[entry.client])
             place = where.step * len(objective.families) + number
             row = Row(
                 frozen=where.frozen,

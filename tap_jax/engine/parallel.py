@@ -122,7 +122,7 @@ def devices(clients: int = 0, data: int = 0, parallel: str = "auto", *, cohort: 
         do not exceed the cohort.
       data: E; 0: 1 where `clients` is given, else what the cohort leaves over.
       parallel: "vmap", "pmap", "shard_map", or "auto": the first on one device, else the last.
-      cohort: clients of a round; 0: any number.
+      cohort: clients that train at once in a round; 0: any number.
 
     Raises:
       UserError: fewer devices exist, or the way of spreading does not fit their number.

@@ -22,7 +22,8 @@ from tap_jax.federation import Task
 from tap_jax.methods.base import PLAIN, Row
 
 if TYPE_CHECKING:
-    from tap_jax.engine.cohort import Cohort, Engine
+    from tap_jax.engine.cohort import Cohort
+    from tap_jax.engine.engine import Engine
 
 
 class Probes:
@@ -105,7 +106,8 @@ class Probes:
         """`function(where, stacks)` of one shard, over the devices; where its result is to lie."""
 
         def shard(frozen, data, stacks, seats, plan):
-            return function(Where(frozen, data, seats, plan, 0, jnp.int32(0), jax.random.key(0)), stacks)
+            keys = jnp.broadcast_to(jax.random.key(0), plan.clients.shape)  # of no use without dropout
+            return function(Where(frozen, data, seats, plan, 0, jnp.int32(0), keys), stacks)
 
         spread = self.engine.devices.over(shard, (SHARED, SHARED, CLIENTS, CLIENTS, ROWS))
         return jax.jit(spread, out_shardings=result)

@@ -11,11 +11,11 @@ import numpy as np
 
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition
-from tap_jax.data.sampling import sample_cohort
 from tap_jax.engine import parallel, store
 from tap_jax.engine.agreement import any_says
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.cohort import Cohort, Engine
+from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.engine import Engine
 from tap_jax.engine.privacy import epsilon
 from tap_jax.engine.screening import describe, dropped, norms
 from tap_jax.errors import Preempted, UserError
@@ -100,13 +100,11 @@ def play_round(
     settings = engine.settings
     if clients is not None and settings.privacy:
         raise ValueError("privacy is accounted for cohorts that are drawn; leave clients out")
-    drawn = clients is None
-    if drawn:
-        clients = sample_cohort(settings.seed, state.round, len(engine.data), settings.cohort_size)
-    cohort = engine.cohort(clients, state.round, state.moments)
-    if drawn:  # else nobody knows who comes next
-        following = sample_cohort(settings.seed, state.round + 1, len(engine.data), settings.cohort_size)
-        engine.draw_ahead(following, state.round + 1)
+    following = None
+    if clients is None:  # else nobody knows who comes next
+        clients, following = engine.drawn(state.round), engine.drawn(state.round + 1)
+        engine.draw_ahead(state.round + 1)
+    cohort = engine.cohort(clients, state.round, state.moments, following)
     after, metrics = method.round(cohort, state)
     moments = {chain: put_chain(state.moments[chain], found) for chain, found in cohort.moments().items()}
     seen = np.asarray(metrics["seen"])

@@ -12,7 +12,8 @@ from tap_jax.blocks import Blocks, Stack
 from tap_jax.data.families import Family, offsets
 from tap_jax.data.store import stored
 from tap_jax.data.text import TaskArrays, WordPiece
-from tap_jax.engine.cohort import Cohort, Engine
+from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.engine import Engine
 from tap_jax.engine.parallel import ROWS, SHARED
 from tap_jax.engine.programs import Program, abstract
 from tap_jax.evaluation.metrics import TextScorer, accuracy

@@ -16,7 +16,7 @@ from tap_jax.blocks import Seats, Stack
 from tap_jax.data.families import Family
 from tap_jax.data.store import cut
 from tap_jax.data.text import WordPiece
-from tap_jax.engine.cohort import Engine
+from tap_jax.engine.engine import Engine
 from tap_jax.engine.objective import take_parts
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
 from tap_jax.federation import Task

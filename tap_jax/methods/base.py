@@ -112,11 +112,11 @@ class Tools(Protocol):
     """What one step of local training is made of; every stack is the whole cohort's.
 
     Attributes:
-      rate: η, float32.
+      rate: η of every slot, group -> float32 [G, 1]: clients that train side by side may be of different rounds.
       no_losses: zeros, to start a loop over gradients with.
     """
 
-    rate: Array
+    rate: Mapping[str, Array]
     no_losses: StepLosses
 
     def gradient(self, stack: Stack, aid: Any = None, *, draw: Any = 0) -> tuple[Stack, StepLosses]:
@@ -151,6 +151,8 @@ class LocalRule:
       draws: minibatches that one step reads, drawn independently of each other.
       guided: whether training may be given a second stack (`Cohort.train`'s `teacher`). A step's `aid` is then
         (whether it was, bool; that stack, or zeros), else None.
+      also_alone: it does without, too: in trainings that are given none, `aid` may be None, which saves the memory of
+        the zeros where blocks are large.
       extra_loss: (row, outputs, latents, aid) -> a further term of the objective on this row, a scalar; `outputs` and
         `latents` are those of the model's `forward`. It is added to λ_o ℓ_o as it is.
       measure: (row, latents) -> name -> tree of sums over the row's samples, for `Tools.collect`.
@@ -160,6 +162,7 @@ class LocalRule:
     step: LocalStep = plain_step
     draws: int = 1
     guided: bool = False
+    also_alone: bool = False
     extra_loss: Callable[[Row, Array, Array, Any], Array] | None = None
     measure: Callable[[Row, Array], Mapping[str, Any]] | None = None
     coupled: Callable[[Sequence[Task]], bool] = lambda tasks: False
@@ -196,6 +199,7 @@ class Cohort(Protocol):
         teacher: Stack | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
+        ahead: Stack | None = None,
     ) -> tuple[Stack, "Losses"]:
         """Local training -> (stack, Losses): τ steps of the round, or P steps after the last one.
 
@@ -203,6 +207,13 @@ class Cohort(Protocol):
         (default: what the purpose says). The stack given is consumed, the teacher is not; for a TAP-like rule the loss
         is equation 6 where there is one. `steps`: only those from the first to before the second; where the first is
         not 0, the optimizer goes on from the call before. `idle`, bool [P]: positions that take none of them.
+        `ahead`: the server's blocks after this round, from which the engine may train the next one's W̃ beside this.
+        """
+
+    def train_federated(self, server: Stack) -> tuple[Stack, "Losses"]:
+        """W̃[i] of every client, trained from the server's blocks: `broadcast`, then `train` with "federated".
+
+        Where `train` was given these blocks as `ahead` in the round before, that may be done already.
         """
 
     def aggregate(self, server: Stack, stack: Stack, losses: "Losses") -> Stack:

@@ -20,7 +20,7 @@ from tap_jax.methods.fedavg import fedavg
 
 
 def meta_step(*, scale: float = 1.0, exact: bool = False):
-    """The local step.
+    """The local step: w' on one minibatch, then an AdamW update of w with g of another; the losses are those at w'.
 
     Args:
       scale: α / η.
@@ -28,12 +28,12 @@ def meta_step(*, scale: float = 1.0, exact: bool = False):
     """
 
     def step(tools: Tools, stack, state, aid):
-        alpha = scale * tools.rate
+        alpha = {group: scale * rate for group, rate in tools.rate.items()}
 
         def descend(draw, carry):
             at, *_ = carry
             gradient, losses = tools.gradient(at, draw=draw)
-            return jax.tree.map(lambda w, g: w - alpha * g, at, gradient), gradient, losses
+            return jax.tree.map(lambda w, a, g: w - a * g, at, alpha, gradient), gradient, losses
 
         # Two steps of one loop, so that the gradient is compiled once. The second starts from w': its gradient is the
         # outer one, and where it leads does not matter.
@@ -41,7 +41,7 @@ def meta_step(*, scale: float = 1.0, exact: bool = False):
         _, outer, losses = jax.lax.fori_loop(0, 2, descend, (stack, nothing, tools.no_losses))
         if exact:
             _, curved = jax.jvp(lambda w: tools.gradient(w, draw=0)[0], (stack,), (outer,))
-            outer = jax.tree.map(lambda g, h: g - alpha * h, outer, curved)
+            outer = jax.tree.map(lambda g, a, h: g - a * h, outer, alpha, curved)
         return *tools.update(stack, state, outer), losses
 
     return step

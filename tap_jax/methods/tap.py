@@ -72,10 +72,11 @@ def tap(
       rule: with the distillation loss of equation 6; without it nothing can be distilled.
     """
     chains = {CHAIN + variant.removeprefix("tap"): variant for variant in margins}
+    last = list(chains)[-1]
     with_local = bool({"local", "tap-stage2"} & set(variants))
 
-    def personal_round(cohort: Cohort, state: State, chain: str, federated: Stack, losses) -> tuple[State, Array, dict]:
-        """Stage 1 of one personal chain, given W̃[i] after its local training -> (state, R, metrics)."""
+    def replaced(cohort: Cohort, state: State, chain: str, federated: Stack, losses) -> tuple[Stack, Array]:
+        """Equations 3 and 4 for one personal chain, given W̃[i] after its local training -> (X, R)."""
         h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[chain], cohort.clients)
         margin = margins[chains[chain]]
         if replacement.relative:
@@ -88,31 +89,39 @@ def tap(
             indicator = indicator & ~never
         else:  # whatever the criterion; by equation 3 it follows from h^(p) = +inf
             indicator = indicator | (losses.seen & never & jnp.isfinite(h_l))
+        return cohort.replace(personal, federated, indicator), indicator
 
-        personal = cohort.replace(personal, federated, indicator)
-        personal, own = cohort.train(personal, "personal", chain=chain)
+    def train_personal(
+        cohort: Cohort, state: State, chain: str, personal: Stack, indicator: Array, ahead: Stack | None
+    ) -> tuple[State, Array]:
+        """The rest of Stage 1 of one personal chain -> (state, its losses)."""
+        personal, own = cohort.train(personal, "personal", chain=chain, ahead=ahead)
         count = take_rows(state.replacements[chain], cohort.clients) + np.asarray(indicator)
         h_p = put_rows(state.personal_loss[chain], cohort.clients, own.mean(replacement.history), own.seen)
-        state = state.replace(
+        return state.replace(
             chains={**state.chains, chain: put_chain(state.chains[chain], cohort.unload(personal))},
             personal_loss={**state.personal_loss, chain: h_p},
             replacements={**state.replacements, chain: put_rows(state.replacements[chain], cohort.clients, count)},
             finite=still_finite(cohort, state, chain, own),
-        )
-        return state, {"personal_loss": own.mean(), "replaced": indicator}
+        ), own.mean()
 
     def tap_round(cohort: Cohort, state: State) -> tuple[State, dict]:
-        federated, losses = cohort.train(cohort.broadcast(state.server), "federated")
+        federated, losses = cohort.train_federated(state.server)
         metrics = {"federated_loss": losses.mean(), "seen": losses.seen, "replaced": {}}
-        after = state
+        after, server = state, None
         for chain, variant in chains.items():
-            after, found = personal_round(cohort, after, chain, federated, losses)
-            metrics["replaced"][variant] = found["replaced"]
+            personal, indicator = replaced(cohort, after, chain, federated, losses)
+            if chain == last:
+                # The server does not wait for X: W̃[i] need not be kept any longer, and the next round's may be trained.
+                server = cohort.aggregate(state.server, federated, losses)
+                del federated
+            after, mean = train_personal(cohort, after, chain, personal, indicator, server)
+            metrics["replaced"][variant] = indicator
             if chain == CHAIN:
-                metrics["personal_loss"] = found["personal_loss"]
+                metrics["personal_loss"] = mean
         after = after.replace(
             round=state.round + 1,
-            server=cohort.aggregate(state.server, federated, losses),
+            server=server,
             local_loss=put_rows(state.local_loss, cohort.clients, losses.mean(replacement.history), losses.seen),
             finite=still_finite(cohort, after, "federated", losses),
         )

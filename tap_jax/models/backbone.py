@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tap_jax.models.attention import attention
 from tap_jax.models.bottleneck import init_bottleneck, with_bottleneck
-from tap_jax.models.layers import ModelConfig, attention, gelu, layer_norm
+from tap_jax.models.layers import ModelConfig, gelu, layer_norm
 from tap_jax.models.lora import Tree, init_lora, lora, stand_in
 
 SHARED = "shared"

@@ -1,4 +1,4 @@
-"""Pieces that every tower shares: attention, layer normalisation, image resizing, the encoder layer, the adaptor.
+"""Pieces that every tower shares: sizes, layer normalisation, image resizing, the encoder layer, the adaptor.
 
 Letters: B samples, T tokens, D width, R rank.
 """
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tap_jax.models.attention import attention
 from tap_jax.models.bottleneck import with_bottleneck
 from tap_jax.models.lora import FrozenDense, Tree, frozen
 
@@ -102,44 +103,6 @@ class FrozenLayerNorm(nn.Module):
         scale = frozen(self, "scale", nn.initializers.ones, x.shape[-1:])
         bias = frozen(self, "bias", nn.initializers.zeros, x.shape[-1:])
         return layer_norm(x, scale, bias, self.eps)
-
-
-def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, implementation: str = "auto") -> Array:
-    """Multi-head attention with padding masked.
-
-    Args:
-      q, k, v: [..., T, D] (any leading axes).
-      mask: bool, broadcastable to [..., T], true where a key is real; None where all are.
-      heads: number of heads; D must be divisible by it.
-      implementation: "einsum" (float32 softmax), or one that `jax.nn.dot_product_attention` knows ("xla", "cudnn");
-        "auto" is einsum on CPU, where it is about twice as fast, and "xla" elsewhere.
-
-    Returns:
-      [..., T, D].
-    """
-    if implementation == "auto":
-        implementation = "einsum" if jax.default_backend() == "cpu" else "xla"
-    *batch, length, width = q.shape
-    split = (*batch, length, heads, width // heads)
-    q, k, v = q.reshape(split), k.reshape(split), v.reshape(split)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (*batch, length))
-    if implementation == "einsum":
-        scores = jnp.einsum("...qhd,...khd->...hqk", q * (width // heads) ** -0.5, k)
-        scores = scores.astype(jnp.float32)
-        if mask is not None:
-            scores = jnp.where(mask[..., None, None, :], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores).astype(q.dtype)
-        return jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(*batch, length, width)
-    flat = (-1, length, heads, width // heads)
-    out = jax.nn.dot_product_attention(
-        q.reshape(flat),
-        k.reshape(flat),
-        v.reshape(flat),
-        mask=None if mask is None else mask.reshape(-1, 1, 1, length),
-        implementation=implementation,
-    )
-    return out.reshape(*batch, length, width)
 
 
 class EncoderLayer(nn.Module):

@@ -8,8 +8,11 @@ import pytest
 
 from tap_jax import experiment as experiments
 from tap_jax.blocks import replacement_indicator
+from tap_jax.engine import cohort as cohorts
 from tap_jax.engine.local_training import Losses, broken_clients, without_broken
+from tap_jax.methods.base import LocalRule
 from tests.oracle import minibatches
+from tests.trajectories import difference, play
 
 ROWS = ({"ag_news": 0.2}, {"ag_news": 0.7, "cifar100": 0.5}, {"cifar100": 0.3}, {"fashion_mnist": 1.0})
 SETTINGS = {"variants": ("tap", "fedavg"), "batch_size": 6, "engine.microbatch": 4, "post_steps": 4}
@@ -176,3 +179,32 @@ def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):
             assert clients == tuple(line["clients"]) and plan not in experiment.engine._ahead.values()
             drawn.append(round_)
     assert drawn == [2, 3]
+
+
+def test_no_place_for_a_teacher_where_blocks_are_large(tiny, monkeypatch):
+    """Phases without one then have a program of their own; the numbers stay."""
+    experiment = experiments.build(tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), {"rounds": 2, "post_steps": 2}))
+    kept = play(experiment)
+    assert experiment.engine._train.traces == 1
+    monkeypatch.setattr(cohorts, "PLACE_KEPT", 0)
+    played, finished = play(experiment)
+    assert experiment.engine._train.traces == 2
+    for (state, line), (expected, expected_line) in zip(played, kept[0], strict=True):
+        assert line == expected_line
+        assert difference(state.server, expected.server) < 1e-6
+    for mine, theirs in zip(finished.models["tap"], kept[1].models["tap"], strict=True):
+        assert difference(mine, theirs) < 1e-6
+
+
+@pytest.mark.parametrize(("guided", "also_alone", "aids"), [(False, False, 1), (True, False, 1), (True, True, 2)])
+def test_a_program_for_each_way_of_training_is_made_ready(counted, monkeypatch, guided, also_alone, aids):
+    """A rule that always has a teacher has one only, however large blocks are."""
+    experiment, _ = counted
+    engine, prepared = experiment.engine, []
+    monkeypatch.setattr(cohorts, "PLACE_KEPT", 0)
+    monkeypatch.setattr(engine, "rule", LocalRule(guided=guided, also_alone=also_alone))
+    monkeypatch.setattr(engine._train, "prepare", lambda *args: prepared.append(args[4]))
+    cohort = engine.cohort([0, 1], 0)
+    cohort.prepare()
+    assert len(prepared) == aids
+    assert (prepared[0] is None) == (cohort._aid(None) is None) == (also_alone or not guided)

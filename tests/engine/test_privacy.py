@@ -20,8 +20,8 @@ from scipy import optimize, stats
 from tap_jax import blocks, runs
 from tap_jax import experiment as experiments
 from tap_jax.engine import privacy as mechanism
+from tap_jax.engine import stacks
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.cohort import _aggregate
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.privacy import Privacy
 from tap_jax.engine.rounds import resume
@@ -315,7 +315,7 @@ def test_switched_off_it_is_the_plain_aggregate_to_the_bit():
     weights = np.where(sent, np.array([[3.0], [5.0], [1.0], [7.0]]), 0).astype(np.float32)
     ones = np.ones((4, TASKS), np.float32)
     losses, shard = Losses(ones, ones, ones.astype(np.int32)), {group: leaf[None] for group, leaf in cohort.items()}
-    switched_off = jax.jit(lambda *args: _aggregate(Screening(), None, None, server_seats, *args, None)[0])
+    switched_off = jax.jit(lambda *args: stacks.aggregate(Screening(), None, None, server_seats, *args, None)[0])
     plain = jax.jit(lambda *args: blocks.aggregate(*args[:2], server_seats, *args[2:]))
     jax.tree.map(
         np.testing.assert_array_equal,

@@ -72,7 +72,7 @@ def test_the_outer_gradient_of_a_quadratic(exact):
         return {"w": A @ away}, 0.5 * away @ A @ away
 
     tools = types.SimpleNamespace(
-        rate=eta, no_losses=jnp.zeros(()), gradient=gradient, update=lambda stack, state, g: (g, state)
+        rate={"w": eta}, no_losses=jnp.zeros(()), gradient=gradient, update=lambda stack, state, g: (g, state)
     )
     step = meta_step(scale=scale, exact=exact)
     outer, state, loss = step(tools, {"w": jnp.array(w)}, "state", None)

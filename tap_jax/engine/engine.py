@@ -1,0 +1,196 @@
+"""The compiled side of a run: what does not change from round to round (model, data on the device, programs).
+
+Its cohorts (`engine.cohort`) are what methods work with.
+
+Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
+"""
+
+import concurrent.futures
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tap_jax import blocks
+from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree
+from tap_jax.data.families import families, offsets
+from tap_jax.data.sampling import ClientData, Plan, sample_cohort, share_out
+from tap_jax.data.store import stored
+from tap_jax.engine import stacks
+from tap_jax.engine.cohort import Cohort, Phase, Shape, shape_of
+from tap_jax.engine.local_training import local_training
+from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
+from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED, Devices
+from tap_jax.engine.pipelining import Pipeline
+from tap_jax.engine.privacy import expected_owners
+from tap_jax.engine.probes import Probes
+from tap_jax.engine.programs import Program
+from tap_jax.engine.settings import EngineSettings
+from tap_jax.federation import Task
+from tap_jax.methods.base import LocalRule
+
+_DRAWING = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
+
+
+class Finished(NamedTuple):
+    """What a model's blocks are like: shapes by name, and family -> what a forward pass takes of them."""
+
+    model: Any
+    like: Blocks
+    tables: Mapping[str, Mapping[str, Part]]
+
+
+class Engine:
+    """The compiled side of a run.
+
+    Args:
+      model: `models.ServerModel` (or anything with its `roles`, `streams`, `tasks`).
+      partition: the federation's blocks.
+      frozen: Ŵ, host or device arrays; one copy is put on every device.
+      arrays: task -> training set (`data.text.TaskArrays`).
+      data: one `ClientData` per client. held_out: likewise, samples that nobody trains on.
+      sample_loss: see `objective`. rule: how clients train.
+      like: shapes of every block by name, private ones too.
+      finished: what the blocks of finished models are of, see `Finished`; default: of `model`.
+      devices: where everything runs.
+    """
+
+    def __init__(
+        self,
+        model,
+        partition: Partition,
+        *,
+        frozen: Tree,
+        arrays: Mapping,
+        like: Blocks,
+        finished: tuple[Any, Blocks] | None = None,
+        data: Sequence[ClientData],
+        held_out: Sequence[ClientData] = (),
+        sample_loss: SampleLoss,
+        rule: LocalRule,
+        settings: EngineSettings,
+        devices: Devices,
+    ):
+        self.model, self.partition, self.settings, self.devices = model, partition, settings, devices
+        self.data, self.held_out, self.rule = tuple(data), tuple(held_out), rule
+        self.tasks: tuple[Task, ...] = model.tasks
+        self.shared, self.by_client, self.by_row = map(devices.sharding, (SHARED, CLIENTS, ROWS))
+        self.frozen = devices.put(frozen, SHARED)
+        self.families = families(self.tasks, arrays)
+        self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
+        self.arrays = devices.put(stored(self.families, arrays), SHARED)
+        self.server_seats = blocks.server_seats(partition)
+        self.like = like
+        self.moments_like = {
+            name: jax.ShapeDtypeStruct((1 + 2 * blocks.count(tree),), np.float32) for name, tree in self.like.items()
+        }
+        self.finished = self._tabled(*(finished or (model, like)))
+        tables = self._tabled(model, like).tables
+        self.objective = Objective(
+            sample_loss, self.tasks, self.families, tables, settings.rows_per_chunk, rule, devices.sum_axis
+        )
+        self.probes = Probes(self)
+        mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
+        self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
+        self._blank: dict[tuple, Stack] = {}
+        self.begins: tuple[tuple[int, str], ...] = ()  # see `Cohort.begin`; of the last round
+        self._ahead: dict[tuple, concurrent.futures.Future] = {}
+        self._replaceable = partition.replaceable(settings.scope)
+        self._work = [
+            sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
+            for client in self.data
+        ]
+        self.shape_of: Callable[[int], Shape] = functools.cache(
+            lambda clients: shape_of(self.data, self.families, partition, settings, devices, clients)
+        )
+        # (frozen, data, stack, moments, aid, seats, plan, rate, key); the stack is donated. The moments are not: two
+        # phases may start from the same ones.
+        specs = (SHARED, SHARED, CLIENTS, CLIENTS, CLIENTS, CLIENTS, ROWS, CLIENTS, CLIENTS)
+        self._train = Program(
+            functools.partial(stacks.train, devices.over(local_training(self.objective, settings.training), specs)),
+            donate_argnums=(2,),
+            out_shardings=(self.by_client, self.by_client, self.shared),
+        )
+        self._broadcast = jax.jit(functools.partial(stacks.broadcast, self.server_seats), out_shardings=self.by_client)
+        expected = expected_owners(partition.owned, partition.sent, settings.cohort_size)
+        aggregate = functools.partial(
+            stacks.aggregate, settings.screening, settings.privacy, expected, self.server_seats
+        )
+        self._aggregate = jax.jit(aggregate, out_shardings=self.shared)
+        self._replace = jax.jit(stacks.replace, donate_argnums=(0,), out_shardings=self.by_client)
+        self.pipeline = Pipeline(self)
+
+    def _tabled(self, model, like: Blocks) -> Finished:
+        tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
+        return Finished(model, like, tables)
+
+    def drawn(self, round_: int) -> tuple[int, ...]:
+        """The clients that the seed draws for a round."""
+        settings = self.settings
+        return tuple(sample_cohort(settings.seed, round_, len(self.data), settings.cohort_size).tolist())
+
+    def cohort(
+        self,
+        clients: Sequence[int],
+        round_: int,
+        moments: Mapping | None = None,
+        following: Sequence[int] | None = None,
+    ) -> Cohort:
+        """The clients of round `round_` (0-based).
+
+        Args:
+          moments: as in `State`, where optimizer states persist.
+          following: the clients of the next round, where that is known.
+        """
+        size = self.settings.cohort_size
+        return Cohort(self, clients, round_, size=size, moments=moments, following=following)
+
+    def draw_ahead(self, round_: int) -> None:
+        """Draws the plans with which a round of the clients drawn for it will begin, beside what runs now.
+
+        It is taken to begin as the last one did. A plan is a function of (seed, round, purpose, clients), so whether it
+        was drawn ahead changes nothing.
+        """
+        kept = {key: plan for key, plan in self._ahead.items() if abs(key[0] - round_) <= 1}
+        for later, purpose in self.begins:
+            key = (round_ + later, purpose, self.drawn(round_ + later))
+            if key not in kept:
+                kept[key] = _DRAWING.submit(self._draw, *key)
+        self._ahead = kept
+
+    def _draw(self, round_: int, purpose: str, clients: Sequence[int]) -> Plan:
+        return self.cohort(clients, round_).plan(purpose, post=False)
+
+    def train(self, stack: Stack, moments: Stack | None, aid: Any, seats: Seats, phase: Phase):
+        """Local training of whoever sits there -> (stack, moments, `Losses` [P, O]); the stack is consumed."""
+        rate, key = self.devices.put((phase.rate, phase.key), CLIENTS)
+        plan = self.devices.put(phase.plan, ROWS)
+        return self._train(self.frozen, self.arrays, stack, moments, aid, seats, plan, rate, key)
+
+    def passes(self, round_: int, moments: Mapping | None = None) -> list[Cohort]:
+        """All clients, `clients_per_pass` at a time."""
+        size, everyone = self.settings.clients_per_pass, range(len(self.data))
+        return [Cohort(self, everyone[i : i + size], round_, size=size, moments=moments) for i in everyone[::size]]
+
+    def nobody(self, shapes: Stack) -> Stack:
+        """Stands in for a teacher where there is none; never read, made once per shape."""
+        key = tuple((group, shape.shape) for group, shape in shapes.items())
+        if key not in self._blank:
+            zeros = {group: np.zeros(shape.shape, shape.dtype) for group, shape in shapes.items()}
+            self._blank[key] = self.devices.put(zeros, CLIENTS)
+        return self._blank[key]
+
+    def placed(self, plan: Plan) -> Plan:
+        """A plan of all shards, leaves [D, ...], on the devices that run its rows, leaves [D, E, ...]."""
+        return self.devices.put(share_out(plan, self.devices.parts), ROWS)
+
+    def server_stack(self, server: Blocks) -> Stack:
+        """The server's blocks by name -> on the device."""
+        packed = blocks.pack(self.partition, self.server_seats, [server], self.like)
+        return self.devices.put(packed, SHARED)
+
+    def server_blocks(self, server: Stack) -> Blocks:
+        """The inverse of `server_stack`, on the host."""
+        return blocks.unpack(self.partition, self.server_seats, server, self.like)[0]

@@ -1,0 +1,50 @@
+"""How local training runs: what a configuration says of it, with the platform's defaults filled in."""
+
+import dataclasses
+from collections.abc import Callable
+
+from tap_jax.engine.local_training import TrainingSettings
+from tap_jax.engine.privacy import Privacy
+from tap_jax.engine.screening import Screening
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """How local training runs.
+
+    Attributes:
+      cohort_size, clients_per_pass: clients in a round, and at once in phases over all clients.
+      batch: samples per iteration. local_steps: τ. post_steps: P.
+      microbatch: s, samples of a row. rows_per_chunk: v, rows side by side. training: static choices of the program.
+      persist: a client goes on with its optimizer states instead of starting every local training afresh.
+      rate: round -> learning rate. post_rate: learning rate after the last round.
+      aggregation: "samples" or "uniform".
+      scope: of a replacement, see `Partition.replaceable`.
+      seed: of every draw.
+      screening: of the clients' updates. privacy: of the aggregate; None: it is exact.
+      pipelined: rounds of the run, where the personal training of each goes together with the federated training of
+        the next (`engine.pipelining`); 0: it does not.
+    """
+
+    cohort_size: int
+    clients_per_pass: int
+    batch: int
+    local_steps: int
+    post_steps: int
+    microbatch: int
+    rows_per_chunk: int
+    training: TrainingSettings
+    persist: bool
+    rate: Callable[[int], float]
+    post_rate: float
+    aggregation: str
+    scope: str
+    seed: int
+    screening: Screening = Screening()
+    privacy: Privacy | None = None
+    pipelined: int = 0
+
+    @property
+    def together(self) -> int:
+        """Clients that train at once in a round, at most."""
+        return self.cohort_size * (2 if self.pipelined else 1)

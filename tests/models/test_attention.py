@@ -1,0 +1,94 @@
+"""Attention: all implementations give one result, and cuDNN's is chosen only where it works."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tap_jax import assembly
+from tap_jax.errors import UserError
+from tap_jax.models.attention import attention, why_not_cudnn
+
+ROWS = ({"ag_news": 0.5}, {"ag_news": 0.5})
+
+
+def stand_in(asked, wrong=1.0):
+    """`jax.nn.dot_product_attention` for any implementation, with what JAX demands of cuDNN's."""
+    genuine = jax.nn.dot_product_attention
+
+    def call(q, k, v, *, mask=None, query_seq_lengths=None, key_value_seq_lengths=None, implementation):
+        asked.append((implementation, q.shape[1]))
+        if implementation == "cudnn":
+            assert mask is None and q.shape[1] % 2 == 0 and q.dtype == jnp.bfloat16
+            lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
+            return wrong * genuine(q, k, v, **lengths, implementation="xla")
+        return genuine(q, k, v, mask=mask, implementation=implementation)
+
+    return call
+
+
+@pytest.mark.parametrize("length", [5, 6])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_as_einsum(monkeypatch, length, padded, implementation):
+    """Values and gradients, for odd and even lengths, of rows side by side that share a mask or have their own."""
+    asked = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in(asked))
+    x = np.random.default_rng(0).standard_normal((2, 3, length, 16)).astype(jnp.bfloat16)
+    real = np.arange(length) < np.array([[[length], [2], [3]], [[1], [length], [4]]])
+    masks = [None] if not padded else [real, real[0]]
+    for mask in masks:
+
+        def total(x, name, mask=mask):
+            def each(row, mask):
+                return attention(row, 2 * row, 3 * row, mask, heads=2, implementation=name)
+
+            out = jax.vmap(each, (0, 0 if mask is not None and mask.ndim == 3 else None))(x, mask).astype(jnp.float32)
+            return (out**2).sum(), out
+
+        found, expected = (jax.grad(total, has_aux=True)(x, name) for name in (implementation, "einsum"))
+        for ours, theirs in zip(found, expected, strict=True):
+            ours, theirs = np.float32(ours), np.float32(theirs)
+            np.testing.assert_allclose(ours, theirs, atol=0.05 * np.abs(theirs).max())
+    assert set(asked) == {(implementation, length + (implementation == "cudnn" and length % 2))}
+
+
+def test_cudnn_is_tried_and_compared(monkeypatch):
+    """As training uses it: its gradient too, at every length, and a result that is off is no result."""
+    try_it = why_not_cudnn.__wrapped__
+    assert try_it(2, 16, (5,), "float32") == "it does not compute in float32"
+    reason = try_it(2, 16, (5,), "bfloat16")
+    assert "cuDNN" in reason, "no GPU here"
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.nn, "dot_product_attention", stand_in(asked))
+        assert try_it(2, 16, (5, 8), "bfloat16") == ""
+        assert {length for name, length in asked if name == "cudnn"} == {6, 8}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in(asked, wrong=1.2))
+    assert try_it(2, 16, (5,), "bfloat16").startswith("its results are off by ")
+
+
+@pytest.mark.parametrize(("reason", "chosen"), [("", "cudnn"), ("RuntimeError: no plan", "xla")])
+def test_auto_on_a_gpu(tiny, monkeypatch, reason, chosen):
+    tried = []
+
+    def trial(*args):
+        tried.append(args)
+        return reason
+
+    config = tiny(ROWS, {"compute_dtype": "bfloat16"})
+    assert assembly.model_config(config).attention == "auto" and not assembly.attention_notes(config), "on a CPU"
+    assert not tried
+    monkeypatch.setattr(assembly, "why_not_cudnn", trial)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = assembly.model_config(config)
+    assert model.attention == chosen
+    assert tried == [(2, 8, (5, 16), "bfloat16")]
+    (note,) = assembly.attention_notes(config)
+    assert f"engine.attention: '{chosen}'" in note and reason in note
+    for given in ("einsum", "xla", "cudnn"):
+        config.engine.attention = given
+        assert assembly.model_config(config).attention == given and not assembly.attention_notes(config)
+    config.compute_dtype = "float32"
+    with pytest.raises(UserError, match="engine.attention: 'cudnn' has no float32"):
+        assembly.attention_notes(config)
