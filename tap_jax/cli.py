@@ -95,7 +95,7 @@ def report(folders: Sequence[str], out: str) -> None:
 
     files = write_report(folders, out, parameters=parameters)
     kinds = [f"{sum(name.startswith(f'{kind}/') for name in files)} {kind}" for kind in ("tables", "figures")]
-    print(f"in {out}: report.md, {', '.join(kinds)}", flush=True)
+    print(f"in {out}: report.md, report.html, {', '.join(kinds)}", flush=True)
 
 
 def export(workdir: str, client: str, format: str, out: str, model: str, variant: str, tasks: str) -> None:
@@ -191,8 +191,8 @@ COMMANDS = {
         report,
         (Flag("out", "DIR", "where the report goes: a new or empty folder, or an earlier report, which is replaced"),),
         "makes the paper's tables and figures from finished runs",
-        "Writes report.md, tables/ (CSV) and figures/ (PNG). Runs of several seeds and methods go together; what is\n"
-        "missing is shown as not run.\nExample: tap-jax report runs --out=reports/all",
+        "Writes report.md, report.html, tables/ (CSV) and figures/ (PNG). Runs of several seeds and methods go\n"
+        "together; what is missing is shown as not run.\nExample: tap-jax report runs --out=reports/all",
         folders="of finished runs, or folders that contain such",
     ),
     "export": Command(

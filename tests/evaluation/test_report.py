@@ -314,6 +314,6 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(argv, message, tmp_path,
 def test_the_command_counts_parameters_as_the_paper(tmp_path, capsys):
     write_run(tmp_path / "run", scores("tap", level(50)))
     assert cli.main(["report", str(tmp_path / "run"), f"--out={tmp_path}/out"]) == 0
-    assert re.fullmatch(r"in .*out: report.md, \d+ tables, 0 figures\n", capsys.readouterr().out)
+    assert re.fullmatch(r"in .*out: report.md, report.html, \d+ tables, 0 figures\n", capsys.readouterr().out)
     row = read_csv(tmp_path / "out" / "tables" / "table_07.csv")[0]
     assert float(row["total_parameters"]) == pytest.approx(310_559_996.4)
