@@ -82,9 +82,8 @@ class Cohort:
             positions=self.shape.positions,
         )
         if engine.settings.pipelined and round_ % 2:
-            table = table[
-                ::-1
-            ]  # rounds that follow each other train together: one's least loaded shard is the other's most
+            # Rounds that follow each other train together: the one's least loaded shard is the other's most.
+            table = table[::-1]
         self.clients = table.reshape(-1)
         owned = engine.partition.owned[table] & (table >= 0)[..., None]
         self.shard_seats = [blocks.seat(engine.partition, mine, self.shape.slots) for mine in owned]

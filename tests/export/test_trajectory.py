@@ -1,12 +1,15 @@
 """Ten AdamW steps of one client, in the engine and in plain PyTorch on the exported twin, on the same minibatches."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tap_jax import experiment as experiments
+from tap_jax.data.sampling import share_out
+from tap_jax.engine.cohort import Phase
 from tap_jax.export import folder as folders
 from tap_jax.export import torch_model
 from tap_jax.export.naming import to_torch
@@ -48,12 +51,11 @@ def test_ten_steps_take_the_same_path(tiny, tmp_path, monkeypatch, tasks, model)
 def _engine_losses(engine, cohort, plan, rate, blocks):
     """ℓ of every step and task [STEPS, O], 0 where it was not in the minibatch; and the blocks at the end."""
     sums = [np.zeros(len(engine.tasks))]
+    rates = np.full(cohort.table.shape, rate, np.float32)
+    keys = jnp.broadcast_to(jax.random.key(0), cohort.table.shape)
     for steps in range(1, STEPS + 1):
-        cut = engine.placed(plan.replace(steps=np.full_like(plan.steps, steps)))
-        stack, _, losses = engine._train(
-            engine.frozen, engine.arrays, cohort.load([blocks]), None, None, cohort.seats, cut,
-            *jax.device_put((np.float32(rate), jax.random.key(0)), engine.shared),
-        )  # fmt: skip
+        cut = share_out(plan.replace(steps=np.full_like(plan.steps, steps)), engine.devices.parts)
+        stack, _, losses = engine.train(cohort.load([blocks]), None, None, cohort.seats, Phase(cut, rates, keys))
         sums.append(np.asarray(losses.plain, np.float64)[0])
     return np.diff(sums, axis=0), cohort.unload(stack)[0]
 
