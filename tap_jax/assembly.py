@@ -50,13 +50,23 @@ def compute_dtype(config: ConfigDict) -> str:
 
 def attention_of(config: ConfigDict) -> tuple[str, str]:
     """`engine.attention`, where that is "auto" on a GPU "cudnn" or "xla"; and why not cuDNN's, if so."""
-    chosen, model = config.engine.attention, config.model
+    chosen = config.engine.attention
     if chosen != "auto" or jax.default_backend() != "gpu":
         return chosen, ""
+    reason = _why_not_cudnn(config)
+    return ("xla" if reason else "cudnn"), reason
+
+
+def _why_not_cudnn(config: ConfigDict) -> str:
+    """Why cuDNN's attention cannot be had for this run; empty where it can."""
+    if config.method == "per_fedavg" and config.per_fedavg.hessian == "exact":
+        return "it has no second derivative, which per_fedavg.hessian='exact' takes"
+    if jax.default_backend() != "gpu":
+        return "no NVIDIA GPU is at hand"
+    model = config.model
     lengths = ((model.image_size // model.patch) ** 2 + 1, model.max_text)
     # What one process cannot do, none does: they run one program.
-    reason = first_said(why_not_cudnn(model.heads, model.width, lengths, compute_dtype(config)))
-    return ("xla" if reason else "cudnn"), reason
+    return first_said(why_not_cudnn(model.heads, model.width, lengths, compute_dtype(config)))
 
 
 def attention_notes(config: ConfigDict) -> tuple[str, ...]:
@@ -65,19 +75,23 @@ def attention_notes(config: ConfigDict) -> tuple[str, ...]:
     Raises:
       UserError: cuDNN's was, and cannot be had.
     """
+    if config.engine.attention == "cudnn" and (reason := _why_not_cudnn(config)):
+        raise UserError(f"engine.attention: 'cudnn' cannot be had ({reason}); use 'auto'")
     chosen, reason = attention_of(config)
-    if config.engine.attention == "cudnn" and compute_dtype(config) != "bfloat16":
-        raise UserError("engine.attention: 'cudnn' has no float32; use compute_dtype='bfloat16', or 'auto' here")
     if chosen == config.engine.attention:
         return ()
     return (f"engine.attention: '{chosen}'" + (f", not 'cudnn': {reason}" if reason else ", which was tried here"),)
 
 
-def model_config(config: ConfigDict, *, vocab: int | None = None) -> ModelConfig:
-    """The model section as `ModelConfig`."""
+def model_config(config: ConfigDict, *, vocab: int | None = None, attention: str = "") -> ModelConfig:
+    """The model section as `ModelConfig`; where it is for its shapes alone, naming an attention saves the trial."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     fields = {name: value for name, value in config.model.items() if name in names}
-    fields |= {"attention": attention_of(config)[0], "remat": config.engine.remat, "dtype": compute_dtype(config)}
+    fields |= {
+        "attention": attention or attention_of(config)[0],
+        "remat": config.engine.remat,
+        "dtype": compute_dtype(config),
+    }
     fields |= {"bottleneck": config.feddat.bottleneck if config.method == "feddat" else 0}
     return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
 

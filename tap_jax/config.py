@@ -292,21 +292,23 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     if not os.path.isfile(file):
         raise UserError(f"config: no file '{file}'; name a config file such as configs/flava.py")
     if file.endswith(".json"):
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8", errors="replace") as stream:  # what is no text is then no JSON
             config = from_json(stream.read())
     else:
         try:
             get_config = runpy.run_path(file).get("get_config")
         except SyntaxError as error:
+            place = f"{error.filename or file}" + (f", line {error.lineno}," if error.lineno else "")
             raise UserError(
-                f"config: {error.filename}, line {error.lineno}, is not Python ({error.msg}); name a config file"
-                " such as configs/flava.py"
+                f"config: {place} is not Python ({error.msg}); name a config file such as configs/flava.py"
             ) from None
         if get_config is None:
             raise UserError(f"config: '{file}' has no function get_config(); copy one from configs/")
         if argument and not inspect.signature(get_config).parameters:
             raise UserError(f"config: get_config() of '{file}' takes no argument; drop ':{argument}'")
         config = get_config(argument) if argument else get_config()
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"config: get_config() of '{file}' returns no ConfigDict; copy one from configs/")
     config.unlock()
     override(config, overrides or {})
     validate(config)

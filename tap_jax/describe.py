@@ -53,7 +53,7 @@ def outline(config: ConfigDict) -> Outline:
     """
     configuration.validate(config)
     federation = configuration.federation_of(config)
-    model = ServerModel(assembly.model_config(config), assembly.tasks_of(config, federation))
+    model = ServerModel(assembly.model_config(config, attention="einsum"), assembly.tasks_of(config, federation))
     patterns: dict[int, list[int]] = {}
     for number, client in enumerate(federation.clients):
         patterns.setdefault(client.pattern, []).append(number)
@@ -115,7 +115,7 @@ def _where(run: Experiment) -> str:
 
 
 def _what(run: Experiment) -> str:
-    samples = [client.samples for client in run.data.clients]
+    samples = [client.samples for client in run.engine.data]
     return (
         f"tasks: {', '.join(task.name for task in run.federation.tasks)}; data: {run.config.data.root},"
         f" {min(samples):,} to {max(samples):,} samples a client"

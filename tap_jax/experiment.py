@@ -157,8 +157,9 @@ class Experiment:
         """Starts compiling all that a whole run needs, in the background; optional."""
         cohort = self.engine.cohort(range(self.engine.settings.cohort_size), 0)
         everyone = self.engine.passes(0)[0]
-        cohort.prepare()
-        self.engine.pipeline.prepare(cohort)
+        self.engine.pipeline.prepare(cohort)  # first, where there is one: rounds begin with it
+        # A teacher comes after the last round, to as many clients as then train at once.
+        cohort.prepare(guided=cohort.positions == everyone.positions or not self.engine.rule.also_alone)
         everyone.prepare()
         self.evaluator.prepare(everyone)
 

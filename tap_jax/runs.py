@@ -145,8 +145,9 @@ def _play(
     margins = tuple(experiment.method.margins.values())
 
     def progress(line: dict) -> None:
+        scalars = writers.of_round(line, margins) if curves else {}
         for curve in curves:
-            curve.write(line["round"] + 1, writers.of_round(line, margins))
+            curve.write(line["round"] + 1, scalars)
         reporter.progress(line)
 
     reporter.begin(int(begun[0].round))

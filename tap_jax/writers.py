@@ -66,24 +66,26 @@ class Guarded:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """See `Writer`."""
-        self._do(lambda writer: writer.write(step, scalars))
+        writer = self._writer
+        self._do(writer, lambda: writer.write(step, scalars))
 
     def close(self) -> None:
         """See `Writer`."""
-        self._do(lambda writer: writer.close())
-        self._writer = None
+        writer, self._writer = self._writer, None
+        self._do(writer, lambda: writer.close())
 
-    def _do(self, act: Callable[[Writer], None]) -> None:
-        if self._writer is None:
+    def _do(self, writer: Writer | None, act: Callable[[], None]) -> None:
+        if writer is None:
             return
         try:
-            act(self._writer)
+            act()
         except Exception as error:
-            failed, self._writer = self._writer, None
-            with contextlib.suppress(Exception):
-                failed.close()
+            if self._writer is not None:  # it was not being closed
+                self._writer = None
+                with contextlib.suppress(Exception):
+                    writer.close()
             why = " ".join(str(error).split()) or type(error).__name__
-            _LOG.warning("writers: %s has failed and gets nothing more (%s)", type(failed).__name__, why[:300])
+            _LOG.warning("writers: %s has failed and gets nothing more (%s)", type(writer).__name__, why[:300])
 
 
 # --- TensorBoard and Weights & Biases ------------------------------------------------------------------------------
@@ -140,15 +142,15 @@ class WandB:
     """
 
     def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], say: Callable[[str], None]):
-        import wandb
-
         self._kept = pathlib.Path(workdir) / "wandb" / "run.json"
-        self._kept.parent.mkdir(parents=True, exist_ok=True)
         self._id, step = secrets.token_hex(4), 0
-        if self._kept.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError):  # there is none, or it is damaged: a run of its own
             kept = json.loads(self._kept.read_text())
             self._id, step = kept["id"], kept["step"]
         try:
+            import wandb
+
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tap-jax"),
                 name=os.environ.get("WANDB_NAME", pathlib.Path(workdir).resolve().name),
@@ -159,7 +161,7 @@ class WandB:
                 # The terminal is the run's own.
                 settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS),
             )
-        except (wandb.Error, OSError) as error:
+        except Exception as error:  # the package, its service, its settings, the disk
             why = " ".join(str(error).split())
             raise UserError(f"writers: 'wandb' does not start ({why}); or set WANDB_MODE=offline") from error
         self._keep(step)

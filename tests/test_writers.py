@@ -127,11 +127,15 @@ def test_a_writer_that_fails_is_warned_of_once_closed_and_left_alone(caplog):
 
 
 def test_a_failure_at_the_end_is_a_warning_too(caplog):
+    tries = []
+
     class Hangs(Recorder):
         def close(self):
+            tries.append(1)
             raise TimeoutError
 
     Guarded(Hangs()).close()
+    assert len(tries) == 1, "a writer that hangs is not waited for twice"
     assert "Hangs has failed and gets nothing more (TimeoutError)" in caplog.text
 
 

@@ -181,7 +181,8 @@ class Cohort:
     ) -> tuple[Stack, Losses]:
         """Local training -> (stack, `Losses` [P, O]); see `methods.base.Cohort`."""
         engine, phase = self.engine, self.phase(purpose, post=post, idle=idle)
-        beside = ahead is not None and engine.pipeline.reaches(self)
+        alone = ahead is None or post or teacher is not None or steps is not None
+        beside = not alone and engine.pipeline.reaches(self)
         if not post:
             self.begin((0, purpose), *[(1, pipelining.PURPOSE)] * beside)
         if beside:
@@ -253,14 +254,19 @@ class Cohort:
         size = sum(4 * matrix.size for matrix in self.abstract_stack().values()) // len(self.table)
         return keeps_place(self.engine.rule, size)
 
-    def prepare(self) -> None:
-        """Starts compiling `train` in the background."""
+    def prepare(self, *, guided: bool = True) -> None:
+        """Starts compiling `train` in the background.
+
+        Args:
+          guided: whether it will be given a teacher.
+        """
         engine = self.engine
         stack = self.abstract_stack()
         flag = abstract(np.zeros(len(self.table), bool), engine.by_client)
-        alone, guided = [None] * (not self.keeps_place), [(flag, stack)] * engine.rule.guided
+        alone = [None] * (not self.keeps_place)
+        taught = [(flag, stack)] * (engine.rule.guided and (guided or self.keeps_place))
         keys = jnp.broadcast_to(jax.random.key(0), self.table.shape)
-        for aid in alone + guided:
+        for aid in alone + taught:
             engine._train.prepare(
                 *abstract((engine.frozen, engine.arrays), engine.shared),
                 stack,

@@ -171,6 +171,7 @@ class Engine:
 
     def passes(self, round_: int, moments: Mapping | None = None) -> list[Cohort]:
         """All clients, `clients_per_pass` at a time."""
+        self.pipeline.forget()
         size, everyone = self.settings.clients_per_pass, range(len(self.data))
         return [Cohort(self, everyone[i : i + size], round_, size=size, moments=moments) for i in everyone[::size]]
 

@@ -62,6 +62,10 @@ class Pipeline:
         """Whether the round after this cohort's can be trained ahead: it will be played, and it is known by whom."""
         return self.runs and cohort.following is not None and cohort.round + 1 < self.engine.settings.pipelined
 
+    def forget(self) -> None:
+        """Lets go of what was trained ahead: no round follows."""
+        self._ahead = None
+
     def federated(self, cohort: "Cohort", server: Stack) -> tuple[Stack, Losses]:
         """The cohort's W̃ after local training from the server's blocks, and its losses."""
         found, self._ahead = self._ahead, None

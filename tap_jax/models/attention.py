@@ -78,7 +78,7 @@ def why_not_cudnn(heads: int, width: int, lengths: tuple[int, ...], dtype: str) 
     Args:
       heads, width: of the model. lengths: T of its inputs. dtype: in which it computes.
     """
-    if dtype not in ("bfloat16", "float16"):
+    if dtype != "bfloat16":
         return f"it does not compute in {dtype}"
 
     def both(implementation: str, mask: Array | None, x: Array):

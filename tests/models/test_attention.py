@@ -86,9 +86,26 @@ def test_auto_on_a_gpu(tiny, monkeypatch, reason, chosen):
     assert tried == [(2, 8, (5, 16), "bfloat16")]
     (note,) = assembly.attention_notes(config)
     assert f"engine.attention: '{chosen}'" in note and reason in note
-    for given in ("einsum", "xla", "cudnn"):
+    for given in ("einsum", "xla", *["cudnn"] * (not reason)):
         config.engine.attention = given
         assert assembly.model_config(config).attention == given and not assembly.attention_notes(config)
-    config.compute_dtype = "float32"
-    with pytest.raises(UserError, match="engine.attention: 'cudnn' has no float32"):
+
+
+def test_cudnn_that_cannot_be_had_is_the_users_error(tiny, monkeypatch):
+    config = tiny(ROWS, {"compute_dtype": "bfloat16", "engine.attention": "cudnn"})
+    with pytest.raises(UserError, match="engine.attention: 'cudnn' cannot be had .no NVIDIA GPU .*use 'auto'"):
         assembly.attention_notes(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(assembly, "why_not_cudnn", lambda *args: "it is old")
+    with pytest.raises(UserError, match="cannot be had .it is old."):
+        assembly.attention_notes(config)
+
+
+def test_second_derivatives_are_xlas(tiny, monkeypatch):
+    fields = {"compute_dtype": "bfloat16", "method": "per_fedavg", "variants": ("per-fedavg",)}
+    config = tiny(ROWS, fields | {"per_fedavg.hessian": "exact"})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(assembly, "why_not_cudnn", lambda *args: "")
+    assert assembly.model_config(config).attention == "xla"
+    config.per_fedavg.hessian = "none"
+    assert assembly.model_config(config).attention == "cudnn"
