@@ -310,7 +310,9 @@ def _fail(message: str, status: int) -> int:
 def _main(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name in ("-h", "--help", "help") or (not argv):
-        about = rest[0] if rest and rest[0] in COMMANDS else None
+        about = rest[0] if rest and not rest[0].startswith("-") else None
+        if about:
+            _check_command(about)
         print(usage(about), end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if name == "--version":
@@ -319,15 +321,19 @@ def _main(argv: list[str]) -> int:
         except importlib.metadata.PackageNotFoundError:
             print("not installed")  # run from a checkout
         return 0
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise UserError(f"unknown command '{name}'; {hint}there are {', '.join(COMMANDS)}, and each has --help")
+    _check_command(name)
     if any(argument in ("-h", "--help", "-help") for argument in rest):
         print(usage(name), end="")
         return 0
     COMMANDS[name].run(**parse(name, rest))
     return 0
+
+
+def _check_command(name: str) -> None:
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise UserError(f"unknown command '{name}'; {hint}there are {', '.join(COMMANDS)}, and each has --help")
 
 
 _STATUS = "Exit status: 0; 2, with one line on stderr, for what you can mend; 130 if interrupted.\n"

@@ -135,7 +135,7 @@ def default_config() -> ConfigDict:
     model.image_size = 224  # pixels a side that the encoder sees; the data stay at 64
     model.patch = 16  # pixels a side
     model.upsample = 2.0  # factor of the input adaptor's first resize
-    model.vocab = 30522  # V, word pieces
+    model.vocab = 30522  # V, word pieces; at most so many with data.tokenizer "train"
     model.max_text = 256  # input tokens
     model.text_positions = 0  # rows of the text position table; 0: FLAVA's 512 for max_text > 128, else max_text
     model.max_answer = 256  # ⚙ target tokens; shorter where a task's data allow
@@ -175,8 +175,8 @@ def default_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.root = "synthetic"  # | "hub" (ids in data/sources.py) | folder with one sub-folder of parquet files per task
     data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
-    data.train_size = 0  # samples per task, before the cut into groups; 0: all
-    data.test_size = 0  # samples per task; 0: all
+    data.train_size = 0  # samples per task, before the cut into groups; 0: all (900 of the embedded suite)
+    data.test_size = 0  # samples per task; 0: all (150 of the embedded suite)
     data.held_out = 0.0  # part of each client's training samples that nobody trains on, for what looks at held-out loss
     data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
     data.image_classes = 0  # keep only labels below this in image classification; 0: all
@@ -184,14 +184,17 @@ def default_config() -> ConfigDict:
     data.cache_dir = ""  # of downloads and prepared arrays; "": tap_jax/data in the user's cache folder
 
     config.metrics = metrics = ConfigDict()
-    metrics.bertscore_model = "auto"  # bert-base-uncased, or the offline package without network | hub id | folder
+    # "auto": bert-base-uncased if the hub's cache has it (nothing is downloaded), else the offline package, else none
+    # and token_f1 in its place | hub id | folder
+    metrics.bertscore_model = "auto"
     metrics.bertscore_layer = 9  # ⚙ clipped to the model's depth
 
     # --- How it runs: no effect on results beyond rounding, but for compute_dtype and microbatch -------------------
     config.compute_dtype = "auto"  # ⚙ bfloat16 on GPU and TPU, else float32 | "float32" | "bfloat16"
     config.checkpoint_every = 10  # rounds; 0: only at the end
     config.writers = ()  # where curves go beside metrics.jsonl: "tensorboard", "wandb", each with its extra installed
-    config.compilation_cache = ""  # folder of XLA's persistent cache; "": the user's cache folder; "off"
+    # Folder of XLA's persistent cache; "": $JAX_COMPILATION_CACHE_DIR, else the user's cache folder; "off".
+    config.compilation_cache = ""
     config.mesh = mesh = ConfigDict()
     mesh.clients = 0  # devices that share out the cohort; 0: all there are, but not more than it has clients
     mesh.data = 0  # devices that share out each client's minibatches; 0: those that mesh.clients = 0 leaves over

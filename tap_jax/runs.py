@@ -248,13 +248,11 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
     """`tap-jax evaluate`: scores the models of a finished run again and rewrites its results -> result rows.
 
     Raises:
-      UserError: no run there, or one that has not finished.
+      UserError: no run there, one that has not finished, or one whose results.json is damaged.
     """
     workdir = pathlib.Path(workdir)
     config = configuration.load_config(_existing(workdir / "config.json", "workdir: holds no run; train one first"))
-    results = json.loads(
-        _existing(workdir / "results.json", "workdir: the run has not finished; call train again").read_text()
-    )
+    results = _results(_existing(workdir / "results.json", "workdir: the run has not finished; call train again"))
     experiment = build(config)
     reporter.built(experiment)
     initial = experiment.init(workdir)
@@ -289,6 +287,17 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
         versions=versions(),
     )
     return rows
+
+
+def _results(path: pathlib.Path) -> dict:
+    """What `evaluate` takes over from results.json, and does not make itself: replacements, timing and the rest."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("timing"), dict):
+            events = found.get("replacements")
+            if isinstance(events, list) and all(isinstance(event, dict) and "task" in event for event in events):
+                return found
+    raise UserError(f"workdir: results.json is damaged; call train again, which makes it anew ({path})")
 
 
 def _begin(workdir: pathlib.Path, experiment: Experiment) -> None:

@@ -126,6 +126,7 @@ def test_a_wrong_argument_is_named(argv, message):
         (["train", "--workdir"], "workdir"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["tables"], "unknown command 'tables'; .*there are train, evaluate, report, export, describe, bench"),
+        (["help", "trian"], "unknown command 'trian'; did you mean 'train'"),
         (["evaluate", "--workdir=w", "--config=x"], "unknown argument '--config'"),
         (["bench", f"--config={DEMO}", "--steps=few"], "steps: 'few' is no whole number"),
         (["bench", f"--config={DEMO}", "--steps=-1"], "steps: -1; use at least 1"),
@@ -408,6 +409,12 @@ def test_evaluate_says_what_a_run_lacks(trained, tmp_path, capsys):
     (tmp_path / "run" / "results.json").unlink()
     assert cli.main(["evaluate", f"--workdir={tmp_path}/run"]) == 2
     assert "the run has not finished; call train again" in capsys.readouterr().err
+    good = json.loads((folder / "results.json").read_text())
+    for damaged in ('{"config"', "[]", json.dumps(good | {"replacements": [3]}), json.dumps(good | {"timing": None})):
+        (tmp_path / "run" / "results.json").write_text(damaged)
+        assert cli.main(["evaluate", f"--workdir={tmp_path}/run"]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch("tap-jax: workdir: results.json is damaged; call train again, which .*\n", error)
 
 
 def snapshot(folder):

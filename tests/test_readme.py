@@ -73,6 +73,7 @@ def place(folder, monkeypatch):
 
     def load_small(path, overrides=None):
         small = SMALL if re.match(r"configs/(demo|mini)", str(path)) else {}
+        small = {field: value for field, value in small.items() if f"{field}=" not in str(path)}
         return load_config(path, small | dict(overrides or {}))
 
     monkeypatch.setattr(configuration, "load_config", load_small)

@@ -2,14 +2,16 @@
 #
 #   bash launch/tables/table_02.sh [full|mini|demo]
 #
-# SIZE (the argument): full is the paper's setting and needs an accelerator, the data sets and the checkpoints; demo is the
-# embedded suite with tiny models; mini is real data with small models and needs DATA=<folder of parquet files>.
-# Environment: SEEDS ("41 42 43 44" in full, else "41"), RUNS (runs/SIZE), OUT (reports/SIZE), JOBS (runs at a time, 1; in
-# demo 2, since much of such a run is compiling), FIELDS (further --config.KEY=VALUE arguments of every run), SWEEP (the
-# margins besides Table 22's; set it to nothing where Tables 11-13 and Figure 4 are not wanted: a third of the time).
+# SIZE (the argument): full is the paper's setting and needs an accelerator, the data sets and the checkpoints; demo is
+# the embedded suite with tiny models; mini is real data with small models and needs DATA=<folder of parquet files>.
+# Environment: SEEDS ("41 42 43 44" in full, else "41"), RUNS (runs/tables-SIZE), OUT (reports/tables-SIZE), JOBS (runs
+# at a time, 1; in demo 2, since much of such a run is compiling), FIELDS (further --config.KEY=VALUE arguments of every
+# run), SWEEP (the margins besides Table 22's; set it to nothing where Tables 11-13 and Figure 4 are not wanted: a third
+# of the time).
 #
-# Runs are shared: each is trained once, under RUNS, and a finished one is not trained again. One TAP run yields TAP, all
-# its ablations and margins, Local, FedAvg, FedAvg + Post-train and FedAvg + 2P.
+# Runs are shared: each is trained once, under RUNS, and a finished one is not trained again, even if FIELDS or SWEEP
+# have changed: name another RUNS then. One TAP run yields TAP, all its ablations and margins, Local, FedAvg, FedAvg +
+# Post-train and FedAvg + 2P.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -20,7 +22,7 @@ case $SIZE in
     demo) JOBS=${JOBS:-2} ;;
     *) echo "$0: unknown size '$SIZE'; use full, mini or demo" >&2; exit 2 ;;
 esac
-SEEDS=${SEEDS:-41} RUNS=${RUNS:-runs/$SIZE} OUT=${OUT:-reports/$SIZE} JOBS=${JOBS:-1} FIELDS=${FIELDS:-}
+SEEDS=${SEEDS:-41} RUNS=${RUNS:-runs/tables-$SIZE} OUT=${OUT:-reports/tables-$SIZE} JOBS=${JOBS:-1} FIELDS=${FIELDS:-}
 
 # Table 22, and the settings of Tables 11-13: low for image generation and text classification, high for the others.
 flava_margins="{'image_classification':0.01,'image_generation':0.005,'text_classification':0.005,'text_generation':0.01}"

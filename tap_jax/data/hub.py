@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def load(
       folders: task name -> folder under `root`, where it is not the task's name.
 
     Raises:
-      UserError: the data are missing, empty, lack a column, hold an unreadable picture or an impossible label.
+      UserError: as of `convert`, or data that are missing or lack a column.
     """
     if split not in ("train", "test"):
         raise UserError(f"split '{split}': use train or test")
@@ -58,9 +59,9 @@ def load(
         raise UserError(f"data.root: no source for task {task.name}; add it to tap_jax.data.sources.SOURCES")
     if limit is not None and limit < 1:
         raise UserError(f"data.limit: {limit}; use at least 1, or none for all")
-    source = SOURCES[task.name]
+    conversion = [dataclasses.astuple(SOURCES[task.name]), _described(TEMPLATES.get(task.name))]
     if root == "hub":
-        identity = ["hub", dataclasses.astuple(source), _SPLIT_SEED, VQA_TRAIN_ROWS]
+        identity = ["hub", *conversion, _SPLIT_SEED, VQA_TRAIN_ROWS]
     else:
         folder, stand_in = locate(task, root, folders)
         if stand_in:
@@ -68,7 +69,7 @@ def load(
         path = folder / f"{split}.parquet"
         if not path.is_file():
             raise UserError(f"data.root: {path} is missing; put the {split} split of {task.name} there")
-        identity = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        identity = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, *conversion]
     cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, limit])
     if cached and (examples := cache.read_cache(cached)) is not None:
         return examples
@@ -77,6 +78,32 @@ def load(
     if cached:
         cache.write_cache(cached, examples)
     return examples
+
+
+def _described(template: Callable | None) -> list | str | None:
+    """A template by what it does, as JSON: its code, defaults and closure, but not the globals that it reads.
+
+    Any other callable is described by its repr, which may differ in every process; then the set is converted again.
+    """
+    if template is None:
+        return None
+    if not isinstance(template, types.FunctionType):
+        return repr(template)
+    closure = [repr(cell.cell_contents) for cell in template.__closure__ or ()]
+    return [_code(template.__code__), repr(template.__defaults__), repr(template.__kwdefaults__), closure]
+
+
+def _code(code: types.CodeType) -> list:
+    """Not by the repr of inner code or sets, which hold addresses or come in any order."""
+    constants = [
+        _code(value)
+        if isinstance(value, types.CodeType)
+        else sorted(map(repr, value))
+        if isinstance(value, frozenset)
+        else repr(value)
+        for value in code.co_consts
+    ]
+    return [code.co_code.hex(), constants, code.co_names]
 
 
 def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> tuple[pathlib.Path, str | None]:
@@ -108,9 +135,11 @@ def convert(task: Task, split: str, columns: Columns, *, limit: int | None = Non
       limit: see `load`.
 
     Raises:
-      UserError: no rows, an unreadable picture, an impossible label, subject or answer.
+      UserError: no rows, no texts for a task that reads or writes them, several domains and nothing that tells them
+        apart, an unreadable picture, an impossible label, subject or answer.
     """
     source, place = SOURCES[task.name], f"{task.name}/{split}"
+    _check_texts_and_domains(task, source)
     count = len(columns[source.needed[0]])
     if not count:
         raise UserError(f"data.root: {place} has no rows; put data there")
@@ -140,6 +169,23 @@ def convert(task: Task, split: str, columns: Columns, *, limit: int | None = Non
     if task.name == "mmlu":
         fields["domains"] = _domains(task, place, columns["subject"], rows)
     return Examples(**fields)
+
+
+def _check_texts_and_domains(task: Task, source: Source) -> None:
+    if len(task.domains) > 1 and task.name != "mmlu":  # whose subjects are its domains
+        raise UserError(
+            f"task {task.name}: parquet and hub data have one domain, not {len(task.domains)}; register one task per "
+            "domain, or use data.root=synthetic with a rule in data.synthetic.RULES"
+        )
+    if task.name in TEMPLATES:
+        return
+    if task.kind == "text_generation":
+        raise UserError(f"task {task.name}: no texts to write; give it a template in data/templates.py")
+    if "text" in task.modalities and "text" not in source.columns:
+        raise UserError(
+            f"task {task.name}: no texts; name the column 'text' in data/sources.py, or give it a template in "
+            "data/templates.py"
+        )
 
 
 def _cut(task: Task, place: str, columns: Columns, row: int) -> tuple[str, str]:

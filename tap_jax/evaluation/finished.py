@@ -114,7 +114,8 @@ def _read(id_: str, folder: Path) -> FinishedRun:
     path = folder / "results.json"
 
     def broken(what: str) -> UserError:
-        return UserError(f"report: {path} is broken ({what}); run tap-jax evaluate --workdir={folder}, or leave it out")
+        remedy = "call train again, which makes it anew, or leave the run out"
+        return UserError(f"report: {path} is broken ({what}); {remedy}")
 
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +137,10 @@ def _read(id_: str, folder: Path) -> FinishedRun:
         margins = configuration.margins_of(config)["tap"]
         hash_ = stored.get("config_hash") or configuration.config_hash(config)
     except UserError as error:
-        raise UserError(f"report: {folder} was made by another version of tap_jax ({error}); leave it out") from None
+        raise UserError(
+            f"report: {folder} has a task or field that this tap_jax does not know ({error}); register the task first, "
+            "or leave the run out"
+        ) from None
     return FinishedRun(
         id=id_,
         folder=folder,

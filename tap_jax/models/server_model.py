@@ -74,7 +74,8 @@ class ServerModel:
       adapter_blocks: those of them that are bottleneck adapters; none where the model has LoRA.
 
     Raises:
-      UserError: sizes that do not fit together; the message names the field.
+      UserError: sizes that do not fit together, or tasks that name one head and need different ones; the message names
+        the field or the task.
     """
 
     def __init__(self, config: ModelConfig, tasks: Sequence[Task]):
@@ -90,7 +91,14 @@ class ServerModel:
             for modality in ("image", "text")
             if any(modality in task.modalities for task in self.tasks)
         }
-        self._heads = {task.head: self._head(task) for task in self.tasks}
+        self._heads = {}
+        for task in self.tasks:
+            if self._heads.setdefault(task.head, self._head(task)) != self._head(task):
+                first = next(other.name for other in self.tasks if other.head == task.head)
+                raise UserError(
+                    f"task {task.name}: its head '{task.head}' is {first}'s, which has another kind or number of "
+                    "classes; name another head"
+                )
         self._shared = TrainableDense(config.width)
 
     def _head(self, task: Task):

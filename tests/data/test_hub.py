@@ -3,6 +3,8 @@
 import io
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -11,9 +13,10 @@ import pytest
 from PIL import Image
 
 from tap_jax.data import hub
-from tap_jax.data.sources import SOURCES
+from tap_jax.data.sources import SOURCES, Source
+from tap_jax.data.templates import TEMPLATES, mmlu_text
 from tap_jax.errors import UserError
-from tap_jax.federation import TASKS, find_task
+from tap_jax.federation import TASKS, Task, find_task
 
 SLICES = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
 needs_slices = pytest.mark.skipif(not SLICES.is_dir(), reason="the small slices of the real sets are not here")
@@ -92,6 +95,74 @@ def test_cache_follows_the_file_and_survives_damage(tmp_path):
     os.utime(folder / "train.parquet", ns=(1, 1))
     assert value() == 20
     assert not list(cache.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("root", ["folder", "hub"])
+def test_cache_follows_the_source_and_the_template(root, tmp_path, monkeypatch):
+    """A user who mends an entry of either table reads what it says now, and what it said before is still there."""
+    columns = {"text": ["a", "b"], "fine": [0, 1], "coarse": [1, 0]}
+    if root == "hub":
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_dict(columns))
+    write(tmp_path / "own", **columns)
+    task = Task("own", "text_classification", ("text",), ("x",), "own", classes=2)
+
+    def read():
+        place = "hub" if root == "hub" else str(tmp_path)
+        found = hub.load(task, "train", root=place, cache_dir=str(tmp_path / "cache"))
+        return found.labels.tolist(), found.inputs
+
+    def prefixed(prefix):
+        return lambda record: (prefix + record["text"], "")
+
+    for label, labels in (("fine", [0, 1]), ("coarse", [1, 0]), ("fine", [0, 1])):
+        monkeypatch.setitem(SOURCES, "own", Source("own", "train", "test", label=label, columns=("text",)))
+        assert read() == (labels, ("a", "b"))
+    templates = (lambda r: ("Q: " + r["text"], ""), lambda r: ("A: " + r["text"], ""), prefixed("1 "), prefixed("2 "))
+    for template, first in zip(templates, ("Q: a", "A: a", "1 a", "2 a"), strict=True):
+        monkeypatch.setitem(TEMPLATES, "own", template)
+        assert read()[1][0] == first
+    assert len(list((tmp_path / "cache").glob("own-*.npz"))) == 6
+
+
+def test_a_template_is_described_alike_in_every_process():
+    """Else its sets would be converted anew each time: no addresses, no order of sets."""
+    code = "def template(r):\n return ''.join(c for c in r['text'] if c in {'a', 'b', 'c', 'd', 'e'}), ''\n"
+    script = f"{code}\nfrom tap_jax.data import hub\nprint(hub._described(template))"
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(seen) == 1
+    assert "0x" not in repr(hub._described(mmlu_text))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            Task("own", "text_classification", ("text",), ("law", "news"), "own", classes=2),
+            "task own: parquet and hub data have one domain, not 2; register one task per domain, or .*synthetic.RULES",
+        ),
+        (
+            Task("own", "text_classification", ("text",), ("x",), "own", classes=2),
+            "task own: no texts; name the column 'text' in data/sources.py, or give it a template in data/templates",
+        ),
+        (
+            Task("own", "text_generation", ("text",), ("x",), "text_generation"),
+            "task own: no texts to write; give it a template in data/templates.py",
+        ),
+    ],
+    ids=["several domains", "no text", "no template"],
+)
+def test_a_task_that_the_tables_do_not_serve(task, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "own", Source("own", "train", "test", label="label", columns=("body",)))
+    write(tmp_path / "own", body=["a"], label=[0])
+    with pytest.raises(UserError, match=message) as caught:
+        hub.load(task, "train", root=str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_limit_takes_a_fixed_subset(tmp_path):

@@ -106,13 +106,13 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     folder = write_run(tmp_path / "run", scores("tap", level(1)))
     good = json.loads((folder / "results.json").read_text())
     for broken, match in (
-        ('{"config"', "broken .*tap-jax evaluate --workdir="),
+        ('{"config"', "broken .*; call train again, which makes it anew, or leave the run out"),
         ("[]", "no config"),
         (json.dumps({**good, "results": []}), "no list of scores"),
         (json.dumps({**good, "results": [{"variant": "tap"}]}), "no list of scores"),
         (json.dumps({**good, "results": [{**good["results"][0], "value": "high"}]}), "a score that is no number"),
         (json.dumps({**good, "replacements": [3]}), "replacements"),
-        (json.dumps({**good, "config": {"future": 1}}), "another version of tap_jax .*future"),
+        (json.dumps({**good, "config": {"future": 1}}), "a task or field that this tap_jax does not know .*future"),
     ):
         (folder / "results.json").write_text(broken)
         fails(match, folder)

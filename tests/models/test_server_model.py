@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
@@ -132,3 +133,12 @@ def test_heads_of_equal_shapes_are_of_one_group():
     for task, other in zip(tasks, own, strict=True):
         assert group[f"head/{task.head}"] == group[f"head/{other.head}"]
     assert len({group[f"head/{task.head}"] for task in tasks}) == 4
+
+
+@pytest.mark.parametrize("name", ["cifar100", "vqa"], ids=["another number of classes", "another kind"])
+def test_a_head_is_shared_by_tasks_that_need_the_same(name):
+    news = find_task("ag_news")
+    assert len(ServerModel(CONFIG, (news, dataclasses.replace(news, name="press"))).block_names)
+    other = dataclasses.replace(find_task(name), head="ag_news")
+    with pytest.raises(UserError, match=f"task {name}: its head 'ag_news' is ag_news's, .*; name another head"):
+        ServerModel(CONFIG, (news, other))
