@@ -7,6 +7,7 @@ compiled programs. Activations are what is added by a second sample in a row, me
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import pathlib
@@ -82,6 +83,8 @@ def child(path: str, microbatch: int, rounds: int, tiny: bool = False) -> dict:
     for round_ in range(rounds or clients // COHORT):
         if round_ == 1:  # the first one compiles
             before = peak()
+            # What the compiler has freed goes back to the system, or arrays would lie where it was, unseen.
+            ctypes.CDLL(None).malloc_trim(0)
             pathlib.Path("/proc/self/clear_refs").write_text("5")
         state, _ = run.round(state, range(COHORT * round_, COHORT * (round_ + 1)))
         jax.block_until_ready(state.server)
