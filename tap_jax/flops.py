@@ -92,14 +92,15 @@ def _operation(equation: Any, active: list[bool]) -> tuple[Flops, list[bool]]:
     if name == "stop_gradient":
         return Flops(), [False] * len(equation.outvars)
     if name == "scan":
-        return _scan(params, active)
+        return _scan(equation, active)
     if name == "while":
-        inside = [_walk(params[part].jaxpr, [False] * len(params[part].jaxpr.invars))[0] for part in _WHILE]
+        parts = [_opened(params[part]) for part in _WHILE]
+        inside = [_walk(part, [False] * len(part.invars))[0] for part in parts]
         if any(cost.total for cost in inside):
             raise ValueError("flops: a loop of unknown length has products in it; use a scan")
         return Flops(), everywhere
     if name == "cond":  # the dearest branch
-        branches = [_walk(branch.jaxpr, active[1:]) for branch in params["branches"]]
+        branches = [_walk(_opened(branch), active[1:]) for branch in params["branches"]]
         outputs = [any(flags) for flags in zip(*(flags for _, flags in branches), strict=True)]
         return max((cost for cost, _ in branches), key=lambda cost: cost.total), outputs
     for inner in _inside(params):
@@ -115,21 +116,33 @@ _WHILE = ("cond_jaxpr", "body_jaxpr")
 
 def _inside(params: dict) -> list[Any]:
     """The function that an operation calls, if it calls one (jit, remat, custom derivatives)."""
-    inner = [params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params]
-    return [getattr(closed, "jaxpr", closed) for closed in inner]
+    return [_opened(params[key]) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params]
 
 
-def _scan(params: dict, active: list[bool]) -> tuple[Flops, list[bool]]:
+def _opened(jaxpr: Any) -> Any:
+    """Without the constants that it may be closed over."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _scan(equation: Any, active: list[bool]) -> tuple[Flops, list[bool]]:
     """Turn by turn, since what the first turn is given may depend on nothing trained where what it hands on does."""
-    constants, carried = params["num_consts"], params["num_carry"]
+    body, length = _opened(equation.params["jaxpr"]), equation.params["length"]
+    # Constants, carry, slices -> carry, slices. Parameters that count them differ between versions of JAX; what is cut
+    # into slices, or put together from them, has an axis more outside.
+    slices, stacked = (
+        sum(outer.aval.ndim > inner.aval.ndim for outer, inner in zip(outside, inside, strict=True))
+        for outside, inside in ((equation.invars, body.invars), (equation.outvars, body.outvars))
+    )
+    carried = len(equation.outvars) - stacked
+    constants = len(equation.invars) - slices - carried
     state, total = active[constants : constants + carried], Flops()
-    outputs = [False] * (len(params["jaxpr"].jaxpr.outvars))
-    for turn in range(params["length"]):
+    outputs = [False] * len(body.outvars)
+    for turn in range(length):
         given = [*active[:constants], *state, *active[constants + carried :]]
-        cost, found = _walk(params["jaxpr"].jaxpr, given)
+        cost, found = _walk(body, given)
         outputs = [*found[:carried], *(a or b for a, b in zip(outputs[carried:], found[carried:], strict=True))]
         if found[:carried] == state:  # and so it stays
-            return total + cost * (params["length"] - turn), outputs
+            return total + cost * (length - turn), outputs
         total, state = total + cost, found[:carried]
     return total, outputs
 
