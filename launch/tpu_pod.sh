@@ -78,9 +78,8 @@ fi'
 
 install() {
     : "${NFS:?set it to HOST:/SHARE, an NFS share for workdir and data}"
-    local archive
-    archive=$(mktemp -d)/tap-jax.tar.gz
-    [[ ! $dry_run ]] || archive=/tmp/tap-jax.tar.gz
+    local archive=tap-jax.tar.gz
+    [[ $dry_run ]] || archive=$(mktemp -d)/$archive
     start git archive --format=tar.gz --output="$archive" HEAD
     start gcloud compute tpus tpu-vm scp "$archive" "$TPU:tap-jax.tar.gz" --zone="$ZONE" --worker=all
     on_all "${remote_install/NFS/$NFS}"
