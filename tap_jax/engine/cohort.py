@@ -24,7 +24,7 @@ from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
 from tap_jax.engine.programs import abstract
 from tap_jax.engine.screening import Verdicts
 from tap_jax.engine.settings import EngineSettings
-from tap_jax.engine.stacks import flatten_seats
+from tap_jax.engine.stacks import flat, flatten_seats
 from tap_jax.federation import Task
 from tap_jax.methods.base import LocalRule
 
@@ -113,9 +113,9 @@ class Cohort:
         holders = [chain[k] if k >= 0 else {} for k in self.clients]
         kinds = {name.startswith(blocks.PRIVATE) for mine in holders for name in mine}
         like = {name: shapes for name, shapes in like.items() if name.startswith(blocks.PRIVATE) in kinds}
-        flat = blocks.pack(self.engine.partition, self.flat_seats, holders, like)
+        packed = blocks.pack(self.engine.partition, self.flat_seats, holders, like)
         shards = len(self.table)
-        split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), flat)
+        split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), packed)
         return self.engine.devices.put(split, CLIENTS)
 
     def unload(self, stack: Stack) -> dict[int, Blocks]:
@@ -128,8 +128,8 @@ class Cohort:
         return {chain: self._fetch(stack, self.engine.moments_like) for chain, stack in trained}
 
     def _fetch(self, stack: Stack, like: Blocks) -> dict[int, Blocks]:
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.engine.devices.fetch(dict(stack)))
-        held = blocks.unpack(self.engine.partition, self.flat_seats, flat, like)
+        fetched = flat(self.engine.devices.fetch(dict(stack)))
+        held = blocks.unpack(self.engine.partition, self.flat_seats, fetched, like)
         return {int(k): mine for k, mine in zip(self.clients, held, strict=True) if k >= 0}
 
     def plan(self, purpose: str, *, post: bool, without: Collection[int] = ()) -> Plan:

@@ -113,7 +113,9 @@ class Engine:
             donate_argnums=(2,),
             out_shardings=(self.by_client, self.by_client, self.shared),
         )
-        self._broadcast = jax.jit(functools.partial(stacks.broadcast, self.server_seats), out_shardings=self.by_client)
+        self._broadcast = jax.jit(
+            lambda server, seats: blocks.broadcast(server, self.server_seats, seats), out_shardings=self.by_client
+        )
         expected = expected_owners(partition.owned, partition.sent, settings.cohort_size)
         aggregate = functools.partial(
             stacks.aggregate, settings.screening, settings.privacy, expected, self.server_seats

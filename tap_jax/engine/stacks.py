@@ -47,11 +47,6 @@ def train(sharded: Callable, *args) -> tuple[Stack, Stack | None, Losses]:
     return stack, moments, jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), losses)
 
 
-def broadcast(server_seats: Seats, server: Stack, seats: Seats) -> Stack:
-    """W̃[i] = P_{B_i} W̃ for every client, [D, G, n]."""
-    return blocks.broadcast(server, server_seats, seats)
-
-
 def aggregate(
     screening: Screening,
     privacy: Privacy | None,
