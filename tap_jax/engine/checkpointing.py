@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from tap_jax.errors import UserError
 
 _FORMAT = 1
 _TRASH = ".deleted-"
+_LOOKS = 20  # for what a failed write leaves, a twentieth of a second apart
 
 
 class Checkpoints:
@@ -131,7 +133,9 @@ class Checkpoints:
         except Exception:
             if aside.exists():
                 os.replace(aside, path)
-            self._sweep()  # half a checkpoint may fill the disk
+            for _ in range(_LOOKS):  # half a checkpoint may fill the disk, and its other files may still be under way
+                self._sweep()
+                time.sleep(0.05)
             raise
         kept = [found for found in self.steps() if found <= step][-self.keep :]
         for found in set(self.steps()) - set(kept):
