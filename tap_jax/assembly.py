@@ -204,11 +204,11 @@ MANY_CLIENTS = 300
 def host_bytes(config: ConfigDict, clients: int) -> int:
     """How much memory personal blocks may take on the host before they go to disk.
 
-    By default half of what there is, and none for very many clients, unless several processes share the run.
+    By default half of what there is, and none for very many clients.
     """
     if config.engine.host_gigabytes:
         return int(1e9 * config.engine.host_gigabytes)
-    return 0 if clients > MANY_CLIENTS and jax.process_count() == 1 else machine_memory() // 2
+    return 0 if clients > MANY_CLIENTS else machine_memory() // 2
 
 
 def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:

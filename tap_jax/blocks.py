@@ -76,6 +76,12 @@ class Partition:
         """bool [R]: the blocks that clients and server exchange, all but the private ones."""
         return np.array([not name.startswith(PRIVATE) for name in self.names])
 
+    @property
+    def chained(self) -> tuple[str, ...]:
+        """The blocks that clients keep from round to round: the private ones where there are any, else all."""
+        private = tuple(name for name, sent in zip(self.names, self.sent, strict=True) if not sent)
+        return private or self.names
+
     def with_private(self, names: Sequence[str]) -> "Partition":
         """The partition with a private twin of each of the named blocks, in a group of its own, behind the others."""
         twins = [self.names.index(name) for name in names]

@@ -88,7 +88,7 @@ class Experiment:
             without one they stay in memory. Where it has a checkpoint, the state is one that this can be read into.
 
         Raises:
-          UserError: they must go there, and there are several processes.
+          UserError: what it holds cannot be used.
 
         Example:
           h^(p) is +inf as long as a client has not taken part, a row for each client and a column for each task.

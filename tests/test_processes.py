@@ -1,4 +1,7 @@
-"""A run on two processes of two devices each, over loopback: the numbers of one, and resumed by one."""
+"""Runs on two processes of two devices each, over loopback: the numbers of one, and resumed by one.
+
+Personal blocks are in memory of both, or in a store on disk into which both write.
+"""
 
 import json
 import os
@@ -47,41 +50,48 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-@pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """(config, folder of a run on two processes, of one that resumed it, of one that was alone throughout)."""
-    folder = tmp_path_factory.mktemp("processes")
-    config = tiny(ROWS, SETTINGS)
-    (folder / "config.json").write_text(to_json(config))
+def together(folder: pathlib.Path, name: str, *arguments: str) -> None:
+    """A run on two processes, from its beginning."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    together = [f"--coordinator=localhost:{port}", f"--processes={PROCESSES}"]
-    mesh = ["--config.mesh.clients=2", "--config.mesh.data=2"]
+    flags = ["--config.mesh.clients=2", "--config.mesh.data=2", *arguments]
+    flags += [f"--coordinator=localhost:{port}", f"--processes={PROCESSES}"]
     several = [
-        start(folder / "config.json", folder / "two", *mesh, *together, f"--process={number}")
-        for number in range(PROCESSES)
+        start(folder / "config.json", folder / name, *flags, f"--process={number}") for number in range(PROCESSES)
     ]
     said = [finish(process) for process in several]
     assert "4 x cpu" in said[0] and not said[1], "only the first process speaks"
 
-    shutil.copytree(folder / "two", folder / "resumed")
-    shutil.rmtree(folder / "resumed" / "checkpoints" / "3")
-    shutil.rmtree(folder / "resumed" / "models")
-    (folder / "resumed" / "results.json").unlink()
-    assert "resuming after round 2" in finish(start(folder / "config.json", folder / "resumed"))
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The configuration; and a folder with runs on two processes, "memory" and "disk", and on "one"."""
+    folder, config = tmp_path_factory.mktemp("processes"), tiny(ROWS, SETTINGS)
+    (folder / "config.json").write_text(to_json(config))
+    together(folder, "memory")
+    together(folder, "disk", "--config.engine.host_gigabytes=1e-9")
     finish(start(folder / "config.json", folder / "one"))
-    return config, *(folder / name for name in ("two", "resumed", "one"))
+    return config, folder
 
 
-def test_two_processes_do_what_one_does(finished):
-    config, two, _, one = finished
-    same(config, two, one)
+@pytest.mark.parametrize("kept", ["memory", "disk"])
+def test_two_processes_do_what_one_does(finished, kept):
+    config, folder = finished
+    assert (folder / kept / "store").exists() == (kept == "disk")
+    same(config, folder / kept, folder / "one")
 
 
-def test_what_two_processes_saved_one_resumes(finished):
-    config, _, resumed, one = finished
-    same(config, resumed, one)
+@pytest.mark.parametrize("kept", ["memory", "disk"])
+def test_what_two_processes_saved_one_resumes(finished, kept):
+    config, folder = finished
+    resumed = folder / f"{kept} resumed"
+    shutil.copytree(folder / kept, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "3")
+    shutil.rmtree(resumed / "models")
+    (resumed / "results.json").unlink()
+    assert "resuming after round 2" in finish(start(folder / "config.json", resumed))
+    same(config, resumed, folder / "one")
 
 
 def same(config, workdir: pathlib.Path, expected: pathlib.Path) -> None:

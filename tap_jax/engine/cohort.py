@@ -8,6 +8,7 @@ Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -24,9 +25,9 @@ from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
 from tap_jax.engine.programs import abstract
 from tap_jax.engine.screening import Verdicts
 from tap_jax.engine.settings import EngineSettings
-from tap_jax.engine.stacks import flat, flatten_seats
+from tap_jax.engine.stacks import flatten_seats
 from tap_jax.federation import Task
-from tap_jax.methods.base import LocalRule
+from tap_jax.methods.base import Chain, LocalRule, put_chain
 
 if TYPE_CHECKING:
     from tap_jax.engine.engine import Engine
@@ -102,35 +103,61 @@ class Cohort:
         rest: Stack | None = None,
         like: Blocks | None = None,
     ) -> Stack:
-        """The clients' blocks from host memory, [D, G, n]; where the chain is of private blocks, with those of `rest`.
+        """The clients' blocks from host memory or disk, [D, G, n], beside what else there is of `rest`.
+
+        Of several processes each reads those of its own devices.
 
         Args:
-          like: shapes of the blocks, where they are not those that are trained.
+          like: shapes of the blocks, where they are not those of a chain.
         """
-        return {**(rest or {}), **self._put(chain, self.engine.like if like is None else like)}
+        return {**(rest or {}), **self._put(chain, self._chained if like is None else like)}
 
     def _put(self, chain: Sequence[Blocks] | Mapping[int, Blocks], like: Blocks) -> Stack:
-        holders = [chain[k] if k >= 0 else {} for k in self.clients]
-        kinds = {name.startswith(blocks.PRIVATE) for mine in holders for name in mine}
-        like = {name: shapes for name, shapes in like.items() if name.startswith(blocks.PRIVATE) in kinds}
-        packed = blocks.pack(self.engine.partition, self.flat_seats, holders, like)
-        shards = len(self.table)
-        split = jax.tree.map(lambda leaf: leaf.reshape(shards, -1, *leaf.shape[1:]), packed)
-        return self.engine.devices.put(split, CLIENTS)
+        packed = {}
+        for shard in self.engine.devices.reached:
+            holders = [chain[k] if k >= 0 else {} for k in self.table[shard]]
+            packed[shard] = blocks.pack(self.engine.partition, self.shard_seats[shard], holders, like)
+        return self.engine.devices.put_shards(packed)
+
+    def put(self, chain: Chain, stack: Stack) -> Chain:
+        """The chain with the cohort's blocks exchanged for those of the stack."""
+        return self._exchange(chain, stack, self._chained)
 
     def unload(self, stack: Stack) -> dict[int, Blocks]:
-        """Client number -> its blocks, in host memory."""
-        return self._fetch(stack, self.engine.like)
+        """Client number -> its blocks, in host memory; of several processes in that of each."""
+        return self._all(stack, self.engine.like)
 
-    def moments(self) -> dict[str, dict[int, Blocks]]:
-        """Chain -> client number -> optimizer state by block, of the chains trained in this round."""
-        trained = [(chain, self._moments[chain]) for chain in self._before if chain in self._moments]
-        return {chain: self._fetch(stack, self.engine.moments_like) for chain, stack in trained}
+    def moments(self) -> dict[str, Chain]:
+        """The optimizer states that the cohort was given, those of the chains trained in this round exchanged."""
+        return {
+            name: self._exchange(chain, self._moments[name], self.engine.moments_like)
+            if name in self._moments
+            else chain
+            for name, chain in self._before.items()
+        }
 
-    def _fetch(self, stack: Stack, like: Blocks) -> dict[int, Blocks]:
-        fetched = flat(self.engine.devices.fetch(dict(stack)))
-        held = blocks.unpack(self.engine.partition, self.flat_seats, fetched, like)
-        return {int(k): mine for k, mine in zip(self.clients, held, strict=True) if k >= 0}
+    def _exchange(self, chain: Chain, stack: Stack, like: Blocks) -> Chain:
+        members, names = self.engine.partition.members(), self.engine.partition.names
+        stack = {group: matrix for group, matrix in stack.items() if names[members[group][0]] in like}
+        if isinstance(chain, tuple):  # in memory, where every process has all clients'
+            return put_chain(chain, self._all(stack, like))
+        return put_chain(chain, self._by_client(self.engine.devices.fetch_shards(stack), like))
+
+    def _all(self, stack: Stack, like: Blocks) -> dict[int, Blocks]:
+        fetched = self.engine.devices.fetch(dict(stack))
+        shards = {shard: jax.tree.map(itemgetter(shard), fetched) for shard in range(len(self.table))}
+        return self._by_client(shards, like)
+
+    def _by_client(self, shards: Mapping[int, Stack], like: Blocks) -> dict[int, Blocks]:
+        found = {}
+        for shard, stack in shards.items():
+            held = blocks.unpack(self.engine.partition, self.shard_seats[shard], stack, like)
+            found |= {int(k): mine for k, mine in zip(self.table[shard], held, strict=True) if k >= 0}
+        return found
+
+    @property
+    def _chained(self) -> Blocks:
+        return blocks.take(self.engine.like, self.engine.partition.chained)
 
     def plan(self, purpose: str, *, post: bool, without: Collection[int] = ()) -> Plan:
         """The draws of this (seed, round, purpose), rows [D, draws, τ, ...]; numpy.

@@ -12,7 +12,6 @@ import numpy as np
 from tap_jax import blocks
 from tap_jax.blocks import PRIVATE, Blocks, Partition
 from tap_jax.engine.cohort import keeps_place
-from tap_jax.engine.rounds import chain_blocks
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.methods.base import Method
 
@@ -110,7 +109,7 @@ def memory_plan(
         return Phase(rounds * positions, found)
 
     owned = int((partition.owned @ sizes).sum())
-    mine = int((partition.owned @ (sizes * np.isin(partition.names, chain_blocks(partition)))).sum())
+    mine = int((partition.owned @ (sizes * np.isin(partition.names, partition.chained))).sum())
     stored = {f"{name} blocks of all clients, only those they own": mine for name in method.chains}
     if settings.persist:
         trained = ("federated", *(method.chains if mine == owned else ()))

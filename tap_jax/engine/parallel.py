@@ -6,15 +6,15 @@ what all share is replicated. The same function runs as it is on one device (whe
 under `pmap` over the clients, or under `shard_map` over both axes and several processes.
 
 Several processes run one and the same program on the same host data, each with its own devices of the mesh. Arrays are
-made from the part of them that lies on a process's own devices (`Devices.put`), and read by all of them together
-(`Devices.fetch`).
+made from the part of them that lies on a process's own devices (`Devices.put`, `Devices.put_shards`), and read by all
+of them together (`Devices.fetch`) or each its own (`Devices.fetch_shards`).
 
 Letters: D shards, E devices of a shard, K positions of a shard.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,12 @@ class Devices:
     @property
     def local(self) -> list[jax.Device]:
         """Those of this process."""
-        return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+        return [device for device in self.mesh.devices.flat if _is_mine(device)]
+
+    @property
+    def reached(self) -> list[int]:
+        """The shards that have a device of this process."""
+        return [shard for shard, row in enumerate(self.mesh.devices) if any(map(_is_mine, row))]
 
     @property
     def sum_axis(self) -> str | None:
@@ -74,11 +79,42 @@ class Devices:
         """Host arrays, the same in every process, on the devices."""
         return put(tree, self.sharding(spec))
 
+    def put_shards(self, trees: Mapping[int, Any]) -> Any:
+        """Host arrays of the shards that this process reaches, of equal shapes -> one tree of `CLIENTS`."""
+        trees = {shard: jax.tree.map(lambda leaf: leaf[None], tree) for shard, tree in trees.items()}
+        if self.size == 1:
+            return jax.device_put(trees[0], self.sharding(CLIENTS))
+        placed = [
+            jax.device_put(trees[shard], device)
+            for shard, row in enumerate(self.mesh.devices)
+            for device in filter(_is_mine, row)
+        ]
+
+        def whole(*leaves: jax.Array) -> jax.Array:
+            shape = (self.shards, *leaves[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, self.sharding(CLIENTS), leaves)
+
+        return jax.tree.map(whole, *placed)
+
     def fetch(self, tree: Any) -> Any:
         """Host arrays, whole in every process."""
         if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
             return jax.device_get(tree)
-        return jax.device_get(self._gather(tree))
+        # One by one: each is whole on every device for a while.
+        return jax.tree.map(lambda leaf: jax.device_get(self._gather(leaf)), tree)
+
+    def fetch_shards(self, tree: Any) -> dict[int, Any]:
+        """Host arrays of `CLIENTS`, shard by shard; every shard in one of the processes."""
+
+        def of(device: jax.Device) -> Any:
+            def part(leaf: jax.Array) -> jax.Array:
+                found = next(piece.data for piece in leaf.addressable_shards if piece.device == device)
+                return found.reshape(leaf.shape[1:])
+
+            return jax.tree.map(part, tree)
+
+        first = {shard: row[0] for shard, row in enumerate(self.mesh.devices) if _is_mine(row[0])}
+        return jax.device_get({shard: of(device) for shard, device in first.items()})
 
     @functools.cached_property
     def _gather(self) -> Callable:
@@ -189,6 +225,10 @@ def deal(clients: Sequence[int], work: Sequence[float], *, shards: int, position
         load[shard] += work[index]
         filled[shard] += 1
     return table
+
+
+def _is_mine(device: jax.Device) -> bool:
+    return device.process_index == jax.process_index()
 
 
 def _without_axes(tree: Any, axes: int) -> Any:

@@ -19,7 +19,7 @@ from tap_jax.engine.engine import Engine
 from tap_jax.engine.privacy import epsilon
 from tap_jax.engine.screening import describe, dropped, norms
 from tap_jax.errors import Preempted, UserError
-from tap_jax.methods.base import Method, State, put_chain, put_rows
+from tap_jax.methods.base import Method, State, put_rows
 
 LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
 
@@ -36,11 +36,11 @@ def initial_state(
         the form in which it began. None: they stay in memory.
 
     Raises:
-      UserError: they do not fit, and there are several processes.
+      UserError: what is on disk cannot be used.
     """
     partition, chains, persist = engine.partition, method.chains, engine.settings.persist
     table = partition.task_mask
-    kept = chain_blocks(partition)
+    kept = partition.chained
     trained = ("federated", *(chain for chain in chains if kept == partition.names))
     zeros = {name: np.zeros(like.shape, np.float32) for name, like in engine.moments_like.items()} if persist else {}
     needed = host_bytes_of(partition, engine.like, len(chains), len(trained) if persist else 0)
@@ -68,17 +68,10 @@ def initial_state(
     )
 
 
-def chain_blocks(partition: Partition) -> tuple[str, ...]:
-    """The blocks that chains are of: the private ones where there are any, else all."""
-    private = tuple(name for name, sent in zip(partition.names, partition.sent, strict=True) if not sent)
-    return private or partition.names
-
-
 def host_bytes_of(partition: Partition, like: Blocks, chains: int, moments: int) -> int:
     """Bytes of so many chains' blocks and so many chains' optimizer states once every client has its own."""
-    kept = chain_blocks(partition)
     sizes = np.array([blocks.size_bytes(like[name]) for name in partition.names])
-    one = partition.owned @ (sizes * np.isin(partition.names, kept))
+    one = partition.owned @ (sizes * np.isin(partition.names, partition.chained))
     return int(chains * one.sum() + moments * (partition.owned @ (2 * sizes + 4)).sum())
 
 
@@ -106,11 +99,8 @@ def play_round(
         engine.draw_ahead(state.round + 1)
     cohort = engine.cohort(clients, state.round, state.moments, following)
     after, metrics = method.round(cohort, state)
-    moments = {chain: put_chain(state.moments[chain], found) for chain, found in cohort.moments().items()}
     seen = np.asarray(metrics["seen"])
-    after = after.replace(
-        moments={**state.moments, **moments}, seen=put_rows(state.seen, cohort.clients, seen, where=seen)
-    )
+    after = after.replace(moments=cohort.moments(), seen=put_rows(state.seen, cohort.clients, seen, where=seen))
     line = _line(engine, cohort, state.round, metrics)
     if settings.screening.stop and line.get("dropped"):
         found = ", ".join(map(describe, line["dropped"]))

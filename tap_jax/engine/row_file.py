@@ -13,7 +13,7 @@ import numpy as np
 
 
 class RowFile:
-    """One file of rows of n float32, which must exist to be read or written.
+    """One file of rows of n float32; without any there need be no file.
 
     Attributes:
       stride: bytes of a row. rows: how many the file has room for. free: those nobody refers to, the next one last.
@@ -61,6 +61,7 @@ class RowFile:
 
     def grow(self, count: int) -> None:
         """Adds free rows; they take no room on the disk before they are written."""
+        self.path.touch()
         os.truncate(self.path, (self.rows + count) * self.stride)
         self.free = [*range(self.rows, self.rows + count)[::-1], *self.free]
         self.rows += count

@@ -8,9 +8,14 @@ table alone, and a process that is killed at any moment leaves every row that a 
 A row is free once no table in this process and no checkpoint that is kept refers to it. Which tables there are, Python
 knows (a weak set); which checkpoints, `commit` and `release` are told.
 
+Several processes share the folder. Each writes the blocks of its own devices' clients into files of its own, and they
+tell each other the new tables, which are the same in all of them; each reads only the rows that its devices need.
+A run that goes on with other processes reads what all of the former ones wrote.
+
 Letters: K clients, R blocks, n parameters of a block.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,19 +24,21 @@ import shutil
 import threading
 import weakref
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition
+from tap_jax.engine.agreement import all_said, any_says, first_said, in_step
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.row_file import RowFile, flush, flush_folder
 from tap_jax.errors import UserError
 
 GROWTH = 8  # a file grows by a part of one in so many; what is free is looked up as often as that many rows are taken
-_FORMAT = 1
+WRITER = 2**32  # row number i of the file of process p is WRITER · p + i
+_FORMAT = 2
 _ABOUT = "store.json"
 
 
@@ -57,23 +64,21 @@ class Store:
             ) from error
         if found != _about(partition, like):
             raise UserError(f"workdir: {self.folder} holds blocks of another configuration; name another folder")
-        members = _members(partition, like)
-        self._files = [
-            RowFile(self.folder / f"{g}.rows", blocks.count(like[partition.names[of[0]]]))
-            for g, of in enumerate(members)
-        ]
-        for file, of in zip(self._files, members, strict=True):
+        self._members = members = _members(partition, like)
+        self._mine = jax.process_index()
+        self._opened: dict[tuple[int, int], RowFile] = {}
+        for g, of in enumerate(members):
+            file = self._file(g, 0)
             if file.rows < len(of):
                 raise UserError(f"workdir: {file.path} is missing or cut off; train again in another folder")
         # Block -> its file, -1 where it is not stored; and the row of what it was before round 0.
         self.file_of, self._start = np.full(len(partition.names), -1), np.full(len(partition.names), -1)
         for g, of in enumerate(members):
             self.file_of[of], self._start[of] = g, np.arange(len(of))
-        self._members = members
         self._tables: weakref.WeakSet[StoredChain] = weakref.WeakSet()
         self._committed: dict[int, list[np.ndarray]] = {}  # step -> tables of rows
         # Checkpoints of earlier processes may refer to any row that is there already.
-        self._protected: list[int] = [file.rows for file in self._files]
+        self._protected: list[int] = [self._file(g, self._mine).rows for g in range(len(members))]
         self._lock = threading.RLock()
         self._owner: int | None = None  # a descriptor that holds the folder's lock
 
@@ -94,7 +99,7 @@ class Store:
         partial.mkdir(parents=True)
         try:
             for g, of in enumerate(_members(partition, like)):
-                with (partial / f"{g}.rows").open("wb") as file:
+                with (partial / _file_name(g, 0)).open("wb") as file:
                     for r in of:
                         file.write(_vector(start[partition.names[r]]))
                     flush(file)
@@ -113,38 +118,58 @@ class Store:
         rows = np.where(self.partition.owned, self._start, -1)
         known = np.zeros(len(self._start), np.uint32)
         for r in np.flatnonzero(self.file_of >= 0):
-            known[r] = zlib.crc32(self._files[self.file_of[r]].read(self._start[r]))
+            known[r] = zlib.crc32(self._file(self.file_of[r], 0).read(self._start[r]))
         return StoredChain(self, rows, np.where(rows >= 0, known, 0).astype(np.uint32))
 
-    def read(self, rows: np.ndarray) -> dict[str, blocks.Tree]:
-        """Blocks by name, copied from the rows [R] of one client."""
+    def read(self, rows: np.ndarray, sums: np.ndarray) -> dict[str, blocks.Tree]:
+        """Blocks by name, copied from the rows [R] of one client; those of other processes' files are checked.
+
+        Raises:
+          UserError: what another process has written cannot be seen here.
+        """
         found = {}
         for r in np.flatnonzero(rows >= 0):
-            name = self.partition.names[r]
-            found[name] = blocks.unflatten(self._files[self.file_of[r]].read(rows[r]), self.like[name])
+            name, g, writer = self.partition.names[r], self.file_of[r], rows[r] // WRITER
+            if writer == self._mine:
+                vector = self._file(g, writer).read(rows[r] % WRITER)
+            else:
+                vector = self._checked(g, rows[r], sums[r])
+            if vector is None:
+                raise UserError(
+                    f"workdir: block {name} is not in {self._file(g, writer).path} as another process wrote it; all"
+                    " processes must see one disk, and it must be whole"
+                )
+            found[name] = blocks.unflatten(vector, self.like[name])
         return found
 
     def put(self, chain: "StoredChain", update: Mapping[int, Blocks]) -> "StoredChain":
         """The chain with the updated clients' blocks exchanged; see `methods.base.put_chain`.
+
+        Of several processes each brings some clients, and all get the chain with everybody's.
 
         Raises:
           OSError: the rows cannot be written (a full disk); the chain is as it was.
           ValueError: a client's blocks are not those that it has.
         """
         with self._lock:
-            self._own()
             rows, sums = chain.rows.copy(), chain.sums.copy()
             for k, mine in update.items():
                 if {self.partition.names[r] for r in np.flatnonzero(rows[k] >= 0)} != set(mine):
                     raise ValueError(f"client {k} has other blocks than {sorted(mine)}")
             clients = np.array(sorted(update), int)
-            for g, of in enumerate(self._members):
-                holders, which = np.nonzero(rows[np.ix_(clients, of)] >= 0)
-                free = self._take(g, len(holders))
-                for k, r, row in zip(clients[holders], of[which], free, strict=True):
-                    vector = _vector(update[k][self.partition.names[r]])
-                    self._files[g].write(row, vector)
-                    rows[k, r], sums[k, r] = row, zlib.crc32(vector)
+            with in_step():
+                self._own()
+                for g, of in enumerate(self._members):
+                    holders, which = np.nonzero(rows[np.ix_(clients, of)] >= 0)
+                    free = self._take(g, len(holders))
+                    for k, r, row in zip(clients[holders], of[which], free, strict=True):
+                        vector = _vector(update[k][self.partition.names[r]])
+                        self._file(g, self._mine).write(row, vector)
+                        rows[k, r], sums[k, r] = WRITER * self._mine + row, zlib.crc32(vector)
+                if jax.process_count() > 1:  # who reads them next may be on another machine
+                    self._sync()
+            for theirs, new_rows, new_sums in _shared(clients, rows[clients], sums[clients]):
+                rows[theirs], sums[theirs] = new_rows, new_sums
             return StoredChain(self, rows, sums)
 
     def commit(self, step: int, chains: Sequence["StoredChain"]) -> None:
@@ -155,62 +180,90 @@ class Store:
         with self._lock:
             self._committed.pop(step, None)
             self._committed[step] = [chain.rows for chain in chains]
-        for file in self._files:
-            file.sync()
+        with in_step():
+            self._sync()
 
     def release(self, steps: Collection[int]) -> None:
         """To be called from time to time with the checkpoints there are; rows of others are free again.
 
-        The one committed last counts among them, since it may be still being written.
+        The one committed last counts among them, since it may be still being written. Of several processes the first
+        one knows best.
         """
+        steps = [int(step) for step in first_said(" ".join(["steps", *map(str, steps)])).split()[1:]]
         with self._lock:
             last = list(self._committed)[-1:]
             self._committed = {step: kept for step, kept in self._committed.items() if step in (*steps, *last)}
             if steps and set(steps) <= set(self._committed):
-                self._protected = [0] * len(self._files)
+                self._protected = [0] * len(self._members)
 
     def verify(self, chain: "StoredChain") -> None:
-        """Reads every row that the chain refers to.
+        """Reads every row that the chain refers to; of several processes each some clients'.
 
         Raises:
           UserError: one of them is missing or damaged.
         """
-        for g, of in enumerate(self._members):
-            clients, which = np.nonzero(chain.rows[:, of] >= 0)
-            rows, sums = chain.rows[:, of][clients, which], chain.sums[:, of][clients, which]
-            rows, first = np.unique(rows, return_index=True)
-            for at, row in zip(first, rows, strict=True):
-                file = self._files[g]
-                if row >= file.rows or zlib.crc32(file.read(row)) != sums[at]:
-                    name = self.partition.names[of[which[at]]]
-                    raise UserError(
-                        f"workdir: block {name} of client {clients[at]} is damaged in {file.path}; delete the newest"
-                        " checkpoint to go on from the one before, or train again in another folder"
-                    )
+        with in_step():
+            mine = np.arange(self._mine, len(chain), jax.process_count())
+            for g, of in enumerate(self._members):
+                table = np.ix_(mine, of)
+                clients, which = np.nonzero(chain.rows[table] >= 0)
+                rows, first = np.unique(chain.rows[table][clients, which], return_index=True)
+                for at, row in zip(first, rows, strict=True):
+                    k, r = mine[clients[at]], of[which[at]]
+                    if self._checked(g, row, chain.sums[k, r]) is None:
+                        raise UserError(
+                            f"workdir: block {self.partition.names[r]} of client {k} is damaged in"
+                            f" {self._file(g, row // WRITER).path}; delete the newest checkpoint to go on from the one"
+                            " before, or train again in another folder"
+                        )
 
     def size_bytes(self) -> int:
         """Bytes of all files, free rows included."""
-        return sum(file.rows * file.stride for file in self._files)
+        return sum(path.stat().st_size for path in self.folder.glob("*.rows"))
+
+    def _file(self, g: int, writer: int) -> RowFile:
+        if (g, writer) not in self._opened:
+            n = blocks.count(self.like[self.partition.names[self._members[g][0]]])
+            self._opened[g, writer] = RowFile(self.folder / _file_name(g, writer), n)
+        return self._opened[g, writer]
+
+    def _checked(self, g: int, row: int, expected: int) -> np.ndarray | None:
+        """float32 [n], or None if the row does not hold what it should."""
+        for _ in range(2):
+            with contextlib.suppress(OSError, ValueError):
+                vector = self._file(g, row // WRITER).read(row % WRITER)
+                if zlib.crc32(vector) == expected:
+                    return vector
+            if row // WRITER == self._mine:
+                break
+            # Another process's file grows, and a network's disk may show an older state to whoever has it open.
+            del self._opened[g, row // WRITER]
+        return None
+
+    def _sync(self) -> None:
+        """What this process has written is on the disk."""
+        for g in range(len(self._members)):
+            self._file(g, self._mine).sync()
 
     def _take(self, g: int, count: int) -> list[int]:
-        """So many free rows of a file, which grows if need be."""
-        file = self._files[g]
+        """So many free rows of this process's file, which grows if need be."""
+        file = self._file(g, self._mine)
         if len(file.free) < count:
             used = np.zeros(file.rows, bool)
-            used[: max(self._protected[g], len(self._members[g]))] = True
+            used[: max(self._protected[g], 0 if self._mine else len(self._members[g]))] = True
             tables = [chain.rows for chain in self._tables] + sum(self._committed.values(), [])
             for rows in tables:
-                mine = rows[:, self._members[g]]
-                used[mine[mine >= 0]] = True
+                found = rows[:, self._members[g]]
+                used[found[found // WRITER == self._mine] % WRITER] = True  # -1 is nobody's
             file.free = np.flatnonzero(~used)[::-1].tolist()
             if len(file.free) < max(count, file.rows // GROWTH):
                 file.grow(max(count, file.rows // GROWTH) - len(file.free))
         return [file.free.pop() for _ in range(count)]
 
     def _own(self) -> None:
-        """Keeps a second process from writing into the folder; the lock goes with this process, however it ends."""
+        """Keeps a second run from writing into the files; the lock goes with this process, however it ends."""
         if self._owner is None:
-            descriptor = os.open(self.folder / _ABOUT, os.O_RDONLY)
+            descriptor = os.open(self.folder / f"{self._mine}.lock", os.O_RDONLY | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -243,7 +296,7 @@ class StoredChain(Sequence):
         return len(self.rows)
 
     def __getitem__(self, client: int) -> dict[str, blocks.Tree]:
-        return self.store.read(self.rows[client])
+        return self.store.read(self.rows[client], self.sums[client])
 
     def put(self, update: Mapping[int, Blocks]) -> "StoredChain":
         """See `Store.put`."""
@@ -267,28 +320,25 @@ def folder_of(workdir: pathlib.Path, needed: int, limit: int) -> pathlib.Path | 
 
     Args:
       needed: bytes of all that would be stored. limit: how many may be in memory.
-
-    Raises:
-      UserError: it has to be on disk, and there are several processes.
     """
     folder = workdir / "store"
-    begun = bool(Checkpoints(workdir / "checkpoints").steps())
-    if not (folder.is_dir() if begun else needed > limit):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that never had a checkpoint
-        return None
-    if jax.process_count() > 1:
-        raise UserError(
-            f"engine.host_gigabytes: personal blocks take {needed / 1e9:.1f} GB of memory in each process, and a store"
-            " on disk serves one process only; allow them more, or use one process"
-        )
-    if not begun and folder.is_dir():
-        shutil.rmtree(folder)
-    return folder
+    much = any_says(needed > limit)
+    disk = ""
+    with in_step():
+        if jax.process_index() == 0:
+            begun = bool(Checkpoints(workdir / "checkpoints").steps())
+            disk = "yes" if (folder.is_dir() if begun else much) else "no"
+            if not begun or disk == "no":
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that never had a checkpoint
+    return folder if first_said(disk) == "yes" else None
 
 
 def open_store(folder: pathlib.Path, partition: Partition, start: Blocks, like: Blocks) -> Store:
     """The store of that folder, made where it is not there yet."""
-    return Store(folder, partition, like) if folder.is_dir() else Store.create(folder, partition, start, like)
+    with in_step():
+        if jax.process_index() == 0 and not folder.is_dir():
+            Store.create(folder, partition, start, like)
+    return Store(folder, partition, like)
 
 
 def stored_chains(state) -> dict[Store, list[StoredChain]]:
@@ -317,6 +367,18 @@ def verify(state) -> None:
     for store, chains in stored_chains(state).items():
         for chain in chains:
             store.verify(chain)
+
+
+def _shared(clients: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """What every process has to say of some clients [k]: (clients, rows [k, R], sums [k, R])."""
+    mine = np.column_stack([clients, rows, sums]).astype(np.int64)
+    for message in all_said(mine.tobytes()):
+        table = np.frombuffer(message, np.int64).reshape(-1, mine.shape[1])
+        yield table[:, 0], *np.split(table[:, 1:], 2, axis=1)
+
+
+def _file_name(g: int, writer: int) -> str:
+    return f"{g}.{writer}.rows"
 
 
 def _members(partition: Partition, like: Blocks) -> list[np.ndarray]:

@@ -186,6 +186,9 @@ class Cohort(Protocol):
     def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks], rest: Stack | None = None) -> Stack:
         """The clients' blocks from a chain of the state; where that is of private blocks, with those of `rest`."""
 
+    def put(self, chain: Chain, stack: Stack) -> Chain:
+        """The chain with the clients' blocks exchanged for those of the stack; the given one is as it was."""
+
     def unload(self, stack: Stack) -> dict[int, Blocks]:
         """Client number -> its blocks, on the host."""
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tap_jax.blocks import PRIVATE, Blocks, Stack
-from tap_jax.methods.base import Cohort, LocalRule, Method, Row, State, Tools, put_chain
+from tap_jax.methods.base import Cohort, LocalRule, Method, Row, State, Tools
 from tap_jax.methods.fedavg import still_finite
 
 CHAIN = "private"
@@ -103,11 +103,10 @@ def feddat(
     def feddat_round(cohort: Cohort, state: State) -> tuple[State, dict]:
         stack, received = start(cohort, state)
         stack, losses = cohort.train(stack, "federated", teacher=received)
-        chain = put_chain(state.chains[CHAIN], {k: only_private(mine) for k, mine in cohort.unload(stack).items()})
         return state.replace(
             round=state.round + 1,
             server=cohort.aggregate(state.server, stack, losses),
-            chains={**state.chains, CHAIN: chain},
+            chains={**state.chains, CHAIN: cohort.put(state.chains[CHAIN], stack)},
             finite=still_finite(cohort, state, "federated", losses),
         ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
@@ -130,8 +129,3 @@ def feddat(
 def with_own_blocks(blocks: Blocks) -> dict:
     """A client's blocks by name as a model with A0 sees them."""
     return {name: blocks.get(PRIVATE + name, tree) for name, tree in blocks.items() if not name.startswith(PRIVATE)}
-
-
-def only_private(blocks: Blocks) -> dict:
-    """The blocks of a client that are never sent."""
-    return {name: tree for name, tree in blocks.items() if name.startswith(PRIVATE)}

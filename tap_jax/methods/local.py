@@ -7,7 +7,7 @@ So every method spends the same local iterations; sampling all clients every rou
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import Cohort, Method, State, put_chain
+from tap_jax.methods.base import Cohort, Method, State
 from tap_jax.methods.fedavg import still_finite
 
 CHAIN = "local"
@@ -16,7 +16,7 @@ CHAIN = "local"
 def train_local(cohort: Cohort, state: State) -> tuple[State, dict]:
     """The cohort's local chains go on for τ iterations; the round counter is left alone."""
     stack, losses = cohort.train(cohort.load(state.chains[CHAIN]), "local")
-    chain = put_chain(state.chains[CHAIN], cohort.unload(stack))
+    chain = cohort.put(state.chains[CHAIN], stack)
     finite = still_finite(cohort, state, CHAIN, losses)
     state = state.replace(chains={**state.chains, CHAIN: chain}, finite=finite)
     return state, {"local_loss": losses.mean(), "seen": losses.seen}

@@ -24,7 +24,7 @@ from jax import Array
 from tap_jax.blocks import Stack
 from tap_jax.federation import Task
 from tap_jax.methods import local
-from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State, put_chain, put_rows, take_rows
+from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State, put_rows, take_rows
 from tap_jax.methods.criteria import Criterion, Evidence, loss, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
 from tap_jax.methods.fedavg import still_finite
@@ -99,7 +99,7 @@ def tap(
         count = take_rows(state.replacements[chain], cohort.clients) + np.asarray(indicator)
         h_p = put_rows(state.personal_loss[chain], cohort.clients, own.mean(replacement.history), own.seen)
         return state.replace(
-            chains={**state.chains, chain: put_chain(state.chains[chain], cohort.unload(personal))},
+            chains={**state.chains, chain: cohort.put(state.chains[chain], personal)},
             personal_loss={**state.personal_loss, chain: h_p},
             replacements={**state.replacements, chain: put_rows(state.replacements[chain], cohort.clients, count)},
             finite=still_finite(cohort, state, chain, own),

@@ -1,34 +1,36 @@
 """Several processes decide alike: to stop, which checkpoint to use, and whether one was written."""
 
-import os
-import socket
-import subprocess
-import sys
-
-import pytest
-
-from tap_jax.engine.agreement import any_says, first_said
+from tap_jax.engine.agreement import all_said, any_says, first_said
+from tests.two_processes import run_together
 
 PROGRAM = """
 import pathlib, sys
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tap_jax.engine.agreement import any_says, first_said
+from tap_jax.engine.agreement import all_said, any_says, first_said, in_step
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.errors import UserError
 
-me, port, folder = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=me)
+me, folder = jax.process_index(), pathlib.Path(sys.argv[1])
 assert (jax.process_count(), len(jax.devices())) == (2, 4)
 
 assert first_said("mine" if me == 1 else "") == "mine"
 assert first_said(f"from {me}") == "from 0"
 assert first_said("ä" * 300) == "ä" * 256  # 512 bytes
 assert any_says(me == 1) and not any_says(False)
+assert all_said(b"x" * me) == [b"", b"x"] and all_said(b"") == [b"", b""]
+
+try:
+    with in_step():
+        if me == 1:
+            raise OSError(28, "No space left on device", "rows")
+except OSError as error:
+    assert me == 1 and error.errno == 28
+except UserError as error:
+    assert me == 0 and str(error).startswith("workdir: No space left on device: rows; "), error
+else:
+    raise AssertionError("it failed in process 1")
 
 mesh = jax.make_mesh((4,), ("clients",))
 everywhere = NamedSharding(mesh, PartitionSpec())
@@ -66,7 +68,6 @@ except UserError as error:
     assert "none of 1 can be used (checkpoint 1 passed over: process 1 (all must see one disk): " in str(error), error
 else:
     raise AssertionError("process 1 has no such folder")
-print("agreed")
 """
 
 
@@ -74,27 +75,8 @@ def test_a_process_that_is_alone_asks_nobody():
     assert first_said("text") == "text"
     assert any_says(True)
     assert not any_says(False)
+    assert all_said(b"text") == [b"text"]
 
 
 def test_two_processes_agree(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(me), port, tmp_path], env=environment, stdout=-1, stderr=-1
-        )
-        for me in (0, 1)
-    ]
-    try:
-        ended = [process.communicate(timeout=120) for process in started]
-    except subprocess.TimeoutExpired:
-        pytest.fail("the processes wait for each other")
-    finally:
-        for process in started:
-            process.kill()
-    for process, (out, error) in zip(started, ended, strict=True):
-        assert process.returncode == 0, error.decode()
-        assert out.decode().splitlines()[-1] == "agreed"
+    run_together(PROGRAM, tmp_path)

@@ -80,8 +80,6 @@ def test_where_blocks_go_by_default(tiny, monkeypatch):
     assert [assembly.host_bytes(config, clients) for clients in (30, 300, 301, 3000)] == [500, 500, 0, 0]
     config = tiny(ROWS, {"engine.host_gigabytes": 2.5})
     assert assembly.host_bytes(config, 3000) == 2_500_000_000
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert assembly.host_bytes(tiny(ROWS), 3000) == 500
 
 
 def test_a_run_does_not_keep_the_blocks_that_it_began_with(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,89 @@
+"""One store of several processes: each writes and reads what is its own, all have the same tables."""
+
+from tests.two_processes import run_together
+
+PROGRAM = """
+import errno, pathlib
+import numpy as np
+from tap_jax.engine import row_file
+from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.store import WRITER, StoredChain, folder_of, open_store
+from tap_jax.errors import UserError
+from tap_jax.methods.base import put_chain
+from tests.engine.test_store import CLIENTS, LIKE, PARTITION, drawn, in_memory, same
+
+me, workdir = jax.process_index(), pathlib.Path(sys.argv[1])
+start = drawn(np.random.default_rng(0), "abc")
+
+# What process 1 alone has too little memory for, all have on disk.
+folder = folder_of(workdir, needed=10, limit=100 if me == 0 else 1)
+assert folder == workdir / "store"
+store = open_store(folder / "blocks", PARTITION, start, LIKE)
+chain, expected = store.chain(), in_memory(start)
+
+# Clients go from process to process; each gives what it has trained. All draw all, to know what to expect.
+rng, reads = np.random.default_rng(1), []
+read = row_file.RowFile.read
+row_file.RowFile.read = lambda file, row: reads.append(file.path.name) or read(file, row)
+for round_ in range(30):
+    dealt = rng.integers(0, 2, CLIENTS)
+    update = {k: drawn(rng, PARTITION.blocks_of(k)) for k in rng.choice(CLIENTS, 3, replace=False).tolist()}
+    mine = {k: found for k, found in update.items() if dealt[k] == me}
+    reads.clear()
+    chain, expected = put_chain(chain, mine), put_chain(expected, update)
+    assert not reads, "to write reads nothing"
+    if round_ % 7 == 6:
+        store.commit(round_, [chain])
+        saved, saved_blocks = (chain.rows, chain.sums), expected
+        store.release([round_] if me == 0 else [])  # process 1 does not see it yet
+    for k in np.flatnonzero(dealt == me):
+        same(chain[k], expected[k])
+writers = np.unique(chain.rows[chain.rows >= 0] // WRITER)
+assert set(writers) == {0, 1}
+for mine, theirs in zip(chain, expected, strict=True):
+    same(mine, theirs)
+store.verify(chain)
+old = StoredChain(store, *saved)
+for mine, theirs in zip(old, saved_blocks, strict=True):
+    same(mine, theirs)
+files = [path for path in (folder / "blocks").iterdir() if path.suffix == ".rows"]
+assert len(files) == 4 and store.size_bytes() < 6 * 4 * (PARTITION.owned @ [23, 23, 5000]).sum()
+
+# A full disk in one process is everybody's, and the chain is as it was.
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "rows")
+
+write = row_file.RowFile.write
+if me == 1:
+    row_file.RowFile.write = full
+try:
+    put_chain(chain, {me: drawn(rng, PARTITION.blocks_of(me))})
+except (OSError, UserError) as error:
+    assert isinstance(error, OSError) == (me == 1) and "No space left" in str(error)
+else:
+    raise AssertionError("process 1 could not write")
+row_file.RowFile.write = write
+for mine, theirs in zip(chain, expected, strict=True):
+    same(mine, theirs)
+
+# What one process finds damaged is damaged for both: half of the clients are each one's to look at.
+if me == 0:
+    for path in files:
+        path.write_bytes(bytes(path.stat().st_size))
+try:
+    store.verify(chain)
+except UserError as error:
+    assert "is damaged" in str(error)
+else:
+    raise AssertionError("nobody noticed")
+
+# A run that has a checkpoint keeps its form, whatever the memory of these processes.
+with Checkpoints(workdir / "checkpoints") as checkpoints:
+    checkpoints.save(1, {"a": np.zeros(1)}, {})
+assert folder_of(workdir, needed=10, limit=100) == folder
+assert folder_of(workdir / "other", needed=10, limit=100) is None
+"""
+
+
+def test_two_processes_write_and_read_one_store(tmp_path):
+    run_together(PROGRAM, tmp_path)
