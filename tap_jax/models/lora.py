@@ -14,20 +14,21 @@ Tree = dict
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; `key=None` (evaluation) or rate 0 returns `x` itself.
+    """Inverted dropout; `key=None` (evaluation) or a rate of 0, or next to it, returns `x` itself.
 
-    Sixteen random bits per element: half the generator's work, and the rate is met to 2**-17.
+    Sixteen random bits per element: half the generator's work, and the rate, in [0, 1), is met to 2**-17.
     """
-    if key is None or rate == 0.0:
+    kept = round((1 - rate) * 2**16)
+    if key is None or kept == 2**16:
         return x
-    keep = jax.random.bits(key, x.shape, jnp.uint16) < jnp.uint16(round((1 - rate) * 2**16))
+    keep = jax.random.bits(key, x.shape, jnp.uint16) < jnp.uint16(kept)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 def init_lora(key: Array, inputs: int, outputs: int, rank: int) -> Tree:
     """Adapter with B = 0, so that training starts at the frozen map.
 
-    A is uniform on ±1/√inputs, PEFT's default. Returns {"a": [inputs, rank], "b": [rank, outputs]}.
+    A is uniform on ±1/√inputs, PEFT's default. Returns {"a": [inputs, rank], "b": [rank, outputs]}, float32.
     """
     bound = 1 / math.sqrt(inputs)
     return {
@@ -37,7 +38,12 @@ def init_lora(key: Array, inputs: int, outputs: int, rank: int) -> Tree:
 
 
 def lora(x: Array, adapter: Tree, *, scale: float, rate: float = 0.0, key: Array | None = None) -> Array:
-    """scale · dropout(x) A B: x [..., inputs] -> [..., outputs], with scale = alpha / rank."""
+    """scale · dropout(x) A B: x [..., inputs] -> [..., outputs], in x's type, with scale = alpha / rank.
+
+    Args:
+      adapter: as `init_lora` shapes it; leading axes of A and B broadcast with x's as in a matrix product.
+      rate, key: of `dropout`.
+    """
     a, b = (adapter[name].astype(x.dtype) for name in ("a", "b"))
     return (dropout(x, rate, key) @ a) @ b * scale
 
@@ -56,12 +62,18 @@ stand_in_positions = nn.initializers.normal(0.005)
 
 
 def frozen(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
-    """A frozen weight of `module`: declared like a parameter, stored in the `frozen` collection."""
+    """A frozen weight of `module`, float32: declared like a parameter, stored in the `frozen` collection."""
     return module.variable("frozen", name, lambda: init(module.make_rng("params"), shape, jnp.float32)).value
 
 
 class FrozenDense(nn.Module):
-    """x W + b with frozen W [inputs, features] and b [features], plus a LoRA adapter where rank > 0."""
+    """x W + b with frozen W [inputs, features] and b [features], plus a LoRA adapter where rank > 0.
+
+    Attributes:
+      features: outputs.
+      rank, alpha: of LoRA, which is multiplied by alpha / rank; rank 0 for none.
+      lora_dropout: rate on its input, unless `deterministic`.
+    """
 
     features: int
     rank: int = 0
