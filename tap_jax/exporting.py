@@ -44,21 +44,23 @@ def export_client(
     Args:
       workdir: of a finished run. The run's data must be at hand as for `evaluate`.
       out: a new or empty folder.
-      client: whose; may be left out for model="server", which is then of all tasks.
-      format: "torch": a folder for `export.torch_model`, with every task. "peft": the encoders' LoRA as PEFT adapters
-        for FlavaModel or ViltModel, the rest beside them. "huggingface": a FlavaModel or ViltModel, LoRA merged.
+      client: whose, counted from 0; may be left out for model="server", which is then of all tasks.
+      format: "torch": a folder for `export.torch_model`, the whole model. "peft": the encoders' LoRA as PEFT adapters
+        for FlavaModel or ViltModel, the rest beside them. "huggingface": a FlavaModel or ViltModel with the encoders'
+        LoRA merged, and nothing else of what was trained (but ViLT's CLS and positions).
       model: "personal": X[i] as `variant` leaves it. "federated": W̃[i], what client i got after the last round.
         "server": W̃.
       variant: of a personal model; "" for the run's first.
-      tasks: only these; () for all that the client has.
-      say: is told what is going on.
+      tasks: names, only these; () for all that the client has (all of the federation where no client is named).
+      say: is given a line for each checkpoint that is passed over, and why.
 
     Returns:
       The largest difference between the outputs of the export and of the JAX model, relative to the largest output.
 
     Raises:
-      UserError: no finished run, an unknown client, task, variant, format or model, a folder in use, or an export
-        that does not reproduce the model. Nothing is written then.
+      UserError: no finished run, an unknown client, task, variant, format or model, one that the run or the format does
+        not have, a folder in use, trained values that are no numbers, or an export that does not reproduce the model.
+        Nothing is written then.
 
     Example:
       `experiment` is that of `build`'s example; `runs.run` is `tap-jax train` without a terminal.
@@ -170,7 +172,11 @@ def _blocks(
 
 
 def is_finished(model: str, variant: str) -> bool:
-    """Whether a model is a client's own, as the last phase left it; the others are the server's blocks."""
+    """Whether a model is a client's own, as the last phase left it; the others are the server's blocks.
+
+    Args:
+      model: one of `MODELS`. variant: of a personal model.
+    """
     return model == "personal" and variant not in configuration.SERVER_VARIANTS
 
 

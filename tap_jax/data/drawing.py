@@ -4,7 +4,7 @@ Everything is an implicit function of pixel coordinates, evaluated for many samp
 positive outside, in units of the shape's own size. A soft step over one pixel turns it into a coverage mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -127,7 +127,14 @@ def grid(centers: np.ndarray, sizes: np.ndarray, angles: np.ndarray | None = Non
     return cos * x + sin * y, cos * y - sin * x
 
 
-def coverage(functions: Sequence, kinds: np.ndarray, u: np.ndarray, v: np.ndarray, sizes: np.ndarray, *extra):
+def coverage(
+    functions: Sequence[Callable[..., np.ndarray]],
+    kinds: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    sizes: np.ndarray,
+    *extra: np.ndarray,
+) -> np.ndarray:
     """Mask float32 [N, 64, 64] in [0, 1] of `functions[kinds[n]]`; edges are one pixel soft.
 
     `extra` are further per-sample parameters [N] that the functions take.

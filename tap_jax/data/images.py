@@ -6,6 +6,7 @@ Images stay uint8 until they are on the device: a quarter of the memory and of t
 import io
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
 
 
-def to_rgb64(image, *, where: str) -> np.ndarray:
+def to_rgb64(image: Any, *, where: str) -> np.ndarray:
     """One picture as RGB uint8 [64, 64, 3].
 
     Palette, grey and alpha pictures are converted to RGB; other sizes are resized with PIL's bilinear filter (which

@@ -109,7 +109,9 @@ def hold_out(data: ClientData, part: float, seed: int, client: int) -> tuple[Cli
     return chosen(kept), chosen(held)
 
 
-def minibatches(rng: np.random.Generator, samples: int, *, batch: int, steps: int, passes: int | None):
+def minibatches(
+    rng: np.random.Generator, samples: int, *, batch: int, steps: int, passes: int | None
+) -> list[np.ndarray]:
     """Positions 0..samples-1 cut into at most `steps` minibatches, each pass over them without replacement.
 
     Args:

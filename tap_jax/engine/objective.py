@@ -174,7 +174,9 @@ def no_losses(objective: Objective, plan: Plan) -> StepLosses:
     return StepLosses(*(jnp.zeros((plan.active.shape[1], len(objective.tasks)), jnp.float32) for _ in range(3)))
 
 
-def over_rows(objective: Objective, where: Where, one: Callable, add: Callable, carry: Any, count: Callable | None):
+def over_rows(
+    objective: Objective, where: Where, one: Callable, add: Callable, carry: Any, count: Callable | None
+) -> Any:
     """Sums over the rows of every family: folds `add`, starting from the zeros in `carry`.
 
     Without `count` only over the shapes of what `one` finds.

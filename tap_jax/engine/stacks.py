@@ -4,6 +4,7 @@ Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def flat(stack: Stack) -> Stack:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stack)
 
 
-def train(sharded: Callable, *args) -> tuple[Stack, Stack | None, Losses]:
+def train(sharded: Callable, *args: Any) -> tuple[Stack, Stack | None, Losses]:
     """`local_training` over all shards -> (stack, moments, losses [P, O])."""
     stack, moments, losses = sharded(*args)
     return stack, moments, jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), losses)

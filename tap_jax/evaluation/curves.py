@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tap_jax.evaluation.drawing import BLACK, CHAINS, MARGIN_STYLES, grid, new_figure, task_style
@@ -23,7 +24,7 @@ def cumulative(events: Iterable[Mapping], task: str, rounds: int) -> np.ndarray:
     return counts.cumsum()
 
 
-def replacements(comparisons: Sequence[Comparison]):
+def replacements(comparisons: Sequence[Comparison]) -> Figure | None:
     """Figure 3: cumulative replacements per task over the rounds, a panel per model; None where no TAP run is.
 
     A line is the mean over seeds; with several, a band spans the least and the most.
@@ -58,7 +59,7 @@ def replacements(comparisons: Sequence[Comparison]):
     return figure
 
 
-def margins(comparison: Comparison):
+def margins(comparison: Comparison) -> Figure | None:
     """Figure 4: cumulative replacements per task, a line per margin setting; None with fewer than two settings."""
     names = {
         event["variant"]: None
@@ -94,7 +95,7 @@ def margins(comparison: Comparison):
     return figure
 
 
-def losses(runs: Sequence[FinishedRun]):
+def losses(runs: Sequence[FinishedRun]) -> Figure | None:
     """Training loss per task over the rounds, a line per chain; None where the runs left no metrics.
 
     Dots are the mean over the clients of a round (and seeds); the line is a mean over the rounds around, as its label

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 from matplotlib import rc_context
@@ -42,7 +43,7 @@ STYLE = {
 }
 
 
-def style():
+def style() -> AbstractContextManager[None]:
     """The context in which figures are drawn: matplotlib's settings are `STYLE` within it."""
     return rc_context(STYLE)
 

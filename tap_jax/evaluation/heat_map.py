@@ -1,6 +1,7 @@
 """Who gains from TAP: a map of clients and tasks."""
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tap_jax.evaluation.drawing import new_figure
@@ -41,7 +42,7 @@ def gains(comparison: Comparison) -> dict[tuple[int, str], tuple[str, float, flo
     return found
 
 
-def gain_map(comparison: Comparison):
+def gain_map(comparison: Comparison) -> Figure | None:
     """Clients x tasks: the score of TAP, coloured by its gain over FedAvg + Post-train; None where either lacks."""
     found = gains(comparison)
     if not found:

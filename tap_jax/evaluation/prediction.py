@@ -4,13 +4,14 @@ Letters: D shards, E devices of a shard, N rows of a device, s samples of a row,
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import Array
 
 from tap_jax.blocks import Seats, Stack
 from tap_jax.data.families import Family
@@ -60,14 +61,14 @@ def predictor(engine: Engine, family: Family, tokenizer: WordPiece | None, outpu
     return engine.devices.over(predict, (SHARED, SHARED, CLIENTS, CLIENTS, ROWS), out=ROWS)
 
 
-def scored(task: Task, outputs, batch):
+def scored(task: Task, outputs: Array, batch: Mapping[str, Array]) -> Array:
     """Squared errors or labels of a row's samples, [s]."""
     if task.kind == "image_generation":
         return jnp.square(outputs - batch["images"]).mean((1, 2, 3))
     return jnp.argmax(outputs, -1).astype(jnp.int32)
 
 
-def image(task: Task, outputs, batch):
+def image(task: Task, outputs: Array, batch: Mapping[str, Array]) -> Array:
     """The reconstructions themselves, [s, 64, 64, 3]."""
     return outputs.astype(jnp.float32)
 

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -48,17 +48,19 @@ def write_torch(
     """Writes a client's model as a folder, having compared its outputs with the JAX model's.
 
     Args:
-      model: of the tasks to export.
+      model: of the tasks to export, computing in float32.
       frozen, blocks: at least what those tasks need, float32; nothing else is written.
       out: a new or empty folder.
       tokenizer: needed where a task has text.
       origin: where the model comes from; goes into tap_export.json as it is.
 
     Returns:
-      The largest difference of any output, relative to the largest output of its task.
+      The largest difference of any output, relative to the largest output of its stream.
 
     Raises:
-      UserError: `out` is in use, or the outputs differ by more than `TOLERANCE`; then nothing is left behind.
+      UserError: `out` is in use, a block's name has a dot, outputs are no numbers or differ by more than `TOLERANCE`;
+        then nothing is left behind.
+      ValueError: a task has text and there is no tokenizer.
     """
     if not any(task.kind == "text_generation" or "text" in task.modalities for task in model.tasks):
         tokenizer = None
@@ -84,14 +86,14 @@ def write_torch(
 
 
 def needed(model: ServerModel, frozen: Tree, blocks: Blocks) -> tuple[dict, dict]:
-    """The frozen weights and blocks that the model's tasks use, on the host."""
+    """The frozen weights and blocks that the model's tasks use, by name, on the host."""
     encoders = {f"encoder/{modality}" for task in model.tasks for modality in task.modalities}
     kept = {name: frozen[name] for name in ("backbone", *sorted(encoders))}
     return jax.device_get(kept), jax.device_get({name: blocks[name] for name in model.block_names})
 
 
 def describe(model: ServerModel, tokenizer: WordPiece | None) -> dict:
-    """The contents of config.json."""
+    """The contents of config.json, see `torch_model.Model`; without a tokenizer "tokens" is empty."""
     routes: dict[str, dict] = {}
     for task in model.tasks if model.config.backbone == "routed" else ():
         for modality in task.modalities:
@@ -121,12 +123,15 @@ def describe(model: ServerModel, tokenizer: WordPiece | None) -> dict:
 def check(folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks) -> dict[str, float]:
     """Loads a written folder and compares it with the JAX model, on a random batch of each stream.
 
+    Args:
+      frozen, blocks: of the JAX model, as `needed` returns them.
+
     Returns:
       Stream name -> the largest difference, relative to the largest output. For text generation that includes the
       generated ids: where they part, both choices must be about equally likely.
 
     Raises:
-      UserError: the folder cannot be loaded, or a difference is above `TOLERANCE`.
+      UserError: the folder cannot be loaded, an output is no number, or a difference is above `TOLERANCE`.
     """
     try:
         twin = torch_model.load(folder)
@@ -160,7 +165,11 @@ def check(folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks
 
 
 def random_batch(model: ServerModel, stream: Stream, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Three samples that look like the stream's: normal images; random tokens, one text padded; random answers."""
+    """Three samples that look like the stream's: normal images; random tokens, one text padded; random answers.
+
+    Returns:
+      "images" float32 [3, 64, 64, 3], "tokens" int32 [3, T], "answers" int32 [3, A]: those that the task reads.
+    """
     config, batch = model.config, {}
     if "image" in stream.task.modalities:
         batch["images"] = rng.standard_normal((3, 64, 64, 3)).astype(np.float32)
@@ -172,8 +181,14 @@ def random_batch(model: ServerModel, stream: Stream, rng: np.random.Generator) -
     return batch
 
 
-def jax_outputs(model: ServerModel, task: Task, tokens: Mapping[str, int]):
-    """(frozen, parts, batch) -> outputs, generated ids or None; on the host, computed in full float32."""
+def jax_outputs(
+    model: ServerModel, task: Task, tokens: Mapping[str, int]
+) -> Callable[[Tree, Tree, Mapping], tuple[np.ndarray, np.ndarray | None]]:
+    """(frozen, parts, batch) -> outputs, generated ids or None; on the host, products in full float32.
+
+    Args:
+      tokens: ids of "start" and "stop", for text generation.
+    """
 
     def run(frozen, parts, batch):
         vectors = model.represent(frozen, parts, task, batch)

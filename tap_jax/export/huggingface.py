@@ -34,15 +34,15 @@ def write_huggingface(
     """Writes the folder, having loaded what was written and compared its encoders with the JAX model's.
 
     Args:
-      model: of the tasks to export.
-      frozen, blocks: host arrays, float32; of the blocks the encoders' are used.
+      model: of the tasks to export, computing in float32.
+      frozen, blocks: by name, float32; of the blocks the encoders' are used.
       out: a new or empty folder.
       source: the checkpoint that the run started from (folder or hub id), for weights that our model does not store:
         poolers, further layers, projections. None: they are as HF initialises them, which the README says.
       origin: goes into tap_export.json as it is.
 
     Returns:
-      The largest difference of the encoders' outputs, relative to the largest output.
+      The largest difference of the encoders' outputs, relative to the largest output of the encoder.
 
     Raises:
       UserError: the encoders have bottleneck adapters, `out` is in use, `source` is not where Ŵ comes from, or the
@@ -73,7 +73,7 @@ def write_huggingface(
 
 
 def check(folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks) -> dict[str, float]:
-    """`twin.differences` of a written folder."""
+    """`twin.differences` of a written folder, which raises what that does; frozen, blocks: LoRA unmerged."""
     theirs = twin.CLASSES[model.config.name].from_pretrained(folder, local_files_only=True).eval()
     return twin.differences(model, frozen, blocks, theirs)
 

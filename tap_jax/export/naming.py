@@ -33,7 +33,13 @@ TABLE = (
 
 
 class Entry(NamedTuple):
-    """A tensor of the state dict: its key, where it lies in our leaf, and the order of that part's axes."""
+    """A tensor of the state dict.
+
+    Attributes:
+      key: its name there.
+      index: where it lies in our leaf, on the leading axes; () where it is the leaf.
+      axes: the order of that part's axes in it; None: as they are.
+    """
 
     key: str
     index: tuple[int, ...]
@@ -67,7 +73,11 @@ def _translate(start: str, lead: tuple[str, ...], ours: str, index: tuple[int, .
 
 
 def to_torch(frozen: Tree, blocks: Mapping[str, Tree]) -> dict[str, np.ndarray]:
-    """The state dict, float32 and contiguous: safetensors would write a transposed array wrongly."""
+    """The state dict, float32 and contiguous: safetensors would write a transposed array wrongly.
+
+    Args:
+      frozen, blocks: name -> tree of arrays on the host; {} for none.
+    """
     out = {}
     for part, name, path, leaf in leaves(frozen, blocks):
         leaf = np.asarray(leaf, np.float32)
@@ -81,7 +91,10 @@ def from_torch(tensors: Mapping[str, np.ndarray], frozen: Tree, blocks: Mapping[
 
     Args:
       tensors: key -> float32 array; keys of no given tree are not looked at.
-      frozen, blocks: shapes of the trees to fill.
+      frozen, blocks: name -> tree of shapes, the trees to fill.
+
+    Returns:
+      (frozen, blocks), NumPy arrays in float32.
 
     Raises:
       KeyError: a tensor that is missing. ValueError: one of another shape. Both name it.
@@ -102,7 +115,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], frozen: Tree, blocks: Mapping[
 
 
 def leaves(frozen: Tree, blocks: Mapping[str, Tree]) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
-    """Every leaf: "frozen" or "blocks", the tree's name, the path in it, the leaf."""
+    """Every leaf of name -> tree (nested dicts): "frozen" or "blocks", the tree's name, the path in it, the leaf."""
     for part, trees in (("frozen", frozen), ("blocks", blocks)):
         for name, tree in trees.items():
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -41,19 +41,20 @@ def write_peft(
     """Writes the folder, having loaded it with PEFT and compared the encoders with the JAX model's.
 
     Args:
-      model: of the tasks to export.
-      frozen, blocks: host arrays, float32.
+      model: of the tasks to export, computing in float32.
+      frozen, blocks: by name, float32.
       out: a new or empty folder.
-      source: the checkpoint that the run started from (folder or hub id): the adapters' base model. None where Ŵ is a
-        random stand-in; then no published model is their base, which the README says.
+      source: the checkpoint that the run started from (folder or hub id): the adapters' base model. None where Ŵ is
+        not known to be one's (random stand-ins, an export's); then BASE may be no published model, as the README says.
       origin: goes into tap_export.json as it is.
 
     Returns:
-      The largest difference of the encoders' outputs, relative to the largest output.
+      The largest difference of the encoders' outputs, relative to the largest output of the encoder.
 
     Raises:
-      UserError: PEFT is not installed, no LoRA in the encoders, `out` is in use, `source` is not where Ŵ comes from, or
-        the outputs differ by more than `twin.TOLERANCE`; then nothing is left behind.
+      UserError: PEFT is not installed, no LoRA in the encoders, ViLT's position table is sliced, `out` is in use,
+        `source` is not where Ŵ comes from, PEFT does not find what was written, or the outputs differ by more than
+        `twin.TOLERANCE`; then nothing is left behind.
     """
     try:
         import peft
@@ -103,7 +104,7 @@ def alpha(c: ModelConfig) -> float:
 
 
 def adapters(model: ServerModel, frozen: Tree, blocks: Blocks) -> tuple[dict[str, np.ndarray], set[str]]:
-    """PEFT's tensors by its names, and the modules they belong to.
+    """PEFT's tensors by its names, float32, and the modules of FlavaModel or ViltModel that they belong to.
 
     A [inputs, R] and B [R, outputs] become lora_A (R, inputs) and lora_B (outputs, R); for a convolution lora_A is one
     of the same kernel to R channels and lora_B one of 1×1.
@@ -144,7 +145,14 @@ def _without(block: Tree, name: str, model: str) -> Tree:
 def check(
     folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks, source: str | None
 ) -> dict[str, float]:
-    """`twin.differences` of HF's model with the written adapters on it, as PEFT loads them."""
+    """`twin.differences` of HF's model with the written adapters on it, as PEFT loads them.
+
+    Args:
+      source: the base model, see `write_peft`.
+
+    Raises:
+      UserError: PEFT does not find all adapters that were written, or what `twin.differences` raises.
+    """
     import peft
 
     theirs, _ = twin.build(model, frozen, {}, source)

@@ -35,9 +35,12 @@ class SequentialTrainer:
       steps: per client, per step the batches of its minibatch.
       tasks: per client, the names of its tasks.
       tokenizer: None where no task has text.
-      bfloat16: compute under autocast, with the frozen weights kept in bfloat16.
+      bfloat16: compute under autocast, with the frozen weights (but those of LayerNorms) kept in bfloat16.
       rate, weight_decay, clip_norm: of AdamW and the gradient; no clipping where the norm is 0.
       fused: AdamW as one kernel; else PyTorch's default.
+
+    Attributes:
+      device: where it trains.
     """
 
     def __init__(
@@ -90,7 +93,12 @@ class SequentialTrainer:
         return dataclasses.replace(batch, fields=fields)
 
     def run(self) -> tuple[float, list[dict[str, float]]]:
-        """Trains every client from the start -> (seconds, per client the mean loss of each task it saw)."""
+        """Trains every client from the start.
+
+        Returns:
+          Seconds of wall-clock, the resetting left out; and per client, task -> its mean loss over the steps that had
+          it.
+        """
         for twin in self.twins:
             with torch.no_grad():
                 for key, value in twin.named_parameters():
@@ -135,7 +143,13 @@ class SequentialTrainer:
 
 
 def task_loss(twin: torch_model.Model, batch: Batch) -> torch.Tensor:
-    """The mean loss of a batch: over samples, or over the answers' tokens; a scalar in float32."""
+    """The mean loss of a batch, a scalar in float32: over samples, over the answers' tokens, or over all pixels.
+
+    Cross-entropy in nats; of images the squared error in standardised units.
+
+    Args:
+      batch: fields as tensors on the twin's device, images standardised.
+    """
     task, fields = batch.stream.task, batch.fields
     inputs = {name: value for name, value in fields.items() if name != "labels"}
     outputs = twin(task.name, domain=batch.stream.domain, **inputs).float()

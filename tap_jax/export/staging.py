@@ -32,6 +32,8 @@ def check_free(out: str | os.PathLike) -> pathlib.Path:
 def staged(out: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A new folder beside `out` that takes its place at the end; if the body fails nothing of it is left.
 
+    Folders above `out` are made where they are missing, and removed again if the body fails.
+
     Raises:
       UserError: see `check_free`.
     """

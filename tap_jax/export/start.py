@@ -33,7 +33,7 @@ class Start(NamedTuple):
     """What a run can take from an export.
 
     Attributes:
-      frozen, blocks: the trees that both have, float32, as `ServerModel.init` returns them.
+      frozen, blocks: the trees that both have, NumPy arrays in float32, by the names of `ServerModel.init`.
       notes: one line each for what only one of the two has.
     """
 
@@ -53,7 +53,8 @@ def read_torch(folder: str | os.PathLike, model: ServerModel, *, tokenizer: Word
       The trees that both have, bit for bit as exported.
 
     Raises:
-      UserError: not such a folder, a damaged or incomplete file, sizes or word pieces that differ, nothing in common.
+      UserError: not such a folder, a damaged or incomplete file, weights that are not all numbers, sizes or word pieces
+        that differ, no block in common.
     """
     folder, field = pathlib.Path(folder), "model.start_from"
     try:

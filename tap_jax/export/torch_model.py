@@ -33,9 +33,14 @@ MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of images, per
 def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> "Model":
     """The model of an exported folder (config.json, model.safetensors), in eval mode.
 
+    Args:
+      device: where its weights go.
+
     Raises:
+      OSError: a file is missing.
       ValueError: config.json is not of such a folder.
       RuntimeError: weights that are missing, left over or of another shape; all are named.
+      safetensors.SafetensorError: model.safetensors is damaged.
     """
     folder = pathlib.Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -59,6 +64,10 @@ class Model(nn.Module):
     Args:
       config: "model" (sizes), "tasks" (name -> kind, modalities, domains, head, classes), "routes" (kind -> modality
         -> four paths; none through a standard backbone), "blocks" (their names), "tokens" (ids of start and stop).
+
+    Attributes:
+      config: as given. sizes: its "model".
+      frozen, blocks: modules by name, see the top of this file; `load` gives the parameters their values.
     """
 
     def __init__(self, config: dict):
@@ -76,10 +85,18 @@ class Model(nn.Module):
         self.bare = AttentionAdapters(c) if c.bottleneck else None  # of all stacks: without a parameter
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters of all blocks."""
+        """The parameters of all blocks, for an optimizer; those of `frozen` take no gradient."""
         return [parameter for parameter in self.blocks.parameters() if parameter.requires_grad]
 
-    def forward(self, task: str, *, domain: str | None = None, images=None, tokens=None, answers=None) -> Tensor:
+    def forward(
+        self,
+        task: str,
+        *,
+        domain: str | None = None,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+        answers: Tensor | None = None,
+    ) -> Tensor:
         """Outputs of one task: logits [B, C]; images [B, 64, 64, 3] in standardised units; or logits [B, A-1, V].
 
         Args:
@@ -87,6 +104,9 @@ class Model(nn.Module):
           domain: of all samples of the batch; may be left out where the task has only one.
           images: float [B, 64, 64, 3], see `standardise`. tokens: int [B, T], 0-padded.
           answers: int [B, A], for text generation: position t of the output predicts answers[:, t + 1].
+
+        Raises:
+          ValueError: an unknown task or domain, an input that is missing, or a text or answer that is too long.
         """
         vectors = self.represent(task, domain=domain, images=images, tokens=tokens)
         spec = self.config["tasks"][task]
@@ -96,10 +116,26 @@ class Model(nn.Module):
         return head(vectors.mean(1))
 
     @torch.no_grad()
-    def generate(self, task: str, *, length: int | None = None, domain=None, images=None, tokens=None) -> Tensor:
-        """Greedy answers int64 [B, length], without dropout; each ends with the stop token, then 0.
+    def generate(
+        self,
+        task: str,
+        *,
+        length: int | None = None,
+        domain: str | None = None,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Greedy answers int64 [B, length], without dropout and gradient.
 
-        `length` is the number of tokens to produce, by default as many as the model has positions for.
+        Each ends with the stop token, behind which it is 0, or is cut off at `length`.
+
+        Args:
+          task: one of text generation.
+          length: tokens to produce, by default as many as the model has positions for.
+          domain, images, tokens: see `forward`.
+
+        Raises:
+          ValueError: as `forward`, or a task of another kind.
         """
         spec, ids, training = self._spec(task), self.config["tokens"], self.training
         if spec["kind"] != "text_generation":
@@ -112,8 +148,13 @@ class Model(nn.Module):
         finally:
             self.train(training)
 
-    def represent(self, task: str, *, domain: str | None = None, images=None, tokens=None) -> Tensor:
-        """Path vectors [B, 4 · modalities, D] (standard backbone: one each): the mean over each path's real tokens."""
+    def represent(
+        self, task: str, *, domain: str | None = None, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Path vectors [B, 4 · modalities, D] (standard backbone: one each): the mean over each path's real tokens.
+
+        Args and Raises: see `forward`.
+        """
         spec = self._spec(task)
         if domain is None and len(spec["domains"]) == 1:
             domain = spec["domains"][0]
@@ -236,9 +277,10 @@ class FrozenLayer(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: int, dropout: float = 0.0) -> Tensor:
-    """Multi-head attention of q [B, A, D] on k, v [B, T, D].
+    """Multi-head attention of q [B, A, D] on k, v [B, T, D]: [B, A, D].
 
-    `mask` is bool, broadcastable to [B, heads, A, T], true where a key is read; None where all are.
+    `mask` is bool, broadcastable to [B, heads, A, T], true where a key is read; None where all are. `dropout` is the
+    rate on the attention weights.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     if mask is not None:  # as a finite bias, so that a text without a single token still gives numbers
@@ -261,7 +303,7 @@ class Expert(nn.Module):
         self.fc1, self.fc2 = LowRank(c, c.width, c.mlp, c.expert_rank), LowRank(c, c.mlp, c.width, c.expert_rank)
 
     def forward(self, layer: FrozenLayer, x: Tensor, hidden: Tensor) -> Tensor:
-        """x [B, T, D]; hidden = layer.fc1(x), which experts on equal input share."""
+        """The expert's output [B, T, D] of x [B, T, D]; hidden = layer.fc1(x), which experts on equal input share."""
         if self.bottleneck:
             f = layer.fc2(F.gelu(hidden))
             return f + self.up(F.relu(self.down(f)))
@@ -299,7 +341,10 @@ class AttentionAdapters(nn.Module):
         self.heads = c.heads
 
     def forward(self, layer: FrozenLayer, experts: QueryValueExperts, n: Tensor, mask: Tensor | None) -> Tensor:
-        """Wo attention(Wq (n + E_q(n)), Wk n, Wv (n + E_v(n))), n the normalised tokens."""
+        """Wo attention(Wq (n + E_q(n)), Wk n, Wv (n + E_v(n))), [B, T, D], of the normalised tokens n [B, T, D].
+
+        `mask` is bool [B, T], None where every token is real.
+        """
         hidden = layer.fc1(n)
         q = _project(self.query, layer.query, n + experts.query(layer, n, hidden))
         v = _project(self.value, layer.value, n + experts.value(layer, n, hidden))
@@ -363,7 +408,7 @@ class FrozenText(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """LoRA on query and value of an encoder's layer."""
+    """LoRA on query and value of a layer of FLAVA's encoders."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
@@ -407,7 +452,7 @@ class OutputProjection(nn.LayerNorm):
 
 
 class ImageEncoder(nn.Module):
-    """Images [B, 64, 64, 3], standardised -> tokens [B, 1 + patches, D]."""
+    """Images [B, 64, 64, 3], standardised -> tokens [B, 1 + patches, D]; what of the image encoder is trained."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
@@ -446,7 +491,11 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tokens int [B, T] and where they are real -> [B, T, D]."""
+    """Tokens int [B, T] and where they are real -> [B, T, D]; what of the text encoder is trained.
+
+    Raises:
+      ValueError: T is above the number of positions.
+    """
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
@@ -519,7 +568,7 @@ class ImageHead(nn.Module):
 
 
 class ConditioningAttention(nn.Module):
-    """nn.MultiheadAttention from answer positions [A, D] to the condition vectors [B, P, D]."""
+    """nn.MultiheadAttention, without dropout, from answer positions [A, D] to the condition vectors [B, P, D]."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
@@ -539,7 +588,7 @@ class ConditioningAttention(nn.Module):
 
 
 class GPT2Block(nn.Module):
-    """One layer of GPT-2."""
+    """One layer of GPT-2, with its dropouts."""
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()
@@ -563,7 +612,11 @@ class GPT2Block(nn.Module):
 
 
 class TextHead(nn.Module):
-    """Autoregressive decoder: one GPT-2 layer whose input also reads the condition vectors [B, P, D]."""
+    """Autoregressive decoder: one GPT-2 layer whose input also reads the condition vectors [B, P, D].
+
+    Raises:
+      ValueError: an answer is longer than the model has positions for.
+    """
 
     def __init__(self, c: SimpleNamespace):
         super().__init__()

@@ -35,7 +35,11 @@ def refuse_bottlenecks(model: ServerModel, format: str) -> None:
 
 
 def merge(config: ModelConfig, frozen: Tree, blocks: Blocks) -> dict[str, Tree]:
-    """Ŵ with the encoders' LoRA added in: W + alpha / rank · A B; all other leaves are those given."""
+    """Ŵ with the encoders' LoRA added in: W + alpha / rank · A B; all other leaves are those given.
+
+    Args:
+      frozen, blocks: host arrays; of the blocks those of encoders are read.
+    """
 
     def merged(weights: Tree, adapters: Tree) -> Tree:
         out = dict(weights)
@@ -54,12 +58,17 @@ def build(model: ServerModel, frozen: Tree, blocks: Blocks, source: str | None) 
     """FlavaModel or ViltModel with our weights.
 
     Args:
-      frozen: Ŵ, with LoRA merged or without.
-      blocks: "encoder/image" of ViLT holds CLS and positions.
-      source: the checkpoint that the run started from, for the weights that our model does not store.
+      frozen: Ŵ, with LoRA merged or without; host arrays.
+      blocks: "encoder/image" of ViLT holds CLS and positions; without it they are the source's, or HF's initial ones.
+      source: the checkpoint that the run started from (folder or hub id), for the weights that our model does not
+        store; None for none.
 
     Returns:
-      The model in float32, and the names of its weights that are in neither and therefore at HF's initial values.
+      The model in float32 and eval mode, and the names of its weights that are in neither and therefore at HF's
+      initial values.
+
+    Raises:
+      UserError: `source` cannot be had or read, or has other sizes.
     """
     c = model.config
     rest = {}
@@ -91,7 +100,7 @@ def check_source(model: ServerModel, frozen: Tree, source: str) -> None:
     """Compares Ŵ with the checkpoint that it should come from.
 
     Raises:
-      UserError: a weight that differs; the message names it.
+      UserError: a weight that differs or is missing there; the message names it. Or `source` cannot be had or read.
     """
     theirs = checkpoints.read(checkpoints.find(source), model.config.name)
     for key, value in to_huggingface(model.config.name, frozen, {}).items():
@@ -124,6 +133,7 @@ def differences(model: ServerModel, frozen: Tree, blocks: Blocks, theirs: torch.
     HF's tower stands between the client's image adaptor (in JAX) and its output projection (in NumPy).
 
     Args:
+      model: computing in float32.
       frozen, blocks: of the JAX model, LoRA unmerged.
       theirs: FlavaModel or ViltModel, or one with PEFT's adapters in it.
 
@@ -131,7 +141,7 @@ def differences(model: ServerModel, frozen: Tree, blocks: Blocks, theirs: torch.
       Modality -> the largest difference of a real token, relative to the largest output.
 
     Raises:
-      UserError: one is above `TOLERANCE`.
+      UserError: one is above `TOLERANCE`, or no number.
     """
     c, rng, found = model.config, np.random.default_rng(0), {}
     images = rng.standard_normal((3, 64, 64, 3)).astype(np.float32)

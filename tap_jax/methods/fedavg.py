@@ -11,7 +11,7 @@ centralised run is this one with a single client that has everybody's data and t
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State, put_rows
+from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Losses, Method, State, put_rows
 
 
 def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
@@ -24,7 +24,7 @@ def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
     ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
 
-def still_finite(cohort: Cohort, state: State, chain: str, losses) -> dict:
+def still_finite(cohort: Cohort, state: State, chain: str, losses: Losses) -> dict:
     """`State.finite` after training `chain`."""
     finite = put_rows(state.finite[chain], cohort.clients, losses.mean() * 0 == 0, losses.seen) & state.finite[chain]
     return {**state.finite, chain: finite}

@@ -17,14 +17,15 @@ is evaluated. A minibatch has one dropout mask for all its forward passes.
 In a client's stack A1 sits in the groups of the model's adapters and A0 in their private twins (`Partition.private`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tap_jax.blocks import PRIVATE, Blocks, Stack
-from tap_jax.methods.base import Cohort, LocalRule, Method, Row, State, Tools
+from tap_jax.blocks import PRIVATE, Blocks, Stack, Tree
+from tap_jax.methods.base import Cohort, LocalRule, Method, Row, State, StepLosses, Tools
 from tap_jax.methods.fedavg import still_finite
 
 CHAIN = "private"
@@ -53,12 +54,12 @@ def put(stack: Stack, seen: Stack, own: Array) -> dict[str, Array]:
     return out
 
 
-def choose(flag: Array, yes, no):
+def choose(flag: Array, yes: Tree, no: Tree) -> Tree:
     """`yes` where the flag is true, else `no`; trees of one structure."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
 
 
-def step(tools: Tools, stack: Stack, state, aid):
+def step(tools: Tools, stack: Stack, state: Mapping, aid: Any) -> tuple[Stack, Mapping, StepLosses]:
     """Both updates on one minibatch, as two turns of one loop, so that the gradient is compiled once.
 
     The losses are those of A1's turn, since that is what the client sends.

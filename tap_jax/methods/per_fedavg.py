@@ -15,11 +15,11 @@ What is evaluated without post-training is the server's blocks. α is η times `
 import jax
 import jax.numpy as jnp
 
-from tap_jax.methods.base import LocalRule, Method, Tools
+from tap_jax.methods.base import LocalRule, LocalStep, Method, Tools
 from tap_jax.methods.fedavg import fedavg
 
 
-def meta_step(*, scale: float = 1.0, exact: bool = False):
+def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
     """The local step: w' on one minibatch, then an AdamW update of w with g of another; the losses are those at w'.
 
     Args:

@@ -15,6 +15,7 @@ import numpy as np
 from tap_jax.blocks import count
 from tap_jax.federation import Task
 from tap_jax.models.backbone import SHARED
+from tap_jax.models.lora import Tree
 from tap_jax.models.server_model import ServerModel
 
 
@@ -26,7 +27,8 @@ class Account:
       blocks: trainables on the client's paths (stored).
       frozen: frozen weights the client uses, each stored once.
       idle_experts: trainables of experts it holds that lie on none of its paths (not stored).
-      copies: further logical copies, name -> parameters (not stored).
+      copies: what the paper counts besides, name -> parameters (not stored): the frozen weights of each stack and
+        expert, less the one copy in `frozen` (so one entry is negative), and pre-trained parts on no path.
     """
 
     blocks: int
@@ -41,7 +43,7 @@ class Account:
 
     @property
     def stored(self) -> int:
-        """Parameters that are there."""
+        """Parameters that are there: `frozen` and `blocks`."""
         return self.frozen + self.blocks
 
     @property
@@ -51,8 +53,8 @@ class Account:
 
 
 @functools.lru_cache(maxsize=8)
-def shapes(model: ServerModel):
-    """(frozen, blocks) of `model.init` as shapes; nothing is allocated."""
+def shapes(model: ServerModel) -> tuple[Tree, dict[str, Tree]]:
+    """(frozen, blocks) of `model.init` with `jax.ShapeDtypeStruct`s as leaves; nothing is allocated."""
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
@@ -62,7 +64,12 @@ def counted_in_paper(model: ServerModel) -> bool:
 
 
 def account(model: ServerModel, tasks: Sequence[Task]) -> Account:
-    """Counts one client with these tasks; where the paper counts no such model, only what is stored."""
+    """Counts one client; where the paper counts no such model, only what is stored.
+
+    Args:
+      model: of all the federation's tasks, or of more.
+      tasks: the client's, some of the model's.
+    """
     c = model.config
     frozen, blocks = shapes(model)
     names = {name for task in tasks for stream in task.streams for name in model.blocks_of(stream)}
@@ -116,6 +123,14 @@ def table7(model: ServerModel, clients: Sequence[Sequence[Task]]) -> dict[str, f
     """Table 7 for a federation: means over clients, percentages as means of per-client ratios.
 
     TAP adds one more copy of the trainables: total + trainable, of which 2 · trainable are trained.
+
+    Args:
+      model: of all the federation's tasks.
+      clients: the tasks of each client, of one at least.
+
+    Returns:
+      "total" and "trainable": parameters of a client without TAP, "percent": how many of them are trained, in %;
+      "tap_total" and "tap_percent": the same with TAP.
     """
     accounts = [account(model, tasks) for tasks in clients]
     total = np.array([a.total for a in accounts], np.float64)

@@ -15,14 +15,16 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, i
     """Multi-head attention with padding masked.
 
     Args:
-      q, k, v: [..., T, D] (any leading axes).
+      q, k, v: [..., T, D] (any leading axes), of equal shapes.
       mask: bool, broadcastable to [..., T], true where a key is real, and padding comes last; None where all are real.
+        What a sample without any real key gets is finite and means nothing.
       heads: number of heads; D must be divisible by it.
       implementation: "einsum" (float32 softmax), or one that `jax.nn.dot_product_attention` knows ("xla", "cudnn");
-        "auto" is einsum on CPU, where it is about twice as fast, and "xla" elsewhere.
+        "auto" is einsum on CPU, where it is about twice as fast, and "xla" elsewhere. "cudnn" needs an NVIDIA GPU, and
+        in float32, which cuDNN's attention does not have, it is "xla".
 
     Returns:
-      [..., T, D].
+      [..., T, D], in q's type.
     """
     if implementation == "auto":
         implementation = "einsum" if jax.default_backend() == "cpu" else "xla"
@@ -72,11 +74,14 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 def why_not_cudnn(heads: int, width: int, lengths: tuple[int, ...], dtype: str) -> str:
     """Why cuDNN's attention is of no use on the first device of this process; empty where it is.
 
-    It is tried as training uses it, once per process: value and gradient of two rows side by side, with padding and
-    without, which must be those of XLA's attention up to the type's rounding.
+    It is tried as training uses it, once per process and arguments: value and gradient of two rows side by side, with
+    padding and without, which must be those of XLA's attention to 5% of the largest entry, as bfloat16 rounds.
 
     Args:
-      heads, width: of the model. lengths: T of its inputs. dtype: in which it computes.
+      heads, width: of the model. lengths: T of its inputs. dtype: in which it computes; of use in "bfloat16" alone.
+
+    Returns:
+      The reason in one line, at most 200 characters of what the driver or compiler says; nothing is raised.
     """
     if dtype != "bfloat16":
         return f"it does not compute in {dtype}"

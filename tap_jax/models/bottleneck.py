@@ -42,7 +42,10 @@ def dual(first: Tree, second: Tree) -> Tree:
     """The one adapter that computes ½·A_first + ½·A_second, FedDAT's dual-adapter teacher; its bottleneck is r1 + r2.
 
     Args:
-      first, second: adapters as `init_bottleneck` shapes them, with the same leading axes.
+      first, second: adapters as `init_bottleneck` shapes them, with the same leading axes, of any r1 and r2.
+
+    Returns:
+      As `init_bottleneck` shapes adapters of r1 + r2.
     """
     return {
         "down": jnp.concatenate([first["down"], second["down"]], -1),

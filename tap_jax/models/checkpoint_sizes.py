@@ -3,10 +3,13 @@
 import json
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tap_jax.errors import UserError
 from tap_jax.models.layers import ModelConfig
+
+if TYPE_CHECKING:
+    import transformers
 
 # Our field -> where config.json has it.
 _SIZES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -42,11 +45,11 @@ _LAYERS = {
 }
 
 
-def huggingface_config(folder: pathlib.Path):
+def huggingface_config(folder: pathlib.Path) -> "transformers.FlavaConfig | transformers.ViltConfig":
     """The checkpoint's config.json as a transformers config (FlavaConfig or ViltConfig), defaults filled in.
 
     Raises:
-      UserError: none there, or that of another architecture.
+      UserError: none there, a damaged one, or that of another architecture.
     """
     import transformers  # slow to import
 
@@ -86,7 +89,11 @@ def _size(config: Any, name: str, field: str) -> Any:
 
 
 def model_fields(folder: str | os.PathLike) -> dict[str, Any]:
-    """The fields of `ModelConfig` that a checkpoint fixes, with its values: {"name": "flava", "width": 768, ...}."""
+    """The fields of `ModelConfig` that a checkpoint fixes, with its values: {"name": "flava", "width": 768, ...}.
+
+    Raises:
+      UserError: no config.json of FLAVA or ViLT, or sizes in it that no model has.
+    """
     config = huggingface_config(pathlib.Path(folder))
     sizes = _SIZES[config.model_type]
     return {"name": config.model_type} | {name: _size(config, name, fields[0]) for name, fields in sizes.items()}
@@ -96,7 +103,8 @@ def check_sizes(folder: pathlib.Path, config: ModelConfig) -> None:
     """Compares a checkpoint's config.json with the run's sizes.
 
     Raises:
-      UserError: one line with every field that differs and the value to set.
+      UserError: no config.json, or that of the other model; one line with every field that differs and the value to
+        set; or what our layers do not have (another activation, projections without bias, ...).
     """
     theirs = huggingface_config(folder)
     if theirs.model_type != config.name:
@@ -127,11 +135,19 @@ def check_sizes(folder: pathlib.Path, config: ModelConfig) -> None:
 
 
 def layer_counts(folder: pathlib.Path) -> dict[str, int]:
-    """HF's name of each layer list ("text_model.encoder.layer") -> how many layers the checkpoint has there."""
+    """HF's name of each layer list ("text_model.encoder.layer") -> how many layers the checkpoint has there.
+
+    Raises:
+      UserError: as `huggingface_config`.
+    """
     config = huggingface_config(folder)
     return {stack: _get(config, field) for stack, field in _LAYERS[config.model_type].items()}
 
 
 def codebook_blocks(folder: pathlib.Path) -> int:
-    """Blocks per group of FLAVA's image codebook; 0 in ViLT."""
+    """Blocks per group of FLAVA's image codebook; 0 in ViLT.
+
+    Raises:
+      UserError: as `huggingface_config`.
+    """
     return getattr(getattr(huggingface_config(folder), "image_codebook_config", None), "num_blocks_per_group", 0)

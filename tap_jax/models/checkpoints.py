@@ -5,7 +5,8 @@
 
 A checkpoint is a folder or a hub id with a config.json and weights in any format of `weight_files`; what goes where
 is in `weight_tables`. Every name in the checkpoint is accounted for: missing, unknown, of a wrong shape or type, each
-is an error that names it. Weights are read one at a time, so that conversion holds one copy of them.
+is an error that names it. Weights are read one at a time, so that conversion holds one copy of them (and beside it the
+whole file where that is Flax's or from before PyTorch 1.6, which can be read in one piece only).
 """
 
 import contextlib
@@ -71,8 +72,12 @@ def load(source: str, model: ServerModel, *, cache_dir: str | os.PathLike | None
       model: its sizes must be the checkpoint's; its tasks decide which encoders are needed.
       cache_dir: where converted weights are kept; None: nowhere.
 
+    Returns:
+      NumPy arrays, float32, for `model.init`.
+
     Raises:
-      UserError: whatever is wrong with the checkpoint or does not fit, in one line.
+      UserError: whatever is wrong with the checkpoint or does not fit, in one line. A cache that is damaged or cannot
+        be written is a warning.
     """
     folder = find(source)
     check_sizes(folder, model.config)
@@ -89,13 +94,14 @@ def load(source: str, model: ServerModel, *, cache_dir: str | os.PathLike | None
 
 
 def read(folder: pathlib.Path, name: str) -> dict[str, Weight]:
-    """Every weight of a checkpoint folder by HF's name as the bare model has it, without prefix.
+    """Every weight of a checkpoint folder by HF's name as the bare model has it, without prefix; none is read yet.
 
     Args:
+      folder: with config.json and weights.
       name: "flava" or "vilt".
 
     Raises:
-      UserError: damaged files, or a name that no such checkpoint has.
+      UserError: missing or damaged files, a name that no such checkpoint has, or one that is there twice.
     """
     weights = {}
     known = known_names(name, layer_counts(folder), codebook_blocks=codebook_blocks(folder))
@@ -112,15 +118,16 @@ def read(folder: pathlib.Path, name: str) -> dict[str, Weight]:
 
 
 def convert(folder: pathlib.Path, name: str, wanted: Mapping[str, Place], like: Mapping) -> dict[str, dict]:
-    """Reads a checkpoint folder into {"frozen": ..., "block": ...}, float32.
+    """Reads a checkpoint folder into {"frozen": ..., "block": ...}, NumPy arrays in float32.
 
     Args:
+      folder: with config.json and weights.
       name: "flava" or "vilt".
       wanted: HF's name -> place.
-      like: the trees with shapes as leaves.
+      like: {"frozen": ..., "block": ...} with shapes as leaves; of them those come back that `wanted` fills.
 
     Raises:
-      UserError: a weight that is missing, unknown, or of another shape or type than it should be.
+      UserError: a weight that is missing, unknown, of another shape or type than it should be, or not all numbers.
     """
     weights = read(folder, name)
     for key in wanted:

@@ -23,7 +23,10 @@ _normal = nn.initializers.normal(0.02)
 
 
 class ImageEncoder(nn.Module):
-    """images [B, 64, 64, 3], standardised -> tokens [B, 1 + (image_size/patch)², D]; adapters [image_layers, ...]."""
+    """images [B, 64, 64, 3], standardised -> tokens [B, 1 + (image_size/patch)², D], in the images' type.
+
+    The mask is None: every patch is real. Bottleneck adapters, where there are any, are [image_layers, ...].
+    """
 
     config: ModelConfig
 
@@ -41,7 +44,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D]; T <= text_rows, the positions stored.
+    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D], in `config.dtype`; T <= text_rows, the positions stored.
 
     Bottleneck adapters, where there are any, are [text_layers, ...].
     """

@@ -277,8 +277,8 @@ class TextHead(nn.Module):
     condition: str = "pooled"
     dtype: DTypeLike = jnp.float32
 
-    def setup(self):
-        """Declares the parameters and checks the configuration."""
+    def setup(self) -> None:
+        """Declares the parameters and checks the configuration; see the class for what is raised."""
         if self.condition not in CONDITIONS:
             raise UserError(f"condition: unknown '{self.condition}'; use one of {', '.join(CONDITIONS)}")
         for field in ("heads", "cond_heads"):
@@ -324,7 +324,10 @@ class TextHead(nn.Module):
           pad_id: what follows the stop token.
 
         Returns:
-          ids [B, length], int32.
+          ids [B, length], int32; a sequence that has not stopped by then is cut off.
+
+        Raises:
+          UserError: length is above max_length.
         """
         context = self._context(condition_vectors, length)
         batch = context.shape[0]

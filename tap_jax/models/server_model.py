@@ -51,10 +51,10 @@ def _init_module(module, collections: tuple[str, ...], key, *args):
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Weights from a checkpoint, as host arrays.
+    """Weights from a checkpoint, as host arrays in float32.
 
     Attributes:
-      frozen: Ŵ, all of it.
+      frozen: Ŵ, all of it: "backbone" and "encoder/<modality>" -> tree.
       blocks: block name -> initial values of some of its leaves (ViLT: CLS and positions).
     """
 
@@ -70,6 +70,8 @@ class ServerModel:
       tasks: the federation's tasks; they decide which encoders, stacks, experts and heads exist.
 
     Attributes:
+      config, tasks: those given.
+      streams: the tasks' streams, in order.
       block_names: all blocks, in a fixed order.
       adapter_blocks: those of them that are bottleneck adapters; none where the model has LoRA.
 
@@ -124,7 +126,9 @@ class ServerModel:
     def roles(self, stream: Stream) -> dict[str, str | tuple[str, ...]]:
         """What the stream's forward pass is made of: part -> the block, or one block per path.
 
-        The parts' names do not depend on the domain, so that one program serves all domains of a task.
+        Parts are "shared_proj", "head", and of each modality "<modality>/encoder", "<modality>/adapters" and
+        "<modality>/" before the names of `backbone.roles` (standard backbone: "<modality>/backbone"), as far as the
+        model has them. They do not depend on the domain, so that one program serves all domains of a task.
         """
         c, task, routed = self.config, stream.task, self.config.backbone == "routed"
         out: dict[str, str | tuple[str, ...]] = {"shared_proj": "shared_proj"} if routed else {}
@@ -146,7 +150,11 @@ class ServerModel:
         return tuple(dict.fromkeys(name for part in names for name in part))
 
     def collect(self, blocks: Blocks, stream: Stream) -> dict[str, Tree]:
-        """The parts of a forward pass from single blocks: the blocks of the paths stacked, [P, ...]."""
+        """The parts of a forward pass from single blocks, named as in `roles`: those of the paths stacked, [P, ...].
+
+        Args:
+          blocks: those of `blocks_of(stream)`, or more.
+        """
         return {
             part: blocks[names]
             if isinstance(names, str)
@@ -155,7 +163,11 @@ class ServerModel:
         }
 
     def partition(self, task_mask: np.ndarray) -> Partition:
-        """The blocks, which task touches which, and who has which task (bool [K, O])."""
+        """The blocks, which task touches which, and who has which task.
+
+        Args:
+          task_mask: bool [K, O], client k has task o; O in the order of `tasks`.
+        """
         touches = np.zeros((len(self.tasks), len(self.block_names)), bool)
         for stream in self.streams:
             for name in self.blocks_of(stream):
@@ -179,8 +191,12 @@ class ServerModel:
         """Fresh (frozen, blocks), all float32; each block's values depend on the key and its own name only.
 
         Args:
-          pretrained: the weights of a checkpoint; without them the frozen part is a random stand-in of the same
-            shapes.
+          key: a JAX key.
+          pretrained: the weights of a checkpoint, which are taken as they are; without them the frozen part is a
+            random stand-in of the same shapes, and so are ViLT's CLS and positions.
+
+        Returns:
+          Ŵ, "backbone" and "encoder/<modality>" -> tree; and the blocks of `block_names`, name -> tree.
         """
         c = self.config
         frozen: Tree = {}
@@ -246,7 +262,7 @@ class ServerModel:
           first, second: parts as `collect` returns them, or blocks by name. Of `second` only adapters are read.
 
         Returns:
-          The same names: adapters joined by `bottleneck.dual`, so of twice the width, all else that of `first`.
+          The names of `first`: adapters joined by `bottleneck.dual`, so of both widths together, all else as it is.
 
         Raises:
           ValueError: the model has no bottleneck adapters.
@@ -272,11 +288,13 @@ class ServerModel:
         adapters: Tree | None = None,
         key: Array | None = None,
     ) -> Array:
-        """Encoder tokens [B, T, D] of images [B, 64, 64, 3] or of word pieces int32 [B, T], mask bool [B, T].
+        """Encoder tokens [B, T, D] of images or of word pieces; of images T = 1 + (image_size/patch)².
 
         Args:
-          modality: "image" (its mask is None) or "text".
+          modality: "image" or "text".
           frozen: Ŵ as `init` returns it.
+          inputs: images float [B, 64, 64, 3] in standardised units, or word pieces int32 [B, T], T <= text_rows.
+          mask: None for images; bool [B, T] for texts, true where a token is real, padding last.
           block: the trainables "encoder/<modality>".
           adapters: the bottleneck adapters "encoder/<modality>/adapters", where the model has them.
           key: dropout key; None in evaluation.
@@ -291,7 +309,7 @@ class ServerModel:
         )
 
     def adapt(self, block: Tree, images: Array) -> Array:
-        """What the image tower sees of images [B, 64, 64, 3]: [B, image_size, image_size, 3].
+        """What the image encoder's patches are cut from, of images [B, 64, 64, 3]: [B, image_size, image_size, 3].
 
         Args:
           block: the trainables "encoder/image".
@@ -301,11 +319,12 @@ class ServerModel:
     def represent(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
         """Path vectors of a batch, [B, 4·|modalities|, D]: modalities in the task's order, paths as in `backbone`.
 
-        The standard backbone has one path: [B, |modalities|, D].
+        The standard backbone has one path: [B, |modalities|, D]. They are in `config.dtype`.
 
         Args:
-          frozen: Ŵ as `init` returns it.
+          frozen: Ŵ as `init` returns it, or in the compute type (`to_compute_dtype`).
           parts: as `collect` returns them.
+          task: one of the model's.
           batch: "images" float [B, 64, 64, 3] in standardised units and/or "tokens" int32 [B, T], 0-padded.
           key: dropout key; None in evaluation.
         """
@@ -340,7 +359,17 @@ class ServerModel:
     def decode(self, head: Tree, task: Task, vectors: Array, batch: Mapping, *, key: Array | None = None) -> Array:
         """The head on path vectors [B, P, D]; float32 logits [B, C], image [B, 64, 64, 3], or logits [B, A-1, V].
 
-        Text is decoded with teacher forcing: position t of the output predicts answers[:, t+1].
+        Text is decoded with teacher forcing: position t of the output predicts answers[:, t+1]. Images are in
+        standardised units.
+
+        Args:
+          head: the block "head/<task.head>".
+          task: one of the model's.
+          batch: for text generation "answers" int32 [B, A], 0-padded; else it is not read.
+          key: dropout key; None in evaluation.
+
+        Raises:
+          UserError: A - 1 is above `config.max_answer`.
         """
         module = self._heads[task.head]
         kwargs = {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
@@ -352,7 +381,11 @@ class ServerModel:
         """`decode` of `represent`: the whole forward pass of a task, with dropout where a key is given.
 
         Args:
+          frozen: Ŵ as `init` returns it, or in the compute type (`to_compute_dtype`).
           parts: `collect(blocks, stream)`; the batch must be of that stream's domain.
+          task: the stream's.
+          batch: what `represent` and `decode` read.
+          key: dropout key; None in evaluation.
         """
         return self.forward(frozen, parts, task, batch, key=key)[0]
 
@@ -370,7 +403,19 @@ class ServerModel:
         return self.decode(parts["head"], task, vectors, batch, key=second), latents
 
     def generate(self, head: Tree, task: Task, vectors: Array, *, length: int, start: int, stop: int) -> Array:
-        """Greedy answers int32 [B, length] from path vectors [B, P, D]; each ends with `stop`, then 0."""
+        """Greedy answers int32 [B, length] from path vectors [B, P, D], for a task of text generation.
+
+        An answer ends with `stop`, behind which it is 0, or is cut off at `length`; `start`, which opens it, is left
+        out.
+
+        Args:
+          head: the block "head/<task.head>".
+          length: word pieces, <= `config.max_answer`.
+          start, stop: ids of the tokens that open and end an answer.
+
+        Raises:
+          UserError: length is above `config.max_answer`.
+        """
         return self._heads[task.head].apply(
             {"params": head},
             self._condition(vectors),
@@ -386,7 +431,11 @@ class ServerModel:
 
 
 def to_compute_dtype(frozen: Tree, dtype: str) -> Tree:
-    """Frozen weights in the compute type, so that one copy serves; normalisation weights stay float32."""
+    """Ŵ with its weights in the compute type, so that one copy serves; those of LayerNorms stay as they are, float32.
+
+    Args:
+      dtype: by name, as `ModelConfig.dtype`.
+    """
 
     def cast(path, leaf):
         keep = any("norm" in str(getattr(entry, "key", "")) for entry in path)

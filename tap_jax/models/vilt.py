@@ -30,10 +30,11 @@ _normal = nn.initializers.normal(0.02)
 
 
 class ImageEncoder(nn.Module):
-    """images [B, 64, 64, 3], standardised -> tokens [B, 1 + (image_size/patch)², D].
+    """images [B, 64, 64, 3], standardised -> tokens [B, 1 + (image_size/patch)², D], in the images' type.
 
-    The pre-trained position table (12×12 in dandelin/vilt-*, plus CLS) is a parameter of its full size; it is brought
-    to the grid in use inside the model, by bilinear interpolation or by taking its top-left corner (`position`).
+    The mask is None: every patch is real. The pre-trained position table (12×12 in dandelin/vilt-*, plus CLS) is a
+    parameter of its full size; it is brought to the grid in use inside the model, by bilinear interpolation or by
+    taking its top-left corner (`position`).
     """
 
     config: ModelConfig
@@ -53,7 +54,10 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D]; T <= text_rows, the positions stored."""
+    """tokens int32 [B, T] -> [B, T, D], in `config.dtype`; T <= text_rows, the positions stored.
+
+    Token by token: the mask bool [B, T] makes no difference, nor does `deterministic`.
+    """
 
     config: ModelConfig
 
@@ -69,7 +73,11 @@ class TextEncoder(nn.Module):
 
 
 def position_table(table: Array, grid: int, how: str) -> Array:
-    """[1 + G², D] -> [1 + grid², D]: CLS row kept, the G×G grid interpolated (corners stay corners) or sliced."""
+    """[1 + G², D] -> [1 + grid², D]: the CLS row kept, the G×G grid brought to grid×grid.
+
+    Args:
+      how: "interpolate": bilinearly, so that corners stay corners; "slice": its top-left corner, where grid <= G.
+    """
     side = math.isqrt(table.shape[0] - 1)
     cells = table[1:].reshape(side, side, -1)
     if how == "interpolate":

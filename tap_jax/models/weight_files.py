@@ -29,8 +29,9 @@ class Weight:
     """One tensor of a checkpoint.
 
     Attributes:
-      file: where it lies.
-      dtype: its type there, by numpy's name.
+      file: name of the file it lies in.
+      dtype: its type there: "float32", "float16", "bfloat16", "float64", "int64"; others by whatever name the format
+        has for them ("int32", "I32").
       shape: as PyTorch has it.
       read: () -> the array, perhaps a view of the mapped file; bfloat16 may come as float32.
     """
@@ -45,7 +46,7 @@ def weight_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     """The files that hold the folder's weights: one, or the shards that an index lists.
 
     Raises:
-      UserError: there are none, or a shard is missing.
+      UserError: there are none, a shard is missing, or the index is damaged.
     """
     for name in SINGLE:
         if (folder / name).is_file():
@@ -75,10 +76,11 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 
 def open_weights(folder: pathlib.Path) -> dict[str, Weight]:
-    """Every tensor of a checkpoint folder by its name there.
+    """Every tensor of a checkpoint folder by its name there, in PyTorch's layout.
 
     Raises:
-      UserError: no weights, a damaged file, a pickle that holds code; one line each.
+      UserError: no weights, a damaged file, a pickle that holds code or anything but named dense tensors, a tensor that
+        is in two shards or not in the one that the index says; one line each.
     """
     found: dict[str, Weight] = {}
     for path in weight_files(folder):

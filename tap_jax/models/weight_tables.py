@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,12 @@ Tree = Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A change of layout and nothing else: `ours` and `theirs` return views and undo one another."""
+    """A change of layout and nothing else: `ours` and `theirs` return views and undo one another.
+
+    Attributes:
+      ours: HF's array -> as our leaf (one layer of it) has it.
+      theirs: the inverse.
+    """
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
@@ -149,8 +155,8 @@ class Place:
     index: tuple[int, ...]
     transform: Transform
 
-    def leaf(self, trees: Mapping[str, Tree]):
-        """The whole leaf in {"frozen": ..., "block": ...}, or None where these trees lack it."""
+    def leaf(self, trees: Mapping[str, Tree]) -> Any:
+        """The whole leaf (array or shape) in {"frozen": ..., "block": ...}, or None where these trees lack it."""
         found = trees[self.tree]
         for name in self.path:
             found = found.get(name) if isinstance(found, Mapping) else None
@@ -181,6 +187,7 @@ def known_names(model: str, layers: Mapping[str, int], *, codebook_blocks: int =
     """Every name that a checkpoint of this model may hold, without prefix.
 
     Args:
+      model: "flava" or "vilt".
       layers: HF's name of a layer list ("text_model.encoder.layer") -> its length.
       codebook_blocks: blocks per group of FLAVA's image codebook.
     """
@@ -203,6 +210,7 @@ def to_huggingface(model: str, frozen: Tree, blocks: Tree) -> dict[str, np.ndarr
     """HF's name (without prefix) -> weight in HF's layout, for every weight that our trees hold; views where possible.
 
     Args:
+      model: "flava" or "vilt".
       frozen: Ŵ as numpy arrays.
       blocks: blocks by name; only ViLT's "encoder/image" is read.
     """
