@@ -8,9 +8,9 @@ import pytest
 
 from tap_jax import assembly, step_cost
 from tap_jax.config import load_config
-from tap_jax.describe import outline
 from tap_jax.flops import Flops, count
 from tap_jax.models.accounting import shapes
+from tap_jax.outline import outline
 
 PRODUCT = 2 * 2 * 3 * 5  # multiply-adds of [2, 3] @ [3, 5], each 2
 
@@ -76,6 +76,21 @@ def test_a_convolution_is_counted_as_xla_counts_it():
     found = count(lambda w, x: convolve(x, w).sum(), kernel, images)
     theirs = jax.jit(convolve).lower(images, kernel).cost_analysis()["flops"]
     assert found.forward == found.backward == theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("flava", {}),
+        ("vilt", {}),
+        ("vilt", {"method": "fedavg", "variants": ("fedavg",), "model.backbone": "standard"}),
+    ],
+)
+def test_rematerialisation_is_of_all_transformer_layers(name, fields):
+    model = outline(load_config(f"configs/{name}.py", {"engine.remat": True, **fields})).model
+    task = next(one for one in model.tasks if one.modalities == ("image",))
+    found = step_cost.task_flops(model, {task.name: step_cost.longest(model, task)}, samples=2)[task.name]
+    assert 0.9 < found.recomputed / found.forward < 1
 
 
 @pytest.mark.parametrize(("name", "task"), [("flava", "tiny_imagenet"), ("flava", "mmlu"), ("vilt", "vqa")])

@@ -10,6 +10,7 @@ r bottleneck.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +82,13 @@ def roles(config: ModelConfig, modality: str, kind: str, domain: str) -> dict[st
 
 
 def init_frozen(key: Array, config: ModelConfig, layers: int) -> Tree:
-    """Stand-in for pre-trained weights of `layers` layers: every leaf has a leading layer axis.
+    """Stand-in for pre-trained weights of `layers` layers, float32: every leaf has a leading layer axis.
 
-    See `lora.stand_in`. "query_value" has a second axis of two.
+    Kernels are as `lora.stand_in` says, biases 0, LayerNorms the identity.
+
+    Returns:
+      "norm1", "norm2": {"scale", "bias"} [layers, D]. "key", "out", "fc1", "fc2": {"kernel" [layers, inputs, outputs],
+      "bias" [layers, outputs]}; "query_value" likewise with a second axis of two, [layers, 2, ...].
     """
     d, f = config.width, config.mlp
     keys = iter(jax.random.split(key, 5))
@@ -109,7 +114,7 @@ def init_frozen(key: Array, config: ModelConfig, layers: int) -> Tree:
 
 
 def init_block(key: Array, config: ModelConfig, layers: int, part: str) -> Tree:
-    """Adapters of one block with a leading layer axis; `part` is "attention", "domain" or "expert".
+    """Adapters of one block, float32, with a leading layer axis; `part` is "attention", "domain" or "expert".
 
     attention: LoRA on query and value [L, 2, D→D], and with `qv_delta` a full weight [L, 2, D, D] starting at zero.
     domain: the experts E_q and E_v [L, 2, ...]. expert: one feed-forward expert [L, ...]. An expert has LoRA on
@@ -151,13 +156,18 @@ def _expert(config: ModelConfig, ffn: Tree, hidden: Array, x: Array, adapter: Tr
     return _dense(hidden, ffn["fc2"]) + lora(hidden, adapter["fc2"], scale=scale, rate=rate, key=keys[1])
 
 
-def attention_part(config: ModelConfig, layer: Tree, adapters: Tree, domain: Tree, x: Array, mask: Array, key) -> Array:
+def attention_part(
+    config: ModelConfig, layer: Tree, adapters: Tree, domain: Tree, x: Array, mask: Array, key: Array | None
+) -> Array:
     """x + Wo attention(q, k, v) with q = Wq(n + E_q(n)), k = Wk n, v = Wv(n + E_v(n)), n = LN1(x).
 
     Args:
       layer: the frozen layer.
       adapters, domain: one block each, without the layer axis: leaves [2, ...]; no adapters: {}.
       x: [M, D]. mask: bool [B, T]. key: dropout key or None.
+
+    Returns:
+      [M, D].
     """
     expert_keys, lora_key = (None, None) if key is None else (jax.random.split(key), jax.random.fold_in(key, 2))
     n = layer_norm(x, layer["norm1"]["scale"], layer["norm1"]["bias"], config.layer_norm_eps)
@@ -168,13 +178,25 @@ def attention_part(config: ModelConfig, layer: Tree, adapters: Tree, domain: Tre
     return mix(config, layer, adapters, x, n, n + expert(domain, expert_keys), mask, lora_key)
 
 
-def mix(config: ModelConfig, layer: Tree, adapters: Tree, x: Array, n: Array, inputs: Array, mask: Array, key) -> Array:
-    """x + Wo attention(Wq·inputs[0], Wk n, Wv·inputs[1]).
+def mix(
+    config: ModelConfig,
+    layer: Tree,
+    adapters: Tree,
+    x: Array,
+    n: Array,
+    inputs: Array,
+    mask: Array,
+    key: Array | None,
+) -> Array:
+    """x + Wo attention(Wq·inputs[0], Wk n, Wv·inputs[1]), Wq and Wv with their adapters.
 
     Args:
       layer: the frozen layer.
       adapters: LoRA on query and value and, as it may be, a full weight: leaves [2, ...]; {} for none.
       x, n: [M, D]. inputs: [2, M, D]. mask: bool [B, T]. key: dropout key or None.
+
+    Returns:
+      [M, D].
     """
     kernel, bias = (layer["query_value"][name].astype(x.dtype) for name in ("kernel", "bias"))
     if "delta" in adapters:  # W + delta first: one product instead of two
@@ -190,7 +212,12 @@ def mix(config: ModelConfig, layer: Tree, adapters: Tree, x: Array, n: Array, in
 
 
 def expert_part(config: ModelConfig, layer: Tree, expert: Tree, x: Array, key: Array | None) -> Array:
-    """x + Expert(LN2(x)); x [M, D], `expert` one block without the layer axis."""
+    """x + Expert(LN2(x)), [M, D].
+
+    Args:
+      layer: the frozen layer. expert: one block without the layer axis.
+      x: [M, D]. key: dropout key or None.
+    """
     n = layer_norm(x, layer["norm2"]["scale"], layer["norm2"]["bias"], config.layer_norm_eps)
     return x + _expert(config, layer, _dense(n, layer["fc1"]), n, expert, key)
 
@@ -216,9 +243,9 @@ def run_paths(
 
     Args:
       frozen: backbone weights with a leading axis over MoTE's and then MoME's layers.
-      parts: "stage/part" -> the blocks that `roles` names, stacked over paths: leaves [P, L, ...]; bottleneck
-        adapters may be of any width.
-      x, shared: encoder tokens and their shared projection S, [B, T, D]. mask: bool [B, T].
+      parts: "stage/part" -> the blocks that `roles` names, stacked over paths: leaves [P, L, ...], L the stage's;
+        bottleneck adapters may be of any width. Other entries are not read.
+      x, shared: encoder tokens and their shared projection S, [B, T, D]. mask: bool [B, T], padding last.
       key: dropout key; None in evaluation.
 
     Returns:
@@ -229,7 +256,7 @@ def run_paths(
         key = None
     mote_depth, mome_depth = config.backbone_layers
 
-    def layer(stage, index, first, states, inputs=None):
+    def layer(stage, first, index, states, inputs=None):
         weights = jax.tree.map(lambda leaf: leaf[first + index], frozen)
         attn, domain, expert = (
             jax.tree.map(lambda leaf: leaf[:, index], parts.get(f"{stage}/{part}", {}))
@@ -247,10 +274,12 @@ def run_paths(
 
     width = x.shape[-1]
     x, shared = x.reshape(-1, width), shared.reshape(-1, width)
-    states = layer("mote", 0, 0, None, inputs=jnp.stack([shared, shared, x]))
-    states = _repeat(1, mote_depth, lambda i, s: layer("mote", i, 0, s), states)
+    wrap = jax.checkpoint if config.remat else lambda layer: layer
+    mote, mome = (wrap(functools.partial(layer, *stage)) for stage in (("mote", 0), ("mome", mote_depth)))
+    states = mote(0, None, jnp.stack([shared, shared, x]))
+    states = _repeat(1, mote_depth, mote, states)
     latent = token_mean(states[MODALITY_TASK].reshape(*mask.shape, width), mask)
-    states = _repeat(0, mome_depth, lambda i, s: layer("mome", i, mote_depth, s), states)
+    states = _repeat(0, mome_depth, mome, states)
     return token_mean(states.reshape(len(states), *mask.shape, width), mask), latent
 
 

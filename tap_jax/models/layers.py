@@ -19,12 +19,33 @@ from tap_jax.models.lora import FrozenDense, Tree, frozen
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the server model; field by field the `model` section of a configuration (Sec. 5.1, App. D).
+    """Sizes of the server model: the `model` section of a configuration and what others say of it (Sec. 5.1, App. D).
 
-    `rank` fields are LoRA ranks; alpha = lora_alpha_ratio · rank. `backbone_layers` are the depths of the MoTE
-    and the MoME stage. Lengths are in word pieces, sizes in pixels. `text_positions` are the rows of the text side's
-    position table (0: as `text_rows` says), `position_grid` the positions a side of ViLT's. `backbone` is "routed" or
-    "standard" (App. C.4). `bottleneck` r > 0 puts FedDAT's adapters of that width in the place of every LoRA.
+    Attributes:
+      name: "flava" or "vilt"; the other defaults are FLAVA's.
+      width, heads, mlp: D, attention heads and F, the inner width of feed-forward networks, in encoders and backbone.
+      image_layers, text_layers: depths of FLAVA's encoders; ViLT has none.
+      image_size, patch: pixels a side of what the image encoder sees, and of its patches.
+      upsample: factor of the input adaptor's first resize.
+      vocab: V.
+      max_text, max_answer: word pieces of the longest input and answer.
+      text_positions: rows of the text side's position table; 0: as `text_rows` says.
+      backbone: "routed" or "standard" (App. C.4).
+      backbone_layers: depths L of the MoTE and the MoME stage.
+      bottleneck: r > 0 puts FedDAT's adapters of that width behind every feed-forward network of encoders and backbone;
+        then there is no LoRA and no `qv_delta`.
+      qv_delta: full trainable weights, starting at 0, on query and value of the routed backbone.
+      encoder_rank, attention_rank, expert_rank: R of LoRA in the encoders, on the backbone's query and value, and in
+        its feed-forward networks; alpha = lora_alpha_ratio · R.
+      lora_dropout, lora_alpha_ratio: of every LoRA.
+      head_hidden, head_activation, head_dropout, head_layer_norm: of `heads.ClassificationHead`.
+      image_channels: of `heads.ImageHead`.
+      text_heads, text_cond_heads, text_inner, text_dropout, condition: of `heads.TextHead`.
+      position, position_grid: ViLT's position table: "interpolate" or "slice" to the grid in use; positions a side.
+      layer_norm_eps: of the pre-trained LayerNorms.
+      attention: implementation, see `attention.attention`.
+      remat: transformer layers are computed again in the backward pass, to save memory.
+      dtype: in which it computes; parameters are float32.
     """
 
     name: str = "flava"
@@ -94,7 +115,7 @@ def gelu(x: Array) -> Array:
 
 
 class FrozenLayerNorm(nn.Module):
-    """Pre-trained layer normalisation (HF FLAVA and ViLT: eps 1e-12)."""
+    """Pre-trained layer normalisation over the last axis, see `layer_norm` (HF FLAVA and ViLT: eps 1e-12)."""
 
     eps: float
 
@@ -106,7 +127,7 @@ class FrozenLayerNorm(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-LN transformer layer of HF's FLAVA towers; x [B, T, D] -> [B, T, D].
+    """Pre-LN transformer layer of HF's FLAVA towers; x [B, T, D] -> ([B, T, D], None), as a scan wants it.
 
     LoRA on query and value, or, in a model with bottlenecks, the adapter that is given behind the feed-forward network.
     """
@@ -147,7 +168,7 @@ def encoder_layers(config: ModelConfig, depth: int, *, deterministic: bool) -> n
 
 @functools.lru_cache
 def bilinear_matrix(size: int, target: int, *, align_corners: bool = False) -> np.ndarray:
-    """float32 [target, size]: 1-D bilinear resampling as torch's `interpolate` does it.
+    """float32 [target, size]: 1-D bilinear resampling as torch's `interpolate` does it, without antialiasing.
 
     With `align_corners` the first and last samples keep their places, else the edges of their cells do.
     """
@@ -164,7 +185,7 @@ def bilinear_matrix(size: int, target: int, *, align_corners: bool = False) -> n
 
 
 def resize(images: Array, target: int) -> Array:
-    """Bilinear resize [B, H, H, C] -> [B, target, target, C], as two products with static matrices."""
+    """Bilinear resize [B, H, H, C] -> [B, target, target, C], as two products with static matrices, in images' type."""
     size = images.shape[1]
     if size == target:
         return images
@@ -209,7 +230,10 @@ class OutputProjection(nn.Module):
 
 
 class TrainableDense(nn.Module):
-    """x W + b, trained in full; initialised as torch's Linear (uniform ±1/√inputs; bias 0)."""
+    """x W + b, trained in full: [..., inputs] -> [..., features].
+
+    W starts as that of torch's Linear (uniform ±1/√inputs), b at 0.
+    """
 
     features: int
 
@@ -222,7 +246,10 @@ class TrainableDense(nn.Module):
 
 
 def patches(images: Array, patch: int) -> Array:
-    """[B, H, H, C] -> [B, (H/patch)², C·patch²] with channel-major patches, the order of torch's Conv2d weights."""
+    """[B, H, H, C] -> [B, (H/patch)², C·patch²] with channel-major patches, the order of torch's Conv2d weights.
+
+    `patch` must divide H.
+    """
     b, h, _, c = images.shape
     n = h // patch
     x = images.reshape(b, n, patch, n, patch, c).transpose(0, 1, 3, 5, 2, 4)

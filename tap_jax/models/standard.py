@@ -19,9 +19,10 @@ BLOCK = "backbone"
 
 
 def init_block(key: Array, config: ModelConfig) -> Tree:
-    """The block "backbone": LoRA on query and value [L, 2, D→D] and on both linears of the FFN [L, ...].
+    """The block "backbone", float32: LoRA on query and value [L, 2, D→D] and on both linears of the FFN [L, ...].
 
-    With `bottleneck` one adapter behind the FFN of each layer instead, see `init_bottleneck`.
+    Ranks are those of the routed backbone's attention and experts; `qv_delta` is not for this one. With `bottleneck`
+    one adapter behind the FFN of each layer instead, see `init_bottleneck`.
     """
     c, layers = config, sum(config.backbone_layers)
     if c.bottleneck:
@@ -42,7 +43,7 @@ def init_block(key: Array, config: ModelConfig) -> Tree:
 def run_stack(
     config: ModelConfig, frozen: Tree, adapters: Tree, x: Array, mask: Array, *, key: Array | None = None
 ) -> Array:
-    """The mean of the real tokens behind all layers, [B, D].
+    """The mean of the real tokens behind all layers, [B, D]; 0 where there is none.
 
     Args:
       frozen: backbone weights, leaves [L, ...].
@@ -62,5 +63,6 @@ def run_stack(
         return expert_part(config, weights, adapter, x, keys[1]), None
 
     steps = jnp.arange(sum(config.backbone_layers)), frozen, adapters
+    layer = jax.checkpoint(layer) if config.remat else layer
     states, _ = jax.lax.scan(layer, x.reshape(-1, x.shape[-1]), steps)
     return token_mean(states.reshape(x.shape), mask)
