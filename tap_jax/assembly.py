@@ -1,15 +1,20 @@
 """From a configuration to the parts of an experiment: sizes, losses, the method and how it runs."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from tap_jax import config as configuration
+from tap_jax.blocks import Stack
 from tap_jax.config import ConfigDict
 from tap_jax.engine.agreement import first_said
 from tap_jax.engine.local_training import TrainingSettings
 from tap_jax.engine.memory import machine_memory
+from tap_jax.engine.objective import SampleLoss
 from tap_jax.engine.privacy import Privacy, epsilon
 from tap_jax.engine.screening import Screening
 from tap_jax.engine.settings import EngineSettings
@@ -143,7 +148,7 @@ def finished_model(model: ServerModel) -> ServerModel:
     return ServerModel(dataclasses.replace(model.config, bottleneck=2 * model.config.bottleneck), model.tasks)
 
 
-def sample_loss(model: ServerModel):
+def sample_loss(model: ServerModel) -> SampleLoss:
     """(frozen, parts, task, batch, key) -> (outputs, latents, ℓ [B]): the task losses of equation 2."""
 
     def loss(frozen, parts, task, batch, key):
@@ -153,7 +158,7 @@ def sample_loss(model: ServerModel):
     return loss
 
 
-def teaching_loss(config: ConfigDict, model: ServerModel):
+def teaching_loss(config: ConfigDict, model: ServerModel) -> Callable[[Row, Array, Array, Any], Array]:
     """The second term of equation 6, Σ_n w_n β·KL, where there is a teacher; as `LocalRule.extra_loss`."""
     distillation = config.distillation
 
@@ -179,7 +184,7 @@ def teaching_loss(config: ConfigDict, model: ServerModel):
     return loss
 
 
-def adapter_divergence(config: ConfigDict, model: ServerModel):
+def adapter_divergence(config: ConfigDict, model: ServerModel) -> Callable[[Row, Array, Stack, Stack], Array]:
     """weight · KL from the model with two sets of adapters, ½ each, in FedDAT's local training (Chen et al., 2024)."""
 
     def divergence(row: Row, outputs, first, second):
@@ -191,7 +196,7 @@ def adapter_divergence(config: ConfigDict, model: ServerModel):
     return divergence
 
 
-def weighted(row: Row, losses):
+def weighted(row: Row, losses: Array) -> Array:
     """Σ_n w_n ℓ_n over a row's real samples."""
     return jax.numpy.where(row.weights > 0, row.weights * losses, 0).sum()
 
@@ -221,11 +226,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
     cpu, optimizer = jax.default_backend() == "cpu", config.optimizer
     # All data in one place: as many iterations a round as the cohort's clients can take together.
     cohort, pooled = (1, config.cohort_size) if config.method == "centralised" else (config.cohort_size, 1)
-    settings = TrainingSettings(
-        clip_norm=optimizer.clip_norm,
-        weight_decay=optimizer.weight_decay,
-        remember=optimizer.state == "persist" or (config.method == "tap" and bool(config.distillation.patience)),
-    )
+    training = TrainingSettings(clip_norm=optimizer.clip_norm, weight_decay=optimizer.weight_decay)
 
     def rate(round_: int) -> float:
         """Linear from learning_rate_initial over warmup_rounds, then constant (Table 21)."""
@@ -241,7 +242,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         post_steps=config.post_steps,
         microbatch=config.engine.microbatch or (1 if cpu else min(32, config.batch_size)),
         rows_per_chunk=config.engine.rows_per_chunk or (1 if cpu else 8),
-        training=settings,
+        training=training,
         persist=optimizer.state == "persist",
         rate=rate,
         post_rate=optimizer.post_learning_rate,
@@ -251,6 +252,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         screening=Screening(config.screening.max_norm, config.screening.on_broken == "stop"),
         privacy=Privacy(**config.privacy) if config.privacy.noise_multiplier else None,
         pipelined=config.rounds if config.engine.pipeline_rounds else 0,
+        in_pieces=config.method == "tap" and bool(config.distillation.patience),
     )
 
 

@@ -218,9 +218,9 @@ class Cohort:
             plan = phase.plan
             first, last = np.full_like(plan.first, steps[0]), np.minimum(plan.steps, steps[1])
             phase = phase._replace(plan=plan.replace(first=first, steps=last))
-        moments = self._remembered(purpose, chain, steps is not None and steps[0] > 0)
+        moments = self._remembered(purpose, chain, steps)
         stack, after, losses = engine.train(stack, moments, self._aid(teacher), self.seats, phase)
-        if engine.settings.persist or steps is not None:
+        if after is not None:
             self._moments[purpose if post else chain or purpose] = after
         return stack, losses
 
@@ -237,30 +237,31 @@ class Cohort:
         self._trained = True
 
     def phase(self, purpose: str, *, post: bool = False, idle: np.ndarray | None = None) -> "Phase":
-        """A local training of this (seed, round, purpose); its plan is drawn now, unless it was ahead."""
+        """A local training of this (seed, round, purpose); its plan is drawn now, unless it has been."""
         settings = self.engine.settings
         key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
         key = jax.random.fold_in(key, PURPOSES.index(purpose))
         rate = np.float32(settings.post_rate if post else settings.rate(self.round))
-        ahead = self.engine._ahead.pop((self.round, purpose, self.given), None)
-        if ahead and not post and idle is None:
-            plan = ahead.result()
+        drawn = self.engine._drawn.pop((self.round, purpose, self.given), None)
+        if drawn and not post and idle is None:
+            plan = drawn.result()
         else:
             plan = self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
         plan = share_out(plan, self.engine.devices.parts)
         return Phase(plan, np.full(self.table.shape, rate), jnp.broadcast_to(key, self.table.shape))
 
-    def _remembered(self, purpose: str, chain: str | None, again: bool) -> Stack | None:
-        """The optimizer states with which a phase goes on, or None where no phase does."""
-        if not self.engine.settings.training.remember:
+    def _remembered(self, purpose: str, chain: str | None, steps: tuple[int, int] | None) -> Stack | None:
+        """The optimizer states with which a training goes on, or None where it starts afresh and leaves none."""
+        if not self.engine.settings.persist and steps is None:
             return None
-        if again:
+        if steps is not None and steps[0] > 0:
             return self._moments[purpose]
-        before = chain or CONTINUES.get(purpose, purpose)
-        if self.engine.settings.persist and before in self._moments:
-            return self._moments[before]
-        if self.engine.settings.persist and before in self._before:
-            return self._put(self._before[before], self.engine.moments_like)
+        if self.engine.settings.persist:
+            before = chain or CONTINUES.get(purpose, purpose)
+            if before in self._moments:
+                return self._moments[before]
+            if before in self._before:
+                return self._put(self._before[before], self.engine.moments_like)
         return self.engine.nobody(self.abstract_stack(self.engine.moments_like))
 
     def _aid(self, teacher: Stack | None):
@@ -287,18 +288,20 @@ class Cohort:
         Args:
           guided: whether it will be given a teacher.
         """
-        engine = self.engine
+        engine, settings = self.engine, self.engine.settings
         stack = self.abstract_stack()
         flag = abstract(np.zeros(len(self.table), bool), engine.by_client)
-        alone = [None] * (not self.keeps_place)
-        taught = [(flag, stack)] * (engine.rule.guided and (guided or self.keeps_place))
+        moments = self.abstract_stack(engine.moments_like)
         keys = jnp.broadcast_to(jax.random.key(0), self.table.shape)
-        for aid in alone + taught:
+        wanted = {(self.keeps_place, settings.persist)}
+        if guided and engine.rule.guided:
+            wanted.add((True, settings.persist or settings.in_pieces))
+        for taught, remember in sorted(wanted):
             engine._train.prepare(
                 *abstract((engine.frozen, engine.arrays), engine.shared),
                 stack,
-                self.abstract_stack(engine.moments_like) if engine.settings.training.remember else None,
-                aid,
+                moments if remember else None,
+                (flag, stack) if taught else None,
                 abstract(self.seats, engine.by_client),
                 abstract(share_out(self.plan(PURPOSES[-1], post=True), engine.devices.parts), engine.by_row),
                 *abstract((np.zeros(keys.shape, np.float32), keys), engine.by_client),

@@ -20,7 +20,7 @@ from tap_jax.data.sampling import ClientData, Plan, sample_cohort, share_out
 from tap_jax.data.store import stored
 from tap_jax.engine import stacks
 from tap_jax.engine.cohort import Cohort, Phase, Shape, shape_of
-from tap_jax.engine.local_training import local_training
+from tap_jax.engine.local_training import Losses, local_training
 from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED, Devices
 from tap_jax.engine.pipelining import Pipeline
@@ -34,7 +34,7 @@ from tap_jax.methods.base import LocalRule
 _DRAWING = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
 
 
-class Finished(NamedTuple):
+class BlockTables(NamedTuple):
     """What a model's blocks are like: shapes by name, and family -> what a forward pass takes of them."""
 
     model: Any
@@ -53,7 +53,7 @@ class Engine:
       data: one `ClientData` per client. held_out: likewise, samples that nobody trains on.
       sample_loss: see `objective`. rule: how clients train.
       like: shapes of every block by name, private ones too.
-      finished: what the blocks of finished models are of, see `Finished`; default: of `model`.
+      finished: what the blocks of finished models are of, see `BlockTables`; default: of `model`.
       devices: where everything runs.
     """
 
@@ -96,7 +96,7 @@ class Engine:
         self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
         self._blank: dict[tuple, Stack] = {}
         self.begins: tuple[tuple[int, str], ...] = ()  # see `Cohort.begin`; of the last round
-        self._ahead: dict[tuple, concurrent.futures.Future] = {}
+        self._drawn: dict[tuple, concurrent.futures.Future] = {}
         self._replaceable = partition.replaceable(settings.scope)
         self._work = [
             sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
@@ -124,9 +124,9 @@ class Engine:
         self._replace = jax.jit(stacks.replace, donate_argnums=(0,), out_shardings=self.by_client)
         self.pipeline = Pipeline(self)
 
-    def _tabled(self, model, like: Blocks) -> Finished:
+    def _tabled(self, model, like: Blocks) -> BlockTables:
         tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
-        return Finished(model, like, tables)
+        return BlockTables(model, like, tables)
 
     def drawn(self, round_: int) -> tuple[int, ...]:
         """The clients that the seed draws for a round."""
@@ -155,17 +155,19 @@ class Engine:
         It is taken to begin as the last one did. A plan is a function of (seed, round, purpose, clients), so whether it
         was drawn ahead changes nothing.
         """
-        kept = {key: plan for key, plan in self._ahead.items() if abs(key[0] - round_) <= 1}
+        kept = {key: plan for key, plan in self._drawn.items() if abs(key[0] - round_) <= 1}
         for later, purpose in self.begins:
             key = (round_ + later, purpose, self.drawn(round_ + later))
             if key not in kept:
                 kept[key] = _DRAWING.submit(self._draw, *key)
-        self._ahead = kept
+        self._drawn = kept
 
     def _draw(self, round_: int, purpose: str, clients: Sequence[int]) -> Plan:
         return self.cohort(clients, round_).plan(purpose, post=False)
 
-    def train(self, stack: Stack, moments: Stack | None, aid: Any, seats: Seats, phase: Phase):
+    def train(
+        self, stack: Stack, moments: Stack | None, aid: Any, seats: Seats, phase: Phase
+    ) -> tuple[Stack, Stack | None, Losses]:
         """Local training of whoever sits there -> (stack, moments, `Losses` [P, O]); the stack is consumed."""
         rate, key = self.devices.put((phase.rate, phase.key), CLIENTS)
         plan = self.devices.put(phase.plan, ROWS)

@@ -4,7 +4,7 @@ Letters: K cohort positions, O tasks, G slots of a group, n parameters of a bloc
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,34 +50,36 @@ class TrainingSettings:
     Attributes:
       clip_norm: bound on a client's global gradient norm; 0 for none.
       weight_decay: AdamW's decoupled weight decay.
-      remember: take and give back optimizer states, a slot each, instead of starting every local training afresh.
     """
 
     clip_norm: float = 1.0
     weight_decay: float = 0.01
-    remember: bool = False
 
 
-def local_training(objective: Objective, settings: TrainingSettings):
+def local_training(
+    objective: Objective, settings: TrainingSettings
+) -> Callable[..., tuple[dict[str, Array], dict[str, Array] | None, Losses]]:
     """Builds `train(frozen, data, stack, moments, aid, seats, plan, rate, key) -> (stack, moments, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
       frozen: Ŵ. data: family -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only in the
       steps in which its client is active, an idle slot never. moments: AdamW's state by slot, group -> [G, 1 + 2n]
-      (`remembered_update`), or None to start afresh and forget it. aid: what the rule's steps are given. rate:
+      (`remembered_update`), or None to start afresh and give none back. aid: what the rule's steps are given. rate:
       learning rate of every position, float32 [K]. key: of (seed, round, purpose) of every position, [K].
     """
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
     rule = objective.rule
 
     def train(frozen, data, stack, moments, aid, seats: Seats, plan: Plan, rate, key):
+        remember = moments is not None
         zeros = jnp.zeros((plan.active.shape[1], len(objective.tasks)), jnp.float32)
         losses = Losses(zeros, zeros, zeros.astype(jnp.int32))
 
         def step(index, carry):
             stack, state, losses = carry
             active = jnp.append(plan.active[index], False)
-            tools = Tools(objective, settings, optimizer, (frozen, data, seats, plan), index, key, rate, active)
+            surroundings = frozen, data, seats, plan
+            tools = Tools(objective, settings, optimizer, remember, surroundings, index, key, rate, active)
             stack, state, found = rule.step(tools, stack, state, aid)
             losses = Losses(
                 losses.plain + found.plain,
@@ -86,12 +88,12 @@ def local_training(objective: Objective, settings: TrainingSettings):
             )
             return stack, state, losses
 
-        state = dict(moments) if settings.remember else {group: optimizer.init(leaf) for group, leaf in stack.items()}
+        state = dict(moments) if remember else {group: optimizer.init(leaf) for group, leaf in stack.items()}
         stack, state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(stack), state, losses))
         broken = broken_clients(stack, seats)
-        if settings.remember:  # whoever is broken starts afresh next time
+        if remember:  # whoever is broken starts afresh next time
             state = {g: jnp.where(broken[seats.client[g]][:, None], 0, moment) for g, moment in state.items()}
-        return stack, state if settings.remember else None, without_broken(losses, broken)
+        return stack, state if remember else None, without_broken(losses, broken)
 
     return train
 
@@ -103,6 +105,7 @@ class Tools:
     objective: Objective
     settings: TrainingSettings
     optimizer: optax.GradientTransformation
+    remember: bool  # every slot has an optimizer state of its own
     surroundings: tuple  # frozen, data, seats, plan
     step: Array
     key: Array
@@ -141,7 +144,7 @@ class Tools:
         updates, after, rate = {}, {}, self.rate
         for group, matrix in stack.items():
             live = self.active[seats.client[group]][:, None]
-            if self.settings.remember:
+            if self.remember:
                 update, moments = remembered_update(self.optimizer, gradient[group], state[group], matrix)
                 after[group] = jnp.where(live, moments, state[group])
             else:

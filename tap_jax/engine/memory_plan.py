@@ -19,7 +19,7 @@ ROUND, LAST = "round", "after the last"
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class PhaseMemory:
     """What is on a device while a cohort trains.
 
     Attributes:
@@ -42,7 +42,7 @@ class MemoryPlan:
 
     devices: int
     always: Mapping[str, int]
-    phases: Mapping[str, Phase]
+    phases: Mapping[str, PhaseMemory]
     host: Mapping[str, int]
     disk: Mapping[str, int]
     finished: Mapping[str, int]
@@ -87,13 +87,15 @@ def memory_plan(
     server = int(sizes.sum())
     row = max(_row_bytes(model.roles(stream), like) for stream in model.streams)
 
-    def phase(clients: int, last: bool) -> Phase:
+    def phase(clients: int, last: bool) -> PhaseMemory:
         positions = -(-clients // shards)
         slots = partition.capacities(partition.owned, positions)
         stack = sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
         rounds = 2 if settings.pipelined and not last else 1
         trained = rounds * stack
         found = {"blocks in training": trained, "their gradients": trained, "AdamW's two moments": 2 * trained}
+        if settings.persist or settings.in_pieces and last:
+            found["optimizer states as they were before"] = 2 * trained
         if method.margins and not last:
             # The last personal chain trains after the aggregation, any others before it.
             if len(method.margins) > 1 and rounds == 1 and stack > server:
@@ -106,7 +108,7 @@ def memory_plan(
             found["teacher's blocks"] = stack
         v = settings.rows_per_chunk
         found["one row's blocks and gradients" if v == 1 else f"{v} rows' blocks and gradients"] = 2 * v * row
-        return Phase(rounds * positions, found)
+        return PhaseMemory(rounds * positions, found)
 
     owned = int((partition.owned @ sizes).sum())
     mine = int((partition.owned @ (sizes * np.isin(partition.names, partition.chained))).sum())

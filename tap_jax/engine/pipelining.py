@@ -48,7 +48,7 @@ class Pipeline:
 
     def __init__(self, engine: "Engine"):
         self.engine = engine
-        self._ahead: Trained | None = None
+        self._waiting: Trained | None = None
         self._together = jax.jit(self._join, out_shardings=engine.by_client)
         self._apart = jax.jit(_halves, out_shardings=engine.by_client)
 
@@ -64,11 +64,11 @@ class Pipeline:
 
     def forget(self) -> None:
         """Lets go of what was trained ahead: no round follows."""
-        self._ahead = None
+        self._waiting = None
 
     def federated(self, cohort: "Cohort", server: Stack) -> tuple[Stack, Losses]:
         """The cohort's W̃ after local training from the server's blocks, and its losses."""
-        found, self._ahead = self._ahead, None
+        found, self._waiting = self._waiting, None
         if found and (found.round, found.clients) == (cohort.round, cohort.given) and found.server is server:
             return found.stack, found.losses
         del found
@@ -84,7 +84,7 @@ class Pipeline:
         """
         following = self.engine.cohort(cohort.following, cohort.round + 1)
         trained, mine = self._train(following, server, cohort, stack, phase)
-        self._ahead = Trained(following.round, following.given, server, *trained)
+        self._waiting = Trained(following.round, following.given, server, *trained)
         return mine
 
     def _train(self, first: "Cohort", server: Stack, second: "Cohort", stack: Stack | None, phase: "Phase"):
@@ -94,8 +94,7 @@ class Pipeline:
         for matrix in (stack or {}).values():
             matrix.delete()
         seats = engine.devices.put(_seats(first, second), CLIENTS)
-        moments = engine.nobody(_twice(first.abstract_stack(engine.moments_like))) if self._remembers else None
-        both, _, losses = engine.train(both, moments, None, seats, first.phase(PURPOSE).beside(phase))
+        both, _, losses = engine.train(both, None, None, seats, first.phase(PURPOSE).beside(phase))
         split = jax.tree.map(lambda leaf: leaf.reshape(len(first.table), 2, -1, leaf.shape[-1]), losses)
         losses = [jax.tree.map(lambda leaf, n=n: leaf[:, n].reshape(-1, leaf.shape[-1]), split) for n in (0, 1)]
         return tuple(zip(self._apart(both), losses, strict=True))
@@ -110,16 +109,12 @@ class Pipeline:
         engine._train.prepare(
             *abstract((engine.frozen, engine.arrays), engine.shared),
             _twice(cohort.abstract_stack()),
-            _twice(cohort.abstract_stack(engine.moments_like)) if self._remembers else None,
+            None,
             None,
             abstract(_seats(cohort, cohort), engine.by_client),
             abstract(phase.plan, engine.by_row),
             *abstract((phase.rate, phase.key), engine.by_client),
         )
-
-    @property
-    def _remembers(self) -> bool:
-        return self.engine.settings.training.remember
 
     def _join(self, server: Stack, seats: Seats, stack: Stack | None) -> Stack:
         federated = blocks.broadcast(server, self.engine.server_seats, seats)

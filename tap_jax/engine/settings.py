@@ -17,6 +17,7 @@ class EngineSettings:
       batch: samples per iteration. local_steps: τ. post_steps: P.
       microbatch: s, samples of a row. rows_per_chunk: v, rows side by side. training: static choices of the program.
       persist: a client goes on with its optimizer states instead of starting every local training afresh.
+      in_pieces: Stage 2 trains by some steps at a time, between which its optimizer states are kept.
       rate: round -> learning rate. post_rate: learning rate after the last round.
       aggregation: "samples" or "uniform".
       scope: of a replacement, see `Partition.replaceable`.
@@ -43,6 +44,7 @@ class EngineSettings:
     screening: Screening = Screening()
     privacy: Privacy | None = None
     pipelined: int = 0
+    in_pieces: bool = False
 
     @property
     def together(self) -> int:

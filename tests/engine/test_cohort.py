@@ -171,12 +171,12 @@ def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):
     experiment = experiments.build(tiny(ROWS, SETTINGS | {"method": "local", "variants": ("local",)}))
     state, drawn = experiment.init(), []
     for _ in range(4):
-        waiting = dict(experiment.engine._ahead)
+        waiting = dict(experiment.engine._drawn)
         state, line = experiment.round(state)
         for (round_, purpose, clients), plan in waiting.items():
             expected = experiment.engine.cohort(clients, round_).plan(purpose, post=False)
             jax.tree.map(np.testing.assert_array_equal, plan.result(), expected)
-            assert clients == tuple(line["clients"]) and plan not in experiment.engine._ahead.values()
+            assert clients == tuple(line["clients"]) and plan not in experiment.engine._drawn.values()
             drawn.append(round_)
     assert drawn == [2, 3]
 

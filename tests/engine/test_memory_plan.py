@@ -6,10 +6,12 @@ import weakref
 import jax
 import numpy as np
 
-from tap_jax import assembly, describe, runs
+from tap_jax import assembly, planned_memory, runs
 from tap_jax import experiment as experiments
+from tap_jax.describe import describe
 from tap_jax.engine.memory_plan import LAST, ROUND, array_bytes
 from tap_jax.experiment import Experiment
+from tap_jax.outline import outline
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3, "cifar100": 0.5}, {"ag_news": 0.4, "fashion_mnist": 1.0})
 # Blocks that are large beside what is not described: plans, seats, losses.
@@ -22,7 +24,7 @@ def test_what_is_described_is_there(tiny, monkeypatch):
     before, config = array_bytes(), tiny(ROWS, FIELDS)
     run = experiments.build(config)
     tests, state = run.evaluator.arrays, run.init()
-    plan = describe.plan(describe.outline(config))
+    plan = planned_memory.plan(outline(config))
     data = sum(leaf.nbytes for leaf in jax.tree.leaves((run.engine.arrays, tests)))
     found, train = {}, run.engine._train
 
@@ -51,25 +53,25 @@ def test_what_is_described_is_there(tiny, monkeypatch):
 
 def test_totals_add_up(tiny):
     config = tiny(ROWS, FIELDS | {"mesh.clients": 2})
-    plan = describe.plan(describe.outline(config))
+    plan = planned_memory.plan(outline(config))
     assert plan.devices == 2
     one = {phase: plan.on_device(phase) for phase in (ROUND, LAST)}
     assert one[ROUND] == sum(plan.always.values()) + sum(plan.phases[ROUND].parts.values())
     host, finished = sum(plan.host.values()), sum(plan.finished.values())
     assert plan.together(ROUND) == 2 * one[ROUND] + host
     assert plan.together(LAST) == 2 * one[LAST] + host + finished and finished
-    text = describe.describe(config)
-    assert f"{plan.together(ROUND) / describe.MIB:,.1f}" in text.split("= round, the host and all 2 devices")[1]
+    text = describe(config)
+    assert f"{plan.together(ROUND) / planned_memory.MIB:,.1f}" in text.split("= round, the host and all 2 devices")[1]
 
 
 def test_what_goes_to_disk_is_not_in_memory(tiny):
     fields = FIELDS | {"optimizer.state": "persist"}
-    memory = describe.plan(describe.outline(tiny(ROWS, fields)))
-    disk = describe.plan(describe.outline(tiny(ROWS, fields | {"engine.host_gigabytes": 1e-9})))
+    memory = planned_memory.plan(outline(tiny(ROWS, fields)))
+    disk = planned_memory.plan(outline(tiny(ROWS, fields | {"engine.host_gigabytes": 1e-9})))
     assert len(disk.disk) == 3 and not memory.disk
     assert disk.host | disk.disk == memory.host
     assert memory.together(ROUND) - disk.together(ROUND) == sum(disk.disk.values())
-    text = describe.describe(tiny(ROWS, fields | {"engine.host_gigabytes": 1e-9}))
+    text = describe(tiny(ROWS, fields | {"engine.host_gigabytes": 1e-9}))
     assert "On disk, in the run's folder (engine.host_gigabytes)\n  personal blocks" in text
 
 

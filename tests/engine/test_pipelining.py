@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from tap_jax import describe
 from tap_jax import experiment as experiments
 from tap_jax.config import config_hash, default_config, override, validate
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.memory_plan import LAST, ROUND
 from tap_jax.engine.rounds import resume, run_rounds
 from tap_jax.errors import UserError
+from tap_jax.outline import outline
+from tap_jax.planned_memory import plan
 from tests.trajectories import difference
 
 # Clients with different blocks; one runs out of data. Both tasks are of one family, so that there is less to compile.
@@ -104,7 +105,7 @@ def test_as_one_after_the_other(expected, pipelined, positions):
     # The first W̃ beside nobody; the others beside the last margin's X of the round before.
     rounds = [[4, 2, 4, 2], *[[2, 4, 2]] * (len(ROUNDS) - 2), [2, 2, 2]]
     assert positions == sum(rounds, [])
-    assert pipelined.engine.pipeline._ahead is None
+    assert pipelined.engine.pipeline._waiting is None
 
 
 def test_two_programs_for_everything(pipelined, monkeypatch):
@@ -187,9 +188,7 @@ def test_what_does_not_go_with_it_is_refused():
 
 
 def test_memory_is_planned_for_both_cohorts(tiny):
-    plain, both = (
-        describe.plan(describe.outline(tiny(ROWS, fields | {"margins": 0.01}))) for fields in (FIELDS, PIPELINED)
-    )
+    plain, both = (plan(outline(tiny(ROWS, fields | {"margins": 0.01}))) for fields in (FIELDS, PIPELINED))
     assert both.phases[LAST] == plain.phases[LAST]
     assert both.phases[ROUND].clients == 2 * plain.phases[ROUND].clients
     for name, size in plain.phases[ROUND].parts.items():

@@ -279,15 +279,20 @@ def same_bits(one, other) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def same_but_for_rounding(one, other) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, other)
+
+
 def test_training_in_pieces_is_training(experiment, models, course):
-    """Bit for bit, and it is what nobody stops: every step of P, or all but the look that was best."""
+    """Whatever the pieces, to the bit; and without any, by a program that keeps no optimizer states."""
     cohort = experiment.engine.cohort([0, 1], 5)
     teacher = cohort.load(models[1])
+    for steps in (3, experiment.config.post_steps):
+        part, _ = cohort.train(cohort.load(models[0]), "distil", post=True, teacher=teacher, steps=(0, steps))
+        same_bits(cohort.unload(part), course[steps][0])
     whole, _ = cohort.train(cohort.load(models[0]), "distil", post=True, teacher=teacher)
-    same_bits(cohort.unload(whole), course[-1][0])
-    same_bits(distil(cohort, models[0], "personal", teacher), course[-1][0])
-    part, _ = cohort.train(cohort.load(models[0]), "distil", post=True, teacher=teacher, steps=(0, 3))
-    same_bits(cohort.unload(part), course[3][0])
+    same_but_for_rounding(cohort.unload(whole), course[-1][0])
+    same_but_for_rounding(distil(cohort, models[0], "personal", teacher), course[-1][0])
 
 
 @pytest.mark.parametrize("looks", [1, 2, 1000])
@@ -324,7 +329,7 @@ def test_a_client_without_held_out_samples_is_distilled(tiny):
     state = experiment.init()
     stopped = experiment.finish(state).models["tap"][0]
     plain = dataclasses.replace(experiment, method=plain_tap(experiment)).finish(state).models["tap"][0]
-    same_bits(stopped, plain)
+    same_but_for_rounding(stopped, plain)
 
 
 def plain_tap(experiment):
