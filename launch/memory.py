@@ -62,9 +62,11 @@ def child(path: str, microbatch: int, rounds: int, tiny: bool = False) -> dict:
     """Plays `rounds` rounds, or until every client has taken part -> peaks after each, in bytes."""
     import jax
 
-    from tap_jax import describe, experiment, startup
+    from tap_jax import experiment, startup
     from tap_jax.config import load_config, override
     from tap_jax.engine.memory_plan import ROUND, array_bytes
+    from tap_jax.outline import outline
+    from tap_jax.planned_memory import plan
 
     fields = {"data.root": "synthetic", "data.train_size": 12, "data.test_size": 2, "model.weights": ""}
     fields |= {"mesh.clients": 1, "mesh.data": 1, "cohort_size": COHORT, "local_steps": 1, "post_steps": 1}
@@ -91,7 +93,7 @@ def child(path: str, microbatch: int, rounds: int, tiny: bool = False) -> dict:
         peaks.append(peak())
         print(f"  round {round_ + 1}: {peaks[-1] / 1e6:,.0f} MB", file=sys.stderr, flush=True)
     chains = {id(leaf): leaf.nbytes for chain in state.chains.values() for leaf in jax.tree.leaves(chain)}
-    planned = describe.plan(describe.outline(config)).together(ROUND)
+    planned = plan(outline(config)).together(ROUND)
     held = array_bytes() + sum(chains.values())
     return {"peaks": peaks, "before": before, "held": held, "planned": planned, "clients": clients}
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from tap_jax import benchmark, cli
+from tap_jax import benchmark
+from tap_jax.arguments import parse
+from tap_jax.commands import COMMANDS
 from tap_jax.data.minibatches import Batch
-from tap_jax.describe import outline
 from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.flops import Flops
+from tap_jax.outline import outline
 from tap_jax.step_cost import Cost, gradients_per_step, longest, peak_tflops, steps_cost, task_costs
 
 THREE = ({"ag_news": 1.0, "fashion_mnist": 0.5}, {"mmlu": 1.0}, {"fashion_mnist": 0.5})
@@ -189,7 +191,7 @@ def test_the_gpu_script_says_what_it_would_start(tmp_path):
     for _, line in lines:
         program, command, *rest = line.removeprefix(f"{sys.executable} -m ").split()
         assert program == "tap_jax"
-        config = cli.parse(command, rest)["config"]
+        config = parse(COMMANDS[command], rest)["config"]
         assert command == "train" or (config.compute_dtype, config.batch_size, config.rounds) == ("bfloat16", 128, 200)
 
 

@@ -1,5 +1,6 @@
 """The command line: what its arguments mean, what it prints and writes, and how it ends."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,6 +13,8 @@ import jax
 import pytest
 
 from tap_jax import cli, runs, startup
+from tap_jax.arguments import parse
+from tap_jax.commands import COMMANDS
 from tap_jax.config import config_hash, default_config, load_config, to_json
 from tap_jax.errors import UserError
 from tap_jax.writers import of_round
@@ -26,7 +29,7 @@ def devices_are_chosen(monkeypatch):
 
 
 def parsed(*argv):
-    return cli.parse("train", [f"--config={DEMO}", "--workdir=w", *argv])["config"]
+    return parse(COMMANDS["train"], [f"--config={DEMO}", "--workdir=w", *argv])["config"]
 
 
 # --- the package ---------------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ def test_fields_are_overridden_by_type():
 
 
 def test_config_argument_flag_order_and_one_value_tuples():
-    found = cli.parse("train", ["--config.seed=1", "--workdir", "w", "--config", f"{DEMO}:rounds=5,seed=2"])
+    found = parse(COMMANDS["train"], ["--config.seed=1", "--workdir", "w", "--config", f"{DEMO}:rounds=5,seed=2"])
     assert (found["config"].rounds, found["config"].seed, found["workdir"]) == (5, 1, "w")
     assert parsed("--config.variants=local").variants == ("local",)
     assert parsed("--config.variants=()").variants == ()
@@ -89,8 +92,8 @@ def test_one_margin_for_all_kinds():
 
 
 def test_steps_of_bench():
-    assert cli.parse("bench", [f"--config={DEMO}", "--steps=3"])["steps"] == 3
-    found = cli.parse("bench", [f"--config={DEMO}", "--clients=30", "--against=torch"])
+    assert parse(COMMANDS["bench"], [f"--config={DEMO}", "--steps=3"])["steps"] == 3
+    found = parse(COMMANDS["bench"], [f"--config={DEMO}", "--clients=30", "--against=torch"])
     assert [found[name] for name in ("steps", "clients", "rounds", "against")] == [0, 30, 0, "torch"]
 
 
@@ -105,7 +108,8 @@ def test_steps_of_bench():
         (["--config.engine.remat=perhaps"], "engine.remat: 'perhaps' is no bool"),
         (["--config.rounds=-1"], "rounds: -1; use at least 0"),
         (["--config.rounds"], "rounds: --config.rounds lacks a value"),
-        (["--config.model=3"], "model: is a section"),
+        (["--config.model=3"], "model: is a section, not a value; model has: .*, name, "),
+        (["--config.model=vilt"], "model: is a section, not a value; did you mean model.name=vilt[?]$"),
         (["--noconfig.rounds"], "rounds: --noconfig is for switches"),
         (["--config.margins=low"], "margins: 'low'; use numbers"),
         (["--config.method=tapp"], "method: unknown 'tapp'; use one of tap, fedavg, local"),
@@ -153,12 +157,25 @@ def test_a_missing_writer_is_said_before_anything_is_built(tiny, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_only_the_process_that_writes_needs_the_writers(process, tiny, tmp_path, monkeypatch):
+    def build(config):
+        raise RuntimeError("something is built")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
+    monkeypatch.setattr(runs, "build", build)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    config = tiny(({"ag_news": 0.5},) * 2, {"writers": ("wandb",)})
+    with pytest.raises(RuntimeError if process else UserError, match="is built" if process else "writers: 'wandb'"):
+        runs.run(config, tmp_path / "run", runs.Reporter(print, print))
+
+
 def test_help_is_complete(capsys):
     assert cli.main(["--help"]) == 0
     whole = capsys.readouterr().out
     assert cli.main([]) == 2
     assert capsys.readouterr().err == whole
-    for name, command in cli.COMMANDS.items():
+    for name, command in COMMANDS.items():
         assert f"  {name}" in whole
         assert cli.main([name, "--help"]) == 0
         text = capsys.readouterr().out
@@ -175,8 +192,7 @@ def test_interrupted(monkeypatch, capsys):
     def interrupt(**_):
         raise KeyboardInterrupt
 
-    command = cli.COMMANDS["describe"]
-    monkeypatch.setitem(cli.COMMANDS, "describe", cli.Command(interrupt, command.flags, command.about, ""))
+    monkeypatch.setitem(COMMANDS, "describe", dataclasses.replace(COMMANDS["describe"], run=interrupt))
     assert cli.main(["describe", f"--config={DEMO}"]) == 130
     assert re.fullmatch("tap-jax: interrupted; .*\n", capsys.readouterr().err)
 
@@ -187,8 +203,7 @@ def test_full_disk_is_one_line_and_a_bug_is_not(monkeypatch, capsys):
     def fail(**_):
         raise errors.pop(0)
 
-    command = cli.COMMANDS["describe"]
-    monkeypatch.setitem(cli.COMMANDS, "describe", cli.Command(fail, command.flags, command.about, ""))
+    monkeypatch.setitem(COMMANDS, "describe", dataclasses.replace(COMMANDS["describe"], run=fail))
     assert cli.main(["describe", f"--config={DEMO}"]) == 2
     assert re.fullmatch("tap-jax: w/metrics.jsonl: No space left.*\n", capsys.readouterr().err)
     with pytest.raises(FileNotFoundError):

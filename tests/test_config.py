@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from tap_jax import config as config_module
 from tap_jax.config import (
     NEUTRAL_FIELDS,
     VARIANTS,
     config_hash,
     default_config,
+    differences,
     federation_of,
     from_json,
     load_config,
@@ -24,6 +24,7 @@ from tap_jax.config import (
     value_of,
     variants_of,
 )
+from tap_jax.config.defaults import FLAVA_POSITIONS, IMAGE_SIDE
 from tap_jax.data import examples
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS
@@ -88,9 +89,9 @@ def test_paper_configs_hold_tables_21_and_22(field):
 
 
 def test_sizes_that_are_typed_twice_agree():
-    assert config_module.IMAGE_SIDE == examples.IMAGE_SIDE
-    wide = ModelConfig(max_text=config_module.FLAVA_POSITIONS)
-    assert wide.text_rows == config_module.FLAVA_POSITIONS
+    assert IMAGE_SIDE == examples.IMAGE_SIDE
+    wide = ModelConfig(max_text=FLAVA_POSITIONS)
+    assert wide.text_rows == FLAVA_POSITIONS
     config = default_config().model
     for field in dataclasses.fields(ModelConfig):
         assert field.name in ("attention", "bottleneck", "dtype", "remat") or config[field.name] == field.default
@@ -132,7 +133,9 @@ def test_argument_and_overrides_change_fields(tmp_path):
         (FLAVA, {"rounds": "5"}, "rounds: '5' is of type str; use a int"),
         (FLAVA, {"rounds": True}, "rounds: True is of type bool"),
         (FLAVA, {"rounds": 5.5}, "rounds: 5.5 is of type float"),
-        (FLAVA, {"model": 3}, "model: is a section"),
+        (FLAVA, {"model": 3}, "model: is a section, not a value; model has: attention_rank, .*, width$"),
+        (FLAVA, {"model": "vilt"}, "model: is a section, not a value; did you mean model.name=vilt[?]$"),
+        (FLAVA + ":engine=auto", {}, "engine: is a section, not a value; did you mean engine.attention=auto"),
         (FLAVA + ":rounds", {}, "'rounds' is no key=value"),
     ],
 )
@@ -296,6 +299,17 @@ def test_hash_ignores_exactly_the_neutral_fields():
     assert config_hash(override(default_config(), "method=fedavg")) != reference
     assert config_hash(override(default_config(), "variants=tap")) == reference
     assert config_hash(override(default_config(), "seed=42")) != reference
+
+
+def test_what_tells_two_configurations_apart():
+    one = default_config()
+    assert differences(one, override(default_config(), "checkpoint_every=1")) == ""
+    other = override(default_config(), {"rounds": 5, "margins": 0.01, "model.weights": "w" * 200})
+    found = differences(one, other, limit=9)
+    assert "rounds: 200, now 5" in found and "margins.image_generation: 0.005, now 0.01" in found
+    assert len(found) < 300 and "model.weights: '', now 'wwww" in found
+    several = override(default_config(), {"margins": (one.margins.to_dict(), 0.2)})
+    assert differences(one, several, limit=1) == "margins@0.2.image_classification: none, now 0.2; and 4 more"
 
 
 def test_hash_does_not_depend_on_the_process():

@@ -16,6 +16,7 @@ from tap_jax.errors import UserError
 STAND_IN = """
 import dataclasses, os, signal, sys, time
 from tap_jax import cli, distributed, startup
+from tap_jax.commands import COMMANDS
 from tap_jax.errors import Preempted, UserError
 
 def train(config, workdir, coordinator, processes, process):
@@ -42,7 +43,7 @@ def train(config, workdir, coordinator, processes, process):
     print(f"{jax.process_count()} processes, {jax.local_device_count()} of {jax.device_count()} devices,"
           f" {ids.sum()}, {caught}", flush=True)
 
-cli.COMMANDS["train"] = dataclasses.replace(cli.COMMANDS["train"], run=train)
+COMMANDS["train"] = dataclasses.replace(COMMANDS["train"], run=train)
 sys.exit(cli.main())
 """
 COMMAND = [

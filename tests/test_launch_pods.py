@@ -13,7 +13,8 @@ import time
 import pytest
 import yaml
 
-from tap_jax import cli
+from tap_jax.arguments import parse
+from tap_jax.commands import COMMANDS
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = ("local.sh", "slurm.sbatch", "tpu_pod.sh", "gke.sh")
@@ -44,9 +45,11 @@ if [[ $* == *describe* ]]; then echo ACTIVE; fi
 # What several processes of `tap-jax train` do first of all, and a sum over them.
 SUM = f"""#!{sys.executable}
 import sys
-from tap_jax import cli, startup, distributed
-flags = cli.parse("train", sys.argv[2:])
-startup.start_jax(flags["config"], distributed.processes(*(flags[f.name] for f in cli._PROCESSES)))
+from tap_jax import startup, distributed
+from tap_jax.arguments import parse
+from tap_jax.commands import COMMANDS, PROCESSES
+flags = parse(COMMANDS["train"], sys.argv[2:])
+startup.start_jax(flags["config"], distributed.processes(*(flags[f.name] for f in PROCESSES)))
 import jax
 from jax.experimental.multihost_utils import process_allgather
 print(jax.process_count(), process_allgather(jax.numpy.ones(3) + jax.process_index()).sum())
@@ -121,7 +124,7 @@ def test_a_wrong_call_shows_how_to_call(script, launch):
 
 def flags_of(words):
     """The flags of a tap-jax command, as the command line itself reads them."""
-    return cli.parse(words[words.index("tap-jax") + 1], words[words.index("tap-jax") + 2 :])
+    return parse(COMMANDS[words[words.index("tap-jax") + 1]], words[words.index("tap-jax") + 2 :])
 
 
 # --- local.sh ------------------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ def test_gke_fills_in_a_job_set_for_gpus(launch):
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     # The arguments are those of tap-jax train once Kubernetes has put in the pod's number.
     arguments = [word.replace("$(JOB_COMPLETION_INDEX)", "2").replace("$$(", "$(") for word in container["args"]]
-    found = cli.parse(container["command"][1], arguments)
+    found = parse(COMMANDS[container["command"][1]], arguments)
     assert found["coordinator"] == "flava-worker-0-0.flava:8476" and (found["processes"], found["process"]) == (3, 2)
     assert (found["config"].variants, found["config"].data.root) == (("tap", "local"), "$(HOME)")
 

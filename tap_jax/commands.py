@@ -1,0 +1,256 @@
+"""The commands of `tap-jax`: what each takes, does and prints.
+
+Each starts JAX as its configuration asks before it imports what needs it.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tap_jax import config as configuration
+from tap_jax import distributed, preemption, startup, terminal
+from tap_jax.arguments import Command, Flag
+from tap_jax.config import ConfigDict
+from tap_jax.errors import UserError
+from tap_jax.writers import WRITERS
+
+
+def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """`tap-jax train`."""
+    several = distributed.processes(coordinator, processes, process)
+    _writable("workdir", workdir)
+    startup.start_jax(config, several)
+    from tap_jax import runs
+    from tap_jax.headline import headline
+
+    with terminal.Terminal(config.rounds) as screen, preemption.Preemption() as asked_to:
+        screen.say("reading data, building the model")
+        rows = runs.run(config, workdir, _reporter(screen, headline), stop=lambda: asked_to.stop)
+        _finish(screen, rows, pathlib.Path(workdir))
+
+
+def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """`tap-jax evaluate`."""
+    several = distributed.processes(coordinator, processes, process)
+    folder = pathlib.Path(workdir)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"workdir: {folder} holds no run (config.json is missing); train one there first")
+    config = configuration.load_config(folder / "config.json")
+    startup.start_jax(config, several)
+    from tap_jax import runs
+    from tap_jax.headline import evaluation_headline
+
+    with terminal.Terminal(config.rounds) as screen:
+        screen.say("reading data, building the model")
+        rows = runs.evaluate(folder, _reporter(screen, evaluation_headline))
+        _finish(screen, rows, folder)
+
+
+def report(folders: Sequence[str], out: str) -> None:
+    """`tap-jax report`."""
+    _writable("out", out)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # for shapes alone: accelerators are left to those who train
+    from tap_jax.evaluation.report import write_report
+    from tap_jax.outline import parameters
+
+    files = write_report(folders, out, parameters=parameters)
+    kinds = [f"{sum(name.startswith(f'{kind}/') for name in files)} {kind}" for kind in ("tables", "figures")]
+    print(f"in {out}: report.md, report.html, {', '.join(kinds)}", flush=True)
+
+
+def export(workdir: str, client: str, format: str, out: str, model: str, variant: str, tasks: str) -> None:
+    """`tap-jax export`."""
+    if client and not client.isdecimal():
+        raise UserError(f"client: '{client}' is no number of a client; the first is 0")
+    _writable("out", out)
+    path = pathlib.Path(workdir) / "config.json"
+    if path.is_file():  # else what follows says so
+        startup.start_jax(configuration.load_config(path))
+    from tap_jax import exporting
+
+    difference = exporting.export_client(
+        workdir,
+        out,
+        client=int(client) if client else None,
+        format=format,
+        model=model,
+        variant=variant,
+        tasks=tuple(filter(None, map(str.strip, tasks.split(",")))),
+        say=lambda line: print(line, flush=True),
+    )
+    files = sorted(path.name for path in pathlib.Path(out).iterdir())
+    print(f"read again: outputs differ from the JAX model's by at most {difference:.2g} of the largest")
+    print(f"in {out}: {', '.join(files)}", flush=True)
+
+
+def describe(config: ConfigDict) -> None:
+    """`tap-jax describe`."""
+    startup.start_jax(config)
+    from tap_jax.describe import describe
+
+    print(describe(config), end="", flush=True)
+
+
+def bench(
+    config: ConfigDict,
+    steps: int,
+    clients: int,
+    rounds: int,
+    against: str,
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = -1,
+) -> None:
+    """`tap-jax bench`: the JSON line goes to stdout, everything else to stderr."""
+    several = distributed.processes(coordinator, processes, process)
+    if clients:
+        configuration.validate(configuration.override(config, {"cohort_size": clients}))
+    if against:  # or JAX would take the GPU's memory for itself
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not config.compilation_cache:
+        with config.ignore_type():
+            config.compilation_cache = "off"  # or compile_s would be the time to read a file
+    startup.start_jax(config, several)
+    from tap_jax import benchmark
+
+    def say(line: str) -> None:
+        if not distributed.index():
+            print(line, file=sys.stderr, flush=True)
+
+    found = benchmark.bench(config, steps=steps, rounds=rounds, against=against, say=say)
+    print(json.dumps(found), flush=True)
+
+
+def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]]):
+    """`lines`: of an experiment, what to say once it is built."""
+    from tap_jax.runs import Reporter
+
+    def built(run) -> None:
+        for line in lines(run):
+            screen.say(line)
+
+    return Reporter(screen.say, screen.progress, built, screen.begin, screen.last, screen.scored)
+
+
+def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
+    from tap_jax.evaluation.tables import text_table
+
+    screen.say("")
+    screen.say(text_table(rows, terminal.columns()))
+    files = ("results.json", "report.md", "report.html", "metrics.jsonl", "config.json")
+    folders = ("checkpoints", "models", "samples", "tokenizer", *WRITERS)
+    screen.say(f"in {workdir}: {', '.join(name for name in (*files, *folders) if (workdir / name).exists())}")
+    screen.say(f"took {terminal.duration(screen.seconds)} in all")
+
+
+def _writable(field: str, folder: str) -> None:
+    """Finds out before long work that its folder cannot be made or written to; leaves nothing there.
+
+    Raises:
+      UserError: so it is.
+    """
+    place = pathlib.Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{field}: {place} is a file; name a folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".tap_jax_", dir=place))  # /proc takes none, whatever its permissions say
+    except OSError as error:
+        raise UserError(f"{field}: cannot write in {place} ({error.strerror}); name another folder") from None
+
+
+# --- what they take ---------------------------------------------------------------------------------------------------
+
+_CONFIG = Flag("config", "FILE[:KEY=VALUE,...]", "the experiment, a Python file or the config.json of a run")
+PROCESSES = (
+    Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
+    Flag("processes", "N", "how many processes make the run, all started with the same command", 0),
+    Flag("process", "I", "which of them this is, from 0; only process 0 prints", -1),
+)
+_ALL = (
+    Command(
+        "train",
+        train,
+        (
+            _CONFIG,
+            Flag("workdir", "DIR", "where the run's files go; a run of the same configuration is resumed"),
+            *PROCESSES,
+        ),
+        "trains, personalises and evaluates; resumes by itself",
+        "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, samples/, tokenizer/,\n"
+        "results.json, report.md and report.html; curves also for --config.writers=tensorboard,wandb. On SIGTERM it\n"
+        "saves after the round in progress and exits with 143 (a second one stops at once); with 75 if another\n"
+        "process has gone. After either, a kill or a full disk, the same command goes on.\n"
+        "Example: tap-jax train --config=configs/demo.py --config.rounds=5 --workdir=runs/demo",
+    ),
+    Command(
+        "evaluate",
+        evaluate,
+        (Flag("workdir", "DIR", "of a finished run"), *PROCESSES),
+        "scores the models of a finished run again",
+        "Rewrites results.json, report.md and report.html.\nExample: tap-jax evaluate --workdir=runs/demo",
+    ),
+    Command(
+        "report",
+        report,
+        (Flag("out", "DIR", "where the report goes: a new or empty folder, or an earlier report, which is replaced"),),
+        "makes the paper's tables and figures from finished runs",
+        "Writes report.md, report.html, tables/ (CSV) and figures/ (PNG). Runs of several seeds and methods go\n"
+        "together; what is missing is shown as not run.\nExample: tap-jax report runs --out=reports/all",
+        folders="of finished runs, or folders that contain such",
+    ),
+    Command(
+        "export",
+        export,
+        (
+            Flag("workdir", "DIR", "of a finished run"),
+            Flag("client", "N", "whose model, from 0; --model=server may do without", ""),
+            Flag("format", "FORMAT", "torch (the default: all of it), or of the encoders peft, huggingface", "torch"),
+            Flag("out", "DIR", "where the files go, a new or empty folder"),
+            Flag(
+                "model",
+                "MODEL",
+                "personal (the default), federated (what the client last received), server",
+                "personal",
+            ),
+            Flag("variant", "NAME", "one of the run's variants, the folders in its models/; default: the first", ""),
+            Flag("tasks", "NAME,...", "only these; default: all that the client has", ""),
+        ),
+        "writes a trained model for PyTorch, PEFT or Hugging Face",
+        "What was written is loaded again and compared with the JAX model before the command says done;\n"
+        "tap_export.json keeps the largest difference. README.md in the folder says how to use it.\n"
+        "Example: tap-jax export --workdir=runs/demo --client=3 --format=torch --out=exports/client3",
+    ),
+    Command(
+        "describe",
+        describe,
+        (_CONFIG,),
+        "parameters (Table 7), who owns which block, memory plan; reads no data, allocates nothing",
+        "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
+        "Example: tap-jax describe --config=configs/flava.py",
+    ),
+    Command(
+        "bench",
+        bench,
+        (
+            _CONFIG,
+            Flag("steps", "N", "local steps per run; 0: the configuration's local_steps", 0),
+            Flag("clients", "N", "clients of the cohort; 0: the configuration's cohort_size", 0),
+            Flag("rounds", "N", "whole rounds to time, and Stage 2 after them; 0: neither", 0),
+            Flag("against", "NAME", "train the same clients one by one in PyTorch as well: torch or torch-fused", ""),
+            *PROCESSES,
+        ),
+        "times the local training of a cohort; one JSON line",
+        "Prints the line on stdout, words on stderr, and writes nothing. Without --rounds there is no round_s,\n"
+        "schedule_s or stage2_s_per_client. Compiled programs are cached only in config.compilation_cache."
+        "\nExample: tap-jax bench --config=configs/demo.py --steps=10",
+    ),
+)
+COMMANDS = {command.name: command for command in _ALL}

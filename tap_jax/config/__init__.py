@@ -1,0 +1,35 @@
+"""What can be set, read from files and the command line, checked, and told apart.
+
+A config is a `ConfigDict` with the fields of `default_config`, no more and no less. A file under `configs/` has a
+function `get_config(argument="")` that starts from it; the command line (`--config.KEY=VALUE`), the file's argument
+(`configs/flava.py:rounds=5,seed=42`) and `load_config`'s `overrides` change single fields.
+"""
+
+from ml_collections import ConfigDict
+
+from tap_jax.config.defaults import NEUTRAL_FIELDS, SERVER_VARIANTS, VARIANTS, default_config
+from tap_jax.config.derived import data_cache, federation_of, margins_of, variants_of
+from tap_jax.config.fields import override, value_of
+from tap_jax.config.files import from_json, load_config, to_json
+from tap_jax.config.identity import config_hash, differences
+from tap_jax.config.rules import validate
+
+__all__ = [
+    "NEUTRAL_FIELDS",
+    "SERVER_VARIANTS",
+    "VARIANTS",
+    "ConfigDict",
+    "config_hash",
+    "data_cache",
+    "default_config",
+    "differences",
+    "federation_of",
+    "from_json",
+    "load_config",
+    "margins_of",
+    "override",
+    "to_json",
+    "validate",
+    "value_of",
+    "variants_of",
+]

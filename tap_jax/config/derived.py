@@ -1,0 +1,91 @@
+"""What follows from a configuration: its clients, the variants it yields, their margins, where data are kept."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tap_jax.config.defaults import VARIANTS
+from tap_jax.config.fields import is_number
+from tap_jax.errors import UserError
+from tap_jax.federation import KINDS, PAPER_ROWS, Federation, client_table
+
+LOW_MARGIN_KINDS = ("image_generation", "text_classification")  # Tables 11-13 and 22
+
+
+def federation_of(config: ConfigDict) -> Federation:
+    """The clients and tasks that `config.federation` describes; for method "centralised" one client with all of it.
+
+    Raises:
+      UserError: unknown table or task, or shares that do not add up.
+    """
+    rows = client_rows(config.federation)
+    federation = client_table(rows, groups=config.federation.groups)
+    if config.method != "centralised":
+        return federation
+    total = {task.name: min(1.0, sum(row.get(task.name, 0.0) for row in rows)) for task in federation.tasks}
+    return client_table((total,), groups=1)
+
+
+def variants_of(config: ConfigDict) -> tuple[str, ...]:
+    """The results a run is to make: `config.variants` or the method itself, and one for each further margin."""
+    chosen = tuple(config.variants) or VARIANTS[config.method][:1]
+    return chosen + tuple(margins_of(config))[1:] if config.method == "tap" else chosen
+
+
+def data_cache(config: ConfigDict) -> str:
+    """The folder that keeps converted data sets, trained tokenizers and downloaded weights."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return config.data.cache_dir or os.path.join(home, "tap_jax", "data")
+
+
+def margins_of(config: ConfigDict) -> dict[str, dict[str, float]]:
+    """Variant -> task kind -> m: "tap" first, and "tap@LABEL" for each further entry of a list.
+
+    A label is the number, or the pair or the distinct numbers joined by a dash: "0.01-0.04".
+
+    Raises:
+      UserError: an entry that is neither a number, a pair of numbers nor one number per task kind.
+    """
+    given = config.margins
+    entries = given if isinstance(given, (list, tuple)) and given else (given,)
+    found: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        by_kind, numbers = _by_kind(entry)
+        name = "tap@" + "-".join(f"{number:g}" for number in numbers) if found else "tap"
+        if name in found:
+            raise UserError(f"margins: {entry} is there twice; drop one")
+        found[name] = by_kind
+    return found
+
+
+def client_rows(section: ConfigDict) -> tuple[Mapping[str, float], ...]:
+    """The client table of a federation section: one pattern (task -> share of its group's part) per row.
+
+    Raises:
+      UserError: a row that is none.
+    """
+    rows = section.rows if section.table == "custom" else PAPER_ROWS[section.table]
+    for row in rows:
+        if not isinstance(row, Mapping) or not all(is_number(share) for share in row.values()):
+            raise UserError(f"federation.rows: {row!r}; use a dict task -> share such as {{'ag_news': 0.5}}")
+    return rows
+
+
+def _by_kind(entry: Any) -> tuple[dict[str, float], list[float]]:
+    """One entry of `margins` -> (task kind -> m, its numbers without repetition)."""
+    if is_number(entry):
+        by_kind = dict.fromkeys(KINDS, entry)
+    elif isinstance(entry, (list, tuple)) and len(entry) == 2 and all(map(is_number, entry)):
+        by_kind = {kind: entry[0 if kind in LOW_MARGIN_KINDS else 1] for kind in KINDS}
+    elif isinstance(entry, (Mapping, ConfigDict)) and set(entry) == set(KINDS) and all(map(is_number, entry.values())):
+        by_kind = {kind: entry[kind] for kind in KINDS}
+    else:
+        raise UserError(
+            f"margins: {entry!r}; use numbers, pairs (low, high), or one number for each of {', '.join(KINDS)}"
+        )
+    if not all(math.isfinite(m) and m >= 0 for m in by_kind.values()):
+        raise UserError(f"margins: {entry!r}; use finite numbers of at least 0")
+    return {kind: float(m) for kind, m in by_kind.items()}, sorted({float(m) for m in by_kind.values()})

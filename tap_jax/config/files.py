@@ -1,0 +1,81 @@
+"""Configurations in files: a Python file with `get_config`, or the config.json of a run."""
+
+import inspect
+import json
+import os
+import runpy
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tap_jax.config.defaults import default_config
+from tap_jax.config.fields import override
+from tap_jax.config.rules import validate
+from tap_jax.errors import UserError
+
+
+def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Reads a config, changes some fields, validates and locks it.
+
+    Args:
+      path: a Python file with `get_config()`, optionally with an argument for it after a colon
+        (`configs/flava.py:rounds=5`), or the `config.json` of a run.
+      overrides: field -> value, by dotted name (`{"model.width": 32}`) or nested.
+
+    Raises:
+      UserError: no such file, one that is no config, an unknown field, or what `validate` objects to.
+
+    Example:
+      >>> import tap_jax as tap
+      >>> config = tap.load_config("configs/demo.py", {"rounds": 5, "optimizer.weight_decay": 0.1})
+      >>> config.rounds, config.optimizer.weight_decay, config.model.width
+      (5, 0.1, 32)
+    """
+    name = os.fspath(path)
+    file, colon, argument = name.partition(".py:")
+    file = file + ".py" if colon else name
+    if not os.path.isfile(file):
+        raise UserError(f"config: no file '{file}'; name a config file such as configs/flava.py")
+    if file.endswith(".json"):
+        with open(file, encoding="utf-8", errors="replace") as stream:  # what is no text is then no JSON
+            config = from_json(stream.read())
+    else:
+        try:
+            get_config = runpy.run_path(file).get("get_config")
+        except SyntaxError as error:
+            place = f"{error.filename or file}" + (f", line {error.lineno}," if error.lineno else "")
+            raise UserError(
+                f"config: {place} is not Python ({error.msg}); name a config file such as configs/flava.py"
+            ) from None
+        if get_config is None:
+            raise UserError(f"config: '{file}' has no function get_config(); copy one from configs/")
+        if argument and not inspect.signature(get_config).parameters:
+            raise UserError(f"config: get_config() of '{file}' takes no argument; drop ':{argument}'")
+        config = get_config(argument) if argument else get_config()
+        if not isinstance(config, ConfigDict):
+            raise UserError(f"config: get_config() of '{file}' returns no ConfigDict; copy one from configs/")
+    config.unlock()
+    override(config, overrides or {})
+    validate(config)
+    return config.lock()
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as readable JSON; `from_json` is its inverse."""
+    return json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads what `to_json` wrote; fields that it lacks keep their defaults.
+
+    Raises:
+      UserError: not JSON, or a field that this version does not know.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"config: not valid JSON ({error}); use the config.json of a run") from None
+    if not isinstance(values, dict):
+        raise UserError("config: not a JSON object; use the config.json of a run")
+    return override(default_config(), values)
