@@ -22,7 +22,7 @@ from tap_jax import writers
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
-from tap_jax.engine.agreement import any_says
+from tap_jax.engine.agreement import any_says, in_step
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.memory import peak_memory
 from tap_jax.engine.model_files import read_model, write_model
@@ -88,8 +88,10 @@ def run(
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
     identity = configuration.config_hash(config)
-    _check_workdir(workdir, identity)
-    writers.check(config.writers)
+    _check_workdir(workdir, config)
+    with in_step():
+        if jax.process_index() == 0:  # which writes
+            writers.check(config.writers)
     experiment = build(config)
     reporter.built(experiment)
     for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
@@ -346,9 +348,15 @@ def _existing(path: pathlib.Path, message: str) -> pathlib.Path:
     return path
 
 
-def _check_workdir(workdir: pathlib.Path, identity: str) -> None:
+def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir: {workdir} is a file; name a folder")
     path = workdir / "config.json"
-    if path.exists() and configuration.config_hash(configuration.from_json(path.read_text())) != identity:
-        raise UserError(f"workdir: {workdir} holds a run of another configuration; name another folder or remove it")
+    if not path.exists():
+        return
+    before = configuration.from_json(path.read_text())
+    if configuration.config_hash(before) != configuration.config_hash(config):
+        raise UserError(
+            f"workdir: {workdir} holds a run of another configuration ({configuration.differences(before, config)});"
+            " name another folder or remove it"
+        )

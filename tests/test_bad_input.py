@@ -4,10 +4,13 @@
 while a run is under way is the one case that leaves something: what was whole before.)
 """
 
+import errno
 import io
 import os
+import pathlib
 import re
 import subprocess
+import tempfile
 
 import pyarrow
 import pyarrow.parquet
@@ -82,7 +85,7 @@ def test_unknown_task_and_method(refused):
 
 def test_missing_data(refused, tmp_path):
     refused(
-        "data.root: no folder ag_news in .*nowhere; put the parquet files", f"--config.data.root={tmp_path}/nowhere"
+        "data.root: there is no folder .*nowhere; name one with .* or use", f"--config.data.root={tmp_path}/nowhere"
     )
     root = write(tmp_path / "data", "ag_news", {"text": ["a", "b"], "label": [0, 1]}, splits=("train",))
     refused("data.root: .*test.parquet is missing; put the test split of ag_news there", root)
@@ -130,7 +133,12 @@ def test_workdir_of_another_configuration(refused, tiny, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(to_json(tiny(NEWS, {"seed": 42})))
     (folder / "metrics.jsonl").write_text("{}\n")
-    refused("workdir: .*other holds a run of another configuration; name another folder or remove it", workdir=folder)
+    message = "workdir: .*other holds a run of another configuration [(]{}[)]; name another folder or remove it"
+    refused(message.format("seed: 42, now 41"), workdir=folder)
+    refused(message.format("rounds: 3, now 4; seed: 42, now 41"), "--config.rounds=4", workdir=folder)
+    many = ["--config.rounds=4", "--config.post_steps=9", "--config.local_steps=9"]
+    listed = "local_steps: .*, now 9; post_steps: .*, now 9; rounds: 3, now 4; and 1 more"
+    refused(message.format(listed), *many, workdir=folder)
     (folder / "config.json").write_text("{")
     refused("config: not valid JSON", workdir=folder)
 
@@ -154,15 +162,27 @@ def test_workdir_that_cannot_be_made(refused, tmp_path):
 
 
 def test_workdir_without_permission(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write everywhere
+    def mkdir(*_):  # the tests may run as root, who may write everywhere
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     (tmp_path / "locked").mkdir()
-    refused("workdir: no permission to write in .*locked; name another folder", workdir=tmp_path / "locked" / "run")
+    monkeypatch.setattr(tempfile._os, "mkdir", mkdir)
+    message = "workdir: cannot write in .*locked [(]Permission denied[)]; name another folder"
+    refused(message, workdir=tmp_path / "locked" / "run")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux's /proc")
+def test_a_folder_that_nobody_can_make(refused, tmp_path, capsys):
+    refused("workdir: cannot write in /proc [(].*[)]; name another folder", workdir=pathlib.Path("/proc/x/run"))
+    for command in (["report", str(tmp_path)], ["export", f"--workdir={tmp_path}"]):
+        assert cli.main([*command, "--out=/proc/x"]) == 2
+        assert re.fullmatch("tap-jax: out: cannot write in /proc .*; name another folder\n", capsys.readouterr().err)
 
 
 def test_workdir_on_a_read_only_disk(refused, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    refused("workdir: no permission to write in .*small_disk; name another folder", workdir=small_disk)
-    refused("workdir: no permission to write in .*small_disk; name another folder", workdir=small_disk / "run")
+    for workdir in (small_disk, small_disk / "run"):
+        refused("workdir: cannot write in .*small_disk [(]Read-only .*[)]; name another folder", workdir=workdir)
 
 
 def test_a_disk_that_fills_up_during_a_run(tiny, small_disk, tmp_path, monkeypatch, capsys):
@@ -220,4 +240,4 @@ def test_other_commands_say_it_the_same_way(tiny, tmp_path, capsys):
         assert cli.main([command, f"--config={path}", "--config.cohort_size=3"]) == 2
         assert re.fullmatch("tap-jax: cohort_size: 3 of 2 clients; .*\n", capsys.readouterr().err)
     assert cli.main(["bench", f"--config={path}", f"--config.data.root={tmp_path}/nowhere"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("tap-jax: data.root: no folder ag_news")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tap-jax: data.root: there is no folder")

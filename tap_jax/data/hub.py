@@ -64,7 +64,7 @@ def load(
         identity = ["hub", *conversion, _SPLIT_SEED, VQA_TRAIN_ROWS]
     else:
         folder, stand_in = locate(task, root, folders)
-        if stand_in:
+        if stand_in and split == "train":  # it is the same of the test split
             _LOG.warning("%s", stand_in)
         path = folder / f"{split}.parquet"
         if not path.is_file():
@@ -110,9 +110,14 @@ def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> t
     """The local folder of a task, and a line to show where it is another data set standing in (else None).
 
     Raises:
-      UserError: neither the task's folder nor a stand-in is there.
+      UserError: `root` is no folder, or it has neither the task's folder nor a stand-in.
     """
     base = pathlib.Path(root)
+    if not base.is_dir():
+        raise UserError(
+            f"data.root: there is no folder {base}; name one with a sub-folder of parquet files for each task, or use"
+            " data.root=hub or data.root=synthetic"
+        )
     chosen = (folders or {}).get(task.name)
     names = (chosen,) if chosen else (task.name, *SOURCES[task.name].stand_ins)
     for name in names:

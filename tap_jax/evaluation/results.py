@@ -75,8 +75,8 @@ def _report(results: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str
     parts = ["# Results\n", ", ".join(str(item) for item in about if item) + "\n"]
     parts.append(markdown_table(rows))
     parts.append(
-        "Mean ± standard deviation (population) over clients. **Best**, <u>second</u>; — did not converge; blank: "
-        "not run. Averages weigh each task by its clients.\n"
+        "Mean ± standard deviation (population) over clients. **Best**, <u>second</u>; — diverged; blank: not "
+        "run. Averages weigh each task by its clients.\n"
     )
     parts.extend(f"Note: {note}\n" for note in notes)
     if replacements:
@@ -93,9 +93,28 @@ def _report(results: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str
             f" {privacy['covers']}; not for what clients keep (personal models, losses, these scores of them).\n"
         )
     if timing:
-        shown = (f"{key} {item:.4g}" if isinstance(item, float) else f"{key} {item}" for key, item in timing.items())
-        parts.append("Timing: " + ", ".join(shown) + ".\n")
+        parts.append("Timing: " + ", ".join(_measured(name, value) for name, value in timing.items()) + ".\n")
     return "\n".join(parts)
+
+
+# Of `timing`: its words, unit, and how many of its own make one of that.
+_MEASURES = {
+    "build_seconds": ("building", "s", 1),
+    "rounds_seconds": ("rounds", "s", 1),
+    "post_and_evaluation_seconds": ("Stage 2, post-training and scoring", "s", 1),
+    "total_seconds": ("in all", "s", 1),
+    "stage2_seconds_per_client": ("Stage 2 of a client", "s", 1),
+    "peak_host_bytes": ("peak memory of the host", "GB", 1e9),
+    "peak_device_bytes": ("peak memory of a device", "GB", 1e9),
+}
+
+
+def _measured(name: str, value: Any) -> str:
+    """An entry of `timing` in words and with its unit, to four digits."""
+    if name not in _MEASURES or isinstance(value, str):
+        return f"{name} {value}"
+    words, unit, size = _MEASURES[name]
+    return f"{words} {value / size:,.4g} {unit}"
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from tap_jax import cli
+from tap_jax.arguments import parse
+from tap_jax.commands import COMMANDS
 from tap_jax.errors import UserError
 from tap_jax.evaluation import curves, heat_map, report
 from tap_jax.evaluation.finished import read_runs
@@ -286,7 +288,7 @@ def test_an_interrupted_exchange_brings_the_old_report_back(tmp_path, monkeypatc
 
 def test_folders_and_flags_may_stand_in_any_order():
     for argv in (["a", "b", "--out=o"], ["--out=o", "a", "b"], ["a", "--out", "o", "b"]):
-        assert cli.parse("report", argv) == {"out": "o", "folders": ["a", "b"]}
+        assert parse(COMMANDS["report"], argv) == {"out": "o", "folders": ["a", "b"]}
 
 
 @pytest.mark.parametrize(

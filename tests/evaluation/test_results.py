@@ -182,7 +182,8 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
     origin = {"config_hash": "ab12", "versions": {"jax": "0.10.2"}}
     replacements.append({"round": 2, "client": 0, "task": "vqa", "variant": "tap@0.05"})
     notes = ("meteor lacks WordNet",)
-    results.write_results(folder, config, rows, replacements, {"train_s": 1.5}, notes=notes, **origin)
+    timing = {"total_seconds": 61.25, "device": "1 x cpu", "peak_host_bytes": 6_365_429_760, "own_s": 1.5}
+    results.write_results(folder, config, rows, replacements, timing, notes=notes, **origin)
 
     read = strict((folder / "results.json").read_text())
     assert list(read) == ["config", "config_hash", "versions", "results", "replacements", "timing"]
@@ -191,13 +192,15 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
     assert [row["value"] for row in read["results"][-2:]] == [None, 0.5]
     assert read["results"][: len(ROWS)] == ROWS
     assert read["replacements"][0] == {"round": 1, "client": 2, "task": "ag_news"}
-    assert read["timing"] == {"train_s": 1.5}
+    assert read["timing"] == timing
 
     report = (folder / "report.md").read_text()
     assert markdown_table(read["results"]) in report
     assert "mini, method tap, seed 41" in report
     assert "Note: meteor lacks WordNet" in report
     assert "2 (ag_news 1, vqa 1)" in report
+    assert "Timing: in all 61.25 s, device 1 x cpu, peak memory of the host 6.365 GB, own_s 1.5.\n" in report
+    assert "— diverged; blank: not run." in report
     found = check_page((folder / "report.html").read_text(), report)
     assert any("Note: meteor lacks WordNet" in text for text in found.text)
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "results.json"]
