@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -105,7 +106,8 @@ def run(
     if resumed is not None:
         state = resumed
         reporter.say(f"resuming after round {state.round} of {config.rounds}")
-    curves = _curves(experiment, workdir, reporter, resumed=resumed is not None) if writes else []
+    with in_step():
+        curves = _curves(experiment, workdir, reporter, resumed=resumed is not None) if writes else []
     # From here on only the loop holds the blocks that it begins with: whoever else did would keep a second copy of all
     # clients' blocks in memory.
     experiment, begun = dataclasses.replace(experiment, initial_blocks={}), [state]
@@ -190,9 +192,10 @@ def _play(
     for curve in curves:
         curve.write(config.rounds + 1, {name: mean for name, mean in means.items() if mean is not None})
     write_samples(workdir / "samples", experiment.evaluator.sampler.samples)
+    lines = rounds.read_lines(workdir / "metrics.jsonl")
     timing = {
         "build_seconds": built - started,
-        "rounds_seconds": trained - built,
+        "rounds_seconds": math.fsum(line["seconds"] for line in lines),  # whichever process played them
         "post_and_evaluation_seconds": time.monotonic() - trained,
         "total_seconds": time.monotonic() - started,
         "device": f"{experiment.engine.devices.size} x {jax.devices()[0].device_kind}",
@@ -200,7 +203,6 @@ def _play(
         **peak_memory(experiment.engine.devices.local),
     }
     notes = experiment.scorer.notes if experiment.scorer else ()
-    lines = rounds.read_lines(workdir / "metrics.jsonl")
     replacements = [entry for line in lines for entry in line.get("replacements", [])]
     settings, clients = experiment.engine.settings, len(experiment.federation.clients)
     privacy = settings.privacy and spent(
