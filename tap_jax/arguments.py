@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
 from tap_jax.config.fields import refuse_section
+from tap_jax.config.files import run_python
 from tap_jax.errors import UserError
 
 
@@ -67,6 +68,8 @@ def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
         rest = [argument for argument in rest if argument.startswith("-")]
         if not found["folders"]:
             raise UserError(f"folders: name at least one DIR; see tap-jax {name} --help")
+    if register := found.pop("register", ""):
+        run_python("register", register)
     if "config" in found:
         known.append("--config.KEY")
         found["config"], rest = _override(configuration.load_config(found["config"]), rest)

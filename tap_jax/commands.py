@@ -169,6 +169,7 @@ def _writable(field: str, folder: str) -> None:
 # --- what they take ---------------------------------------------------------------------------------------------------
 
 _CONFIG = Flag("config", "FILE[:KEY=VALUE,...]", "the experiment, a Python file or the config.json of a run")
+_REGISTER = Flag("register", "FILE", "Python that registers tasks of your own, such as the config of the run", "")
 PROCESSES = (
     Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
     Flag("processes", "N", "how many processes make the run, all started with the same command", 0),
@@ -193,14 +194,17 @@ _ALL = (
     Command(
         "evaluate",
         evaluate,
-        (Flag("workdir", "DIR", "of a finished run"), *PROCESSES),
+        (Flag("workdir", "DIR", "of a finished run"), _REGISTER, *PROCESSES),
         "scores the models of a finished run again",
         "Rewrites results.json, report.md and report.html.\nExample: tap-jax evaluate --workdir=runs/demo",
     ),
     Command(
         "report",
         report,
-        (Flag("out", "DIR", "where the report goes: a new or empty folder, or an earlier report, which is replaced"),),
+        (
+            Flag("out", "DIR", "where the report goes: a new or empty folder, or an earlier report, which is replaced"),
+            _REGISTER,
+        ),
         "makes the paper's tables and figures from finished runs",
         "Writes report.md, report.html, tables/ (CSV) and figures/ (PNG). Runs of several seeds and methods go\n"
         "together; what is missing is shown as not run.\nExample: tap-jax report runs --out=reports/all",
@@ -222,6 +226,7 @@ _ALL = (
             ),
             Flag("variant", "NAME", "one of the run's variants, the folders in its models/; default: the first", ""),
             Flag("tasks", "NAME,...", "only these; default: all that the client has", ""),
+            _REGISTER,
         ),
         "writes a trained model for PyTorch, PEFT or Hugging Face",
         "What was written is loaded again and compared with the JAX model before the command says done;\n"

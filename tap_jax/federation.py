@@ -89,7 +89,10 @@ def find_task(name: str) -> Task:
       UserError: there is none; the message lists the known ones.
     """
     if name not in TASKS:
-        raise UserError(f"federation: unknown task '{name}'; known tasks: {', '.join(TASKS)}")
+        raise UserError(
+            f"federation: unknown task '{name}'; known tasks: {', '.join(TASKS)}; one of your own has to be registered"
+            " first (--register=FILE)"
+        )
     return TASKS[name]
 
 

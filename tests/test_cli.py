@@ -416,6 +416,37 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(trained, command, tmp_p
     assert snapshot(tmp_path / "run") == before
 
 
+OWN_TASK = """
+from tap_jax.data.synthetic import RULES
+from tap_jax.federation import Task, register_task
+
+register_task(Task("our_news", "text_classification", ("text",), ("news",), "our_news", classes=4))
+RULES["our_news"] = RULES["ag_news"]
+
+def get_config():
+    from tap_jax.config import load_config
+    return load_config("tiny.json", {"federation.rows": ({"our_news": 1.0},), "method": "local", "rounds": 1})
+"""
+
+
+def test_a_run_with_a_task_of_ones_own(command, tiny, tmp_path, monkeypatch):
+    """Its configuration registers it, and every other command is told where that is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.json").write_text(to_json(tiny(({"ag_news": 1.0},), {"cohort_size": 1})))
+    (tmp_path / "ours.py").write_text(OWN_TASK)
+    done = command("train", "--config=ours.py", "--workdir=run")
+    assert done.returncode == 0, done.stderr
+    export = ("export", "--workdir=run", "--client=0", "--out=export")
+    for argv in (("evaluate", "--workdir=run"), ("report", "run", "--out=report"), export):
+        done = command(*argv)
+        assert done.returncode == 2 and "our_news" in done.stderr and "--register" in done.stderr, done.stderr
+        done = command(*argv, "--register=ours.py")
+        assert done.returncode == 0, done.stderr
+    assert "our_news" in (tmp_path / "report" / "report.md").read_text()
+    done = command("evaluate", "--workdir=run", "--register=none.py")
+    assert done.stderr == "tap-jax: register: no file 'none.py'; name a config file such as configs/flava.py\n"
+
+
 def test_evaluate_says_what_a_run_lacks(trained, tmp_path, capsys):
     folder, _, _ = trained
     assert cli.main(["evaluate", f"--workdir={tmp_path}/none"]) == 2

@@ -75,7 +75,8 @@ def refuse_unknown(config: ConfigDict, field: str) -> NoReturn:
     far = [leaves[leaf] for leaf in difflib.get_close_matches(parts[-1], list(leaves), n=1, cutoff=0.7)]
     close = [prefix + name for name in near] or far
     hint = f"; did you mean '{close[0]}'?" if close else ";"
-    raise UserError(f"{field}: unknown field{hint} {'.'.join(path) or 'config'} has: {', '.join(section)}")
+    own = "; a task of your own has to be registered first (--register=FILE)" if prefix == "data.folders." else ""
+    raise UserError(f"{field}: unknown field{hint} {'.'.join(path) or 'config'} has: {', '.join(section)}{own}")
 
 
 def refuse_section(field: str, value: Any, section: ConfigDict) -> NoReturn:

@@ -35,19 +35,12 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     name = os.fspath(path)
     file, colon, argument = name.partition(".py:")
     file = file + ".py" if colon else name
-    if not os.path.isfile(file):
-        raise UserError(f"config: no file '{file}'; name a config file such as configs/flava.py")
     if file.endswith(".json"):
+        _check_file("config", file)
         with open(file, encoding="utf-8", errors="replace") as stream:  # what is no text is then no JSON
             config = from_json(stream.read())
     else:
-        try:
-            get_config = runpy.run_path(file).get("get_config")
-        except SyntaxError as error:
-            place = f"{error.filename or file}" + (f", line {error.lineno}," if error.lineno else "")
-            raise UserError(
-                f"config: {place} is not Python ({error.msg}); name a config file such as configs/flava.py"
-            ) from None
+        get_config = run_python("config", file).get("get_config")
         if get_config is None:
             raise UserError(f"config: '{file}' has no function get_config(); copy one from configs/")
         if argument and not inspect.signature(get_config).parameters:
@@ -59,6 +52,30 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     override(config, overrides or {})
     validate(config)
     return config.lock()
+
+
+def run_python(field: str, file: str) -> dict[str, Any]:
+    """Runs a Python file of the user's, which may register tasks -> the names that it defines.
+
+    Args:
+      field: that names the file.
+
+    Raises:
+      UserError: no such file, or one that is no Python.
+    """
+    _check_file(field, file)
+    try:
+        return runpy.run_path(file)
+    except SyntaxError as error:
+        place = f"{error.filename or file}" + (f", line {error.lineno}," if error.lineno else "")
+        raise UserError(
+            f"{field}: {place} is not Python ({error.msg}); name a config file such as configs/flava.py"
+        ) from None
+
+
+def _check_file(field: str, file: str) -> None:
+    if not os.path.isfile(file):
+        raise UserError(f"{field}: no file '{file}'; name a config file such as configs/flava.py")
 
 
 def to_json(config: ConfigDict) -> str:

@@ -138,8 +138,8 @@ def _read(id_: str, folder: Path) -> FinishedRun:
         hash_ = stored.get("config_hash") or configuration.config_hash(config)
     except UserError as error:
         raise UserError(
-            f"report: {folder} has a task or field that this tap_jax does not know ({error}); register the task first, "
-            "or leave the run out"
+            f"report: {folder} has a task or field that this tap_jax does not know ({error}); name the file that "
+            "registers the task with --register, or leave the run out"
         ) from None
     return FinishedRun(
         id=id_,
