@@ -130,7 +130,7 @@ def _train(cohort: Cohort, server: Stack, steps: tuple[int, int] | None) -> tupl
     """Seconds for all or some steps of the cohort, from the server's blocks, and the losses."""
     stack = jax.block_until_ready(cohort.broadcast(server))
     started = time.perf_counter()
-    _, losses = jax.block_until_ready(cohort.train(stack, "post", post=True, steps=steps))
+    _, losses = jax.block_until_ready(cohort.train(stack, "post", post=True, steps=steps, goes_on=False))
     return time.perf_counter() - started, losses
 
 

@@ -15,6 +15,7 @@ from tap_jax import benchmark
 from tap_jax.arguments import parse
 from tap_jax.commands import COMMANDS
 from tap_jax.data.minibatches import Batch
+from tap_jax.engine.engine import Engine
 from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.flops import Flops
@@ -78,7 +79,9 @@ def test_pytorch_that_cannot_does_not_cost_the_line(tiny, monkeypatch):
     assert line["client_steps_per_s"] > 0 and line["ratio"] is line["torch_client_steps_per_s"] is None
 
 
-def test_rounds_and_stage_2(tiny):
+def test_rounds_and_stage_2(tiny, monkeypatch):
+    given, train = [], Engine.train
+    monkeypatch.setattr(Engine, "train", lambda self, stack, *rest: given.append(rest[0]) or train(self, stack, *rest))
     rows = ({"ag_news": 0.5}, {"fashion_mnist": 0.5}, {"ag_news": 0.5, "fashion_mnist": 0.5})
     config = tiny(rows, {"federation.groups": 2, "rounds": 50})
     line = benchmark.bench(config, steps=2, rounds=3, against="torch")
@@ -88,6 +91,7 @@ def test_rounds_and_stage_2(tiny):
     assert len(line["round_seconds"]) == 3 and line["round_s"] == np.median(line["round_seconds"])
     assert line["schedule_s"] == pytest.approx(50 * np.mean(line["round_seconds"]), rel=1e-3)
     assert line["stage2_clients"] == [0, 1, 2], "one of each pattern"
+    assert given and all(moments is None for moments in given), "the program of rounds is timed"
     assert line["stage2_s"] == pytest.approx(6 * line["stage2_s_per_client"], rel=1e-3)
 
 

@@ -205,8 +205,13 @@ class Cohort:
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
         ahead: Stack | None = None,
+        goes_on: bool = True,
     ) -> tuple[Stack, Losses]:
-        """Local training -> (stack, `Losses` [P, O]); see `methods.base.Cohort`."""
+        """Local training -> (stack, `Losses` [P, O]); see `methods.base.Cohort`.
+
+        Args:
+          goes_on: a later call begins where `steps` end; else no optimizer states are kept for it.
+        """
         engine, phase = self.engine, self.phase(purpose, post=post, idle=idle)
         alone = ahead is None or post or teacher is not None or steps is not None
         beside = not alone and engine.pipeline.reaches(self)
@@ -218,7 +223,7 @@ class Cohort:
             plan = phase.plan
             first, last = np.full_like(plan.first, steps[0]), np.minimum(plan.steps, steps[1])
             phase = phase._replace(plan=plan.replace(first=first, steps=last))
-        moments = self._remembered(purpose, chain, steps)
+        moments = self._remembered(purpose, chain, steps if goes_on else None)
         stack, after, losses = engine.train(stack, moments, self._aid(teacher), self.seats, phase)
         if after is not None:
             self._moments[purpose if post else chain or purpose] = after
