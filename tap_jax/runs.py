@@ -1,11 +1,12 @@
 """Runs on disk: `tap-jax train` and `tap-jax evaluate`, and how the models of a finished run are had back.
 
-A run's folder holds config.json, metrics.jsonl, checkpoints/, models/, tokenizer/, samples/, results.json and
-report.md, and what `config.writers` adds.
+A run's folder holds config.json, metrics.jsonl, checkpoints/, models/, tokenizer/, samples/, results.json, report.md
+and report.html, where there are many personal blocks (`engine.store`) store/, and what `config.writers` adds.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -14,7 +15,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -97,36 +98,37 @@ def run(
     reporter.built(experiment)
     for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
         reporter.say(note)
-    state = experiment.init(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", report=reporter.say)
-    resumed = rounds.resume(checkpoints, state, identity)
-    writes = jax.process_index() == 0  # of several processes on the same folder
-    if writes:
-        _begin(workdir, experiment)
-    if resumed is not None:
-        state = resumed
-        reporter.say(f"resuming after round {state.round} of {config.rounds}")
-    with in_step():
-        curves = _curves(experiment, workdir, reporter, resumed=resumed is not None) if writes else []
-    # From here on only the loop holds the blocks that it begins with: whoever else did would keep a second copy of all
-    # clients' blocks in memory.
-    experiment, begun = dataclasses.replace(experiment, initial_blocks={}), [state]
-    del state, resumed
-    try:
-        return _play(
-            experiment,
-            begun,
-            workdir=workdir,
-            identity=identity,
-            checkpoints=checkpoints,
-            reporter=reporter,
-            curves=curves,
-            stop=stop,
-            started=started,
-        )
-    finally:
-        for curve in curves:
-            curve.close()
+    with _alone(workdir):
+        state = experiment.init(workdir)
+        checkpoints = Checkpoints(workdir / "checkpoints", report=reporter.say)
+        resumed = rounds.resume(checkpoints, state, identity, experiment.engine.numerics)
+        writes = jax.process_index() == 0  # of several processes on the same folder
+        if writes:
+            _begin(workdir, experiment)
+        if resumed is not None:
+            state = resumed
+            reporter.say(f"resuming after round {state.round} of {config.rounds}")
+        with in_step():
+            curves = _curves(experiment, workdir, reporter, resumed=resumed is not None) if writes else []
+        # From here on only the loop holds the blocks that it begins with: whoever else did would keep a second copy of
+        # all clients' blocks in memory.
+        experiment, begun = dataclasses.replace(experiment, initial_blocks={}), [state]
+        del state, resumed
+        try:
+            return _play(
+                experiment,
+                begun,
+                workdir=workdir,
+                identity=identity,
+                checkpoints=checkpoints,
+                reporter=reporter,
+                curves=curves,
+                stop=stop,
+                started=started,
+            )
+        finally:
+            for curve in curves:
+                curve.close()
 
 
 def _play(
@@ -259,6 +261,13 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
     results = _results(_existing(workdir / "results.json", "workdir: the run has not finished; call train again"))
     experiment = build(config)
     reporter.built(experiment)
+    with _alone(workdir):
+        return _evaluate(experiment, workdir, results, reporter)
+
+
+def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, reporter: Reporter) -> list[Row]:
+    """`evaluate`, once nobody else is in the folder; `results` are those that are there."""
+    config = experiment.config
     initial = experiment.init(workdir)
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)
     if state is None:
@@ -304,11 +313,39 @@ def _results(path: pathlib.Path) -> dict:
     raise UserError(f"workdir: results.json is damaged; call train again, which makes it anew ({path})")
 
 
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps everybody else out of the folder for as long as the body lasts; how the process ends does not matter.
+
+    Raises:
+      UserError: somebody is in it.
+    """
+    descriptor = None
+    with in_step():
+        if jax.process_index() == 0:  # for all processes of the run
+            workdir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise UserError(
+                    f"workdir: another process is at work in {workdir}; wait for it, or name another folder"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _begin(workdir: pathlib.Path, experiment: Experiment) -> None:
     """What a run leaves before its first round: the configuration and the tokenizer."""
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / "config.json.tmp"
-    partial.write_text(configuration.to_json(experiment.config))
+    partial.write_text(configuration.to_json(experiment.config), encoding="utf-8")
     partial.replace(workdir / "config.json")
     if experiment.data.tokenizer is not None:
         experiment.data.tokenizer.save(workdir / "tokenizer")
@@ -356,7 +393,14 @@ def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    before = configuration.from_json(path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = isinstance(json.loads(text), dict)
+    except ValueError as error:  # no text, or no JSON
+        raise UserError(f"workdir: {path} is damaged ({error}); name another folder or remove it") from None
+    if not whole:
+        raise UserError(f"workdir: {path} is damaged (no JSON object); name another folder or remove it")
+    before = configuration.from_json(text)
     if configuration.config_hash(before) != configuration.config_hash(config):
         raise UserError(
             f"workdir: {workdir} holds a run of another configuration ({configuration.differences(before, config)});"

@@ -5,6 +5,7 @@ while a run is under way is the one case that leaves something: what was whole b
 """
 
 import errno
+import fcntl
 import io
 import os
 import pathlib
@@ -52,10 +53,11 @@ def refused(tiny, tmp_path, capsys):
 
 
 def contents(folder):
-    """None where nothing is there, else every path's bytes."""
+    """None where nothing is there, else every path's bytes, but for the empty file that keeps others out."""
     if not folder.exists():
         return None
-    return {path: path.read_bytes() if path.is_file() else b"" for path in (folder, *folder.rglob("*"))}
+    paths = [path for path in (folder, *folder.rglob("*")) if path.name != ".lock"]
+    return {path: path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def write(folder, task, columns, splits=("train", "test")):
@@ -139,8 +141,25 @@ def test_workdir_of_another_configuration(refused, tiny, tmp_path):
     many = ["--config.rounds=4", "--config.post_steps=9", "--config.local_steps=9"]
     listed = "local_steps: .*, now 9; post_steps: .*, now 9; rounds: 3, now 4; and 1 more"
     refused(message.format(listed), *many, workdir=folder)
-    (folder / "config.json").write_text("{")
-    refused("config: not valid JSON", workdir=folder)
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [(b'{"rounds": ', "Expecting value: .*"), (b"\xff\xfe", "'utf-8' .*"), (b"[]", "no JSON object")],
+)
+def test_workdir_with_a_damaged_configuration(refused, tmp_path, left, reason):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(left)
+    message = f"workdir: .*damaged/config.json is damaged [(]{reason}[)]; name another folder or remove it"
+    refused(message, workdir=folder)
+
+
+def test_workdir_of_a_run_with_fields_that_are_unknown_here(refused, tmp_path):
+    folder = tmp_path / "newer"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"rouns": 3}')
+    refused("rouns: unknown field", workdir=folder)
 
 
 def test_checkpoints_of_another_configuration(refused, tiny, tmp_path):
@@ -159,6 +178,13 @@ def test_workdir_that_cannot_be_made(refused, tmp_path):
     (tmp_path / "file").write_text("")
     refused("workdir: .*file is a file; name a folder", workdir=tmp_path / "file")
     refused("workdir: .*file is a file; name a folder", workdir=tmp_path / "file" / "below")
+
+
+def test_workdir_in_which_somebody_is_at_work(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused("workdir: another process is at work in .*run; wait for it, or name another folder")
 
 
 def test_workdir_without_permission(refused, tmp_path, monkeypatch):

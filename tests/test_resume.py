@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
+from tap_jax import runs
 from tap_jax.config import load_config, to_json
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
@@ -113,6 +114,20 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert re.search("resuming after round [24] of 6", resumed.stdout)
     assert_same(config, tmp_path / "run", left_alone)
+
+
+def test_other_numerics_are_noted(whole):
+    config, left_alone = whole
+    experiment, checkpoints = experiments.build(load_config(config)), Checkpoints(left_alone / "checkpoints")
+    for numerics, noted in ((experiment.engine.numerics, False), ("bfloat16, rows of 32", True)):
+        assert rounds.resume(checkpoints, experiment.init(), None, numerics).round == 6
+        assert [line.startswith("the run began with float32, rows of ") for line in checkpoints.notes] == [True] * noted
+
+
+def test_a_run_without_rounds_can_be_evaluated(tiny, tmp_path):
+    config = tiny(ROWS[:1], {"method": "fedavg", "rounds": 0, "cohort_size": 1})
+    reporter = runs.Reporter(say=lambda line: None, progress=lambda line: None)
+    assert runs.run(config, tmp_path, reporter) == runs.evaluate(tmp_path, reporter)
 
 
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path):

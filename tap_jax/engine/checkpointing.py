@@ -39,7 +39,7 @@ class Checkpoints:
     A context manager: on leaving it nothing is being written any more.
 
     Attributes:
-      notes: one line for each checkpoint that `restore_latest` passed over, and why.
+      notes: one line for each checkpoint that `restore_latest` passed over, and why; and what others `note`.
 
     Example:
       >>> import numpy as np
@@ -178,15 +178,19 @@ class Checkpoints:
             if found and not reason:
                 return step, *found
             problems.append(f"checkpoint {step} passed over: {reason}")
-            self.notes.append(problems[-1])
-            if self._report:
-                self._report(problems[-1])
+            self.note(problems[-1])
         if steps:
             raise UserError(
                 f"checkpoints in {self.folder}: none of {len(steps)} can be used ({problems[0]});"
                 " delete the folder or choose another workdir to start afresh"
             )
         return None
+
+    def note(self, line: str) -> None:
+        """Adds a line to `notes`."""
+        self.notes.append(line)
+        if self._report:
+            self._report(line)
 
     def _restore(
         self, step: int, like: Any, expected: dict[str, Any], metadata: Mapping[str, Any]

@@ -128,6 +128,11 @@ class Engine:
         tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
         return BlockTables(model, like, tables)
 
+    @property
+    def numerics(self) -> str:
+        """What the platform decides where the configuration leaves it open, and numbers follow from."""
+        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}"
+
     def drawn(self, round_: int) -> tuple[int, ...]:
         """The clients that the seed draws for a round."""
         settings = self.settings

@@ -84,11 +84,12 @@ def play_round(
       clients: who takes part, in the place of those drawn.
 
     Returns:
-      The new state and a JSON-ready line: round, clients, losses by chain, client and task, replacements, updates that
-      were dropped, bytes.
+      The new state and a JSON-ready line: round, clients, learning rate, losses by chain, client and task, and where
+      the method or the configuration has them replacements, bytes, updates that were dropped, their norms, epsilon.
 
     Raises:
       UserError: an update was dropped, and `screening.on_broken` is "stop".
+      ValueError: `clients` are given in a run with differential privacy.
     """
     settings = engine.settings
     if clients is not None and settings.privacy:
@@ -186,17 +187,21 @@ def run_rounds(
       UserError: a checkpoint could not be written.
     """
     path, saved = workdir / "metrics.jsonl", state.round
+    metadata = {"config": config_hash, "numerics": engine.numerics}
     if jax.process_index() == 0:
         # Lines of rounds that an interrupted run had played past its last checkpoint will be played again.
         _rewrite(path, [line for line in read_lines(path) if line["round"] < state.round])
     else:
         path = pathlib.Path(os.devnull)
     with checkpoints, path.open("a", encoding="utf-8") as stream:
+        if rounds == 0:  # whoever evaluates or exports wants one
+            store.commit(state, 0)
+            checkpoints.save(0, state, metadata)
         while state.round < rounds:
             if any_says(stop()):
                 if state.round > saved:
                     store.commit(state, state.round)
-                    checkpoints.save(state.round, state, {"config": config_hash})
+                    checkpoints.save(state.round, state, metadata)
                 checkpoints.wait()
                 raise Preempted(
                     f"stopped after round {state.round} of {rounds}, which is saved; the same command goes on there"
@@ -211,17 +216,18 @@ def run_rounds(
             progress(line)
             if state.round == rounds or (every and state.round % every == 0):
                 store.commit(state, state.round)
-                checkpoints.save(state.round, state, {"config": config_hash})
+                checkpoints.save(state.round, state, metadata)
                 store.release(state, checkpoints.steps())
                 saved = state.round
     return state
 
 
-def resume(checkpoints: Checkpoints, state: State, config_hash: str | None = None) -> State | None:
+def resume(checkpoints: Checkpoints, state: State, config_hash: str | None = None, numerics: str = "") -> State | None:
     """The newest whole checkpoint as a state like the given one, or None where there is none.
 
     Args:
       config_hash: of the configuration that must have written it; None: any whose state looks like this one.
+      numerics: `Engine.numerics` of who goes on; where the run began with others, the checkpoints get a note.
 
     Raises:
       UserError: there are checkpoints, but none that can be used.
@@ -229,7 +235,13 @@ def resume(checkpoints: Checkpoints, state: State, config_hash: str | None = Non
     found = checkpoints.restore_latest(state, {"config": config_hash} if config_hash else None)
     if found is None:
         return None
-    restored = found[1]
+    _, restored, metadata = found
+    began = metadata.get("numerics", numerics)
+    if numerics and began != numerics:
+        checkpoints.note(
+            f"the run began with {began}, and goes on with {numerics}: its numbers differ from those of a run on one"
+            " platform; compute_dtype and engine.microbatch say it for all"
+        )
     server = jax.tree.map(lambda new, old: parallel.put(new, old.sharding), restored.server, state.server)
     restored = restored.replace(server=server, round=int(restored.round))
     store.verify(restored)

@@ -9,7 +9,8 @@ A row is free once no table in this process and no checkpoint that is kept refer
 knows (a weak set); which checkpoints, `commit` and `release` are told.
 
 Several processes share the folder. Each writes the blocks of its own devices' clients into files of its own, and they
-tell each other the new tables, which are the same in all of them; each reads only the rows that its devices need.
+tell each other the new tables, which are the same in all of them; in the rounds each reads only the rows that its
+devices need.
 A run that goes on with other processes reads what all of the former ones wrote.
 
 Letters: K clients, R blocks, n parameters of a block.
@@ -263,12 +264,12 @@ class Store:
     def _own(self) -> None:
         """Keeps a second run from writing into the files; the lock goes with this process, however it ends."""
         if self._owner is None:
-            descriptor = os.open(self.folder / f"{self._mine}.lock", os.O_RDONLY | os.O_CREAT, 0o644)
+            descriptor = os.open(self.folder / f"{self._mine}.lock", os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(descriptor)
-                raise UserError(f"workdir: another process is training in {self.folder.parent}; wait for it") from error
+                raise UserError(f"workdir: another process is training in {self.folder}; wait for it") from error
             except OSError:
                 pass  # a file system without locks
             self._owner = descriptor
@@ -320,6 +321,9 @@ def folder_of(workdir: pathlib.Path, needed: int, limit: int) -> pathlib.Path | 
 
     Args:
       needed: bytes of all that would be stored. limit: how many may be in memory.
+
+    Raises:
+      UserError: a store would go that somebody uses.
     """
     folder = workdir / "store"
     much = any_says(needed > limit)
@@ -329,8 +333,25 @@ def folder_of(workdir: pathlib.Path, needed: int, limit: int) -> pathlib.Path | 
             begun = bool(Checkpoints(workdir / "checkpoints").steps())
             disk = "yes" if (folder.is_dir() if begun else much) else "no"
             if not begun or disk == "no":
+                _check_unused(folder)
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that never had a checkpoint
     return folder if first_said(disk) == "yes" else None
+
+
+def _check_unused(folder: pathlib.Path) -> None:
+    for path in folder.glob("*/0.lock"):
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"workdir: {folder} has the personal blocks of a state that is in use; delete the state, or name"
+                " another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        finally:
+            os.close(descriptor)
 
 
 def open_store(folder: pathlib.Path, partition: Partition, start: Blocks, like: Blocks) -> Store:

@@ -299,6 +299,7 @@ def test_what_a_method_sends_is_clipped_and_what_it_keeps_stays(tiny, monkeypatc
     expected = clipped_sum(w, 0.05)
     assert [entry["client"] for entry in line["dropped"]] == [k for k in found.clients if k == 0]
     assert all(norm is None or norm > 0.05 for norm in line["update_norms"].values()), "nothing to clip"
+    assert [key for key in line if f'"{key}"' not in experiments.Experiment.round.__doc__] == [], "not explained"
     server = experiment.engine.server_blocks(after.server)
     for name, before in found.before.items():
         if name not in expected:

@@ -299,6 +299,17 @@ def test_a_run_keeps_the_form_in_which_it_began(experiment, tiny, tmp_path):
         assert isinstance(second.init(workdir).chains["personal"], StoredChain) == stored
 
 
+def test_the_store_of_a_state_in_use_is_not_made_anew(experiment, tmp_path):
+    state = experiment.init(tmp_path)
+    chain = state.chains["personal"]
+    chain = chain.put({0: chain[0]})
+    with pytest.raises(UserError, match="workdir: .*store has the personal blocks of a state that is in use"):
+        experiment.init(tmp_path)
+    del state, chain
+    gc.collect()
+    experiment.init(tmp_path)
+
+
 def test_without_a_folder_all_is_in_memory(experiment):
     assert isinstance(experiment.init().chains["personal"], tuple)
 
