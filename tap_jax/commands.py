@@ -144,7 +144,7 @@ def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
     screen.say("")
     screen.say(text_table(rows, terminal.columns()))
     files = ("results.json", "report.md", "report.html", "metrics.jsonl", "config.json")
-    folders = ("checkpoints", "models", "samples", "tokenizer", *WRITERS)
+    folders = ("checkpoints", "store", "models", "samples", "tokenizer", *WRITERS)
     screen.say(f"in {workdir}: {', '.join(name for name in (*files, *folders) if (workdir / name).exists())}")
     screen.say(f"took {terminal.duration(screen.seconds)} in all")
 
@@ -169,7 +169,7 @@ def _writable(field: str, folder: str) -> None:
 # --- what they take ---------------------------------------------------------------------------------------------------
 
 _CONFIG = Flag("config", "FILE[:KEY=VALUE,...]", "the experiment, a Python file or the config.json of a run")
-_REGISTER = Flag("register", "FILE", "Python that registers tasks of your own, such as the config of the run", "")
+_REGISTER = Flag("register", "FILE", "Python that registers tasks of your own, such as the config file of the run", "")
 PROCESSES = (
     Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
     Flag("processes", "N", "how many processes make the run, all started with the same command", 0),
@@ -182,6 +182,7 @@ _ALL = (
         (
             _CONFIG,
             Flag("workdir", "DIR", "where the run's files go; a run of the same configuration is resumed"),
+            _REGISTER,
             *PROCESSES,
         ),
         "trains, personalises and evaluates; resumes by itself",
@@ -236,7 +237,7 @@ _ALL = (
     Command(
         "describe",
         describe,
-        (_CONFIG,),
+        (_CONFIG, _REGISTER),
         "parameters (Table 7), who owns which block, memory plan; reads no data, allocates nothing",
         "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
         "Example: tap-jax describe --config=configs/flava.py",
@@ -250,12 +251,12 @@ _ALL = (
             Flag("clients", "N", "clients of the cohort; 0: the configuration's cohort_size", 0),
             Flag("rounds", "N", "whole rounds to time, and Stage 2 after them; 0: neither", 0),
             Flag("against", "NAME", "train the same clients one by one in PyTorch as well: torch or torch-fused", ""),
+            _REGISTER,
             *PROCESSES,
         ),
         "times the local training of a cohort; one JSON line",
-        "Prints the line on stdout, words on stderr, and writes nothing. Without --rounds there is no round_s,\n"
-        "schedule_s or stage2_s_per_client. Compiled programs are cached only in config.compilation_cache."
-        "\nExample: tap-jax bench --config=configs/demo.py --steps=10",
+        "Prints the line on stdout and words on stderr; what --rounds and --against add is null without them.\n"
+        "Example: tap-jax bench --config=configs/demo.py --steps=10",
     ),
 )
 COMMANDS = {command.name: command for command in _ALL}

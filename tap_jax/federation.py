@@ -224,6 +224,7 @@ _COMMON_ROWS = (
     {"vqa": 0.5},
     {"mmlu": 1.0},
 )
+# The paper's ten patterns; its 30 clients are three groups of them (Sec. 5.1).
 PAPER_ROWS: dict[str, tuple[Mapping[str, float], ...]] = {
     "flava": (
         {"tiny_imagenet": 1.0},
@@ -240,10 +241,3 @@ PAPER_ROWS: dict[str, tuple[Mapping[str, float], ...]] = {
         {"common_gen": 0.5, "caltech256": 0.5},
     ),
 }
-
-
-def paper_federation(model: str) -> Federation:
-    """The paper's 30 clients: ten patterns, three groups (Sec. 5.1; `model` is 'flava' or 'vilt')."""
-    if model not in PAPER_ROWS:
-        raise UserError(f"federation: the paper has no client table for '{model}'; use one of {', '.join(PAPER_ROWS)}")
-    return client_table(PAPER_ROWS[model], groups=3)

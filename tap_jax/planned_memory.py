@@ -59,8 +59,8 @@ def plan_of(run: Experiment) -> MemoryPlan:
 
 def mesh(config: ConfigDict, settings: EngineSettings) -> tuple[int, int]:
     """(Shards, devices of each) as a run here would choose them; as the configuration says where it asks for more."""
-    asked = (config.mesh.clients, config.mesh.data or 1)
-    if config.mesh.clients and asked[0] * asked[1] > len(jax.devices()):
+    asked = (config.mesh.clients or 1, config.mesh.data or 1)
+    if asked[0] * asked[1] > len(jax.devices()):
         return asked
     here = parallel.devices(**config.mesh, cohort=settings.together)
     return here.shards, here.parts

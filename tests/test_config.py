@@ -154,6 +154,10 @@ def test_loading_names_the_mistake(path, overrides, message):
         ({"distillation__patience": 2}, "data.held_out: 0, but distillation.patience looks at held-out samples"),
         ({"model__name": "clip"}, "model.name: unknown 'clip'; use one of flava, vilt"),
         ({"variants": ("feddat",)}, "variants: 'feddat' does not come out of method 'tap'; use tap, tap-no-kd"),
+        (
+            {"method": "fedavg", "variants": ("fedavg", "fedavg+post", "fedavg")},
+            "variants: fedavg, fedavg[+]post, fedavg; name each once",
+        ),
         ({"cohort_size": 31}, "cohort_size: 31 of 30 clients; use at most 30"),
         ({"cohort_size": 0}, "cohort_size: 0; use more than 0"),
         ({"local_steps": -1}, "local_steps: -1; use more than 0"),
@@ -177,6 +181,11 @@ def test_loading_names_the_mistake(path, overrides, message):
         ({"model__backbone_layers": (1,)}, "model.backbone_layers"),
         ({"model__head_hidden": (1.5,)}, "model.head_hidden: .*whole numbers"),
         ({"federation__table": "custom"}, "federation.rows: goes with federation.table='custom'"),
+        (
+            {"federation__groups": 99_999_999_999},
+            "federation.groups: 99999999999 of 10 clients each are 999,999,999,990; use at most 1,000,000 clients",
+        ),
+        ({"federation__groups": 100_001}, "federation.groups: 100001 of 10 clients each are 1,000,010; use at most"),
         ({"federation__parts": 3, "federation__split": "iid"}, "federation.parts: goes with federation.split='share'"),
         ({"federation__rows": ({"ag_news": 1.0},)}, "federation.rows: goes with federation.table='custom'"),
         ({"federation__table": "custom", "federation__rows": ({"agnews": 1.0},)}, "unknown task 'agnews'; known"),

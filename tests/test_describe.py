@@ -161,6 +161,11 @@ def test_more_devices_share_the_cohort(tiny):
     rows = ({"ag_news": 0.5}, {"ag_news": 0.5})
     for clients, shown in ((1, "round, 2 clients"), (2, "round, 1 clients"), (16, "16 x cpu (mesh of 16 x 1)")):
         assert shown in describe(tiny(rows, {"mesh.clients": clients}))  # 16: more than there are here
+    for fields, shown in (
+        ({"mesh.clients": 0, "mesh.data": 16}, "16 x cpu (mesh of 1 x 16)"),
+        ({"mesh.clients": 4, "mesh.data": 4}, "16 x cpu (mesh of 4 x 4)"),
+    ):
+        assert shown in describe(tiny(rows, fields))
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_runs_that_cannot_be_exported_and_folders_in_use(export, run, tmp_path):
     refused("workdir: the run in .* has not finished", workdir=tmp_path / "run")
     refused("out: .*run is not empty; name another folder or remove it", out="run")
     (tmp_path / "file").write_text("")
-    refused("out: .*file is no folder", out="file")
+    refused("out: .*file is a file; name a folder", out="file")
     shutil.copy(run / "results.json", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "models")
     status, _, err, folder = export("--client=0", "--variant=fedavg+post", workdir=tmp_path / "run")

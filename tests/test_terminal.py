@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from tap_jax import terminal
+from tap_jax import commands, terminal
 
 
 class Clock:
@@ -158,3 +158,12 @@ def test_warnings_of_the_package_are_plain_lines_said_once(capsys):
         logging.getLogger("tap_jax.data.hub").info("not shown")
     assert capsys.readouterr().err == "data: easy_vqa stands in for vqa\n"
     assert logging.getLogger("tap_jax").propagate
+
+
+def test_a_run_ends_with_the_names_of_what_it_wrote(tmp_path, capsys):
+    for name in ("checkpoints", "config.json", "else", "store"):
+        (tmp_path / name).mkdir()
+    row = {"variant": "tap", "client": 0, "task": "ag_news", "metric": "accuracy", "value": 50.0}
+    with terminal.Terminal(1, bar=False) as screen:
+        commands._finish(screen, [row], tmp_path)
+    assert f"in {tmp_path}: config.json, checkpoints, store\n" in capsys.readouterr().out

@@ -184,7 +184,7 @@ def default_config() -> ConfigDict:
     config.engine = engine = ConfigDict()
     engine.microbatch = 0  # s, samples per row; 0: the platform's default
     engine.rows_per_chunk = 0  # v, rows per vmap; 0: the platform's default
-    engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: as many as fit
+    engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: cohort_size on CPUs, else all of them
     # Memory on the host that all clients' personal blocks may take; where they would take more, they go to a store on
     # disk (workdir/store), and so does a persistent optimizer state. 0: half of the machine's, and none beyond 300
     # clients, whose checkpoints then hold tables in the place of a million arrays.

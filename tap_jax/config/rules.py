@@ -23,6 +23,7 @@ _MAY_BE_ZERO = (
 )  # fmt: skip
 _FRACTIONS = ("data.held_out", "model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
 _ANY_NUMBER = ("distillation.temperature_power",)
+_MOST_CLIENTS = 1_000_000  # of a federation; a table of many more would not fit into memory
 _NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model")
 
 
@@ -56,6 +57,8 @@ def _check_outcome(config: ConfigDict) -> None:
                 f"variants: '{variant}' does not come out of method '{config.method}';"
                 f" use {', '.join(VARIANTS[config.method])}, or variants=() for the first"
             )
+    if len(set(config.variants)) < len(config.variants):
+        raise UserError(f"variants: {', '.join(config.variants)}; name each once")
     for name in config.writers:
         if name not in WRITERS:
             raise UserError(f"writers: unknown '{name}'; use {', '.join(WRITERS)}, or writers=() for none")
@@ -149,7 +152,14 @@ def _check_federation(config: ConfigDict) -> None:
         raise UserError("federation.rows: goes with federation.table='custom', and only with it; set both or neither")
     if federation.parts and federation.split != "share":
         raise UserError(f"federation.parts: goes with federation.split='share', not '{federation.split}'; drop one")
-    clients = len(client_table(client_rows(federation), groups=federation.groups).clients)
+    rows = client_rows(federation)
+    clients = len(rows) * federation.groups
+    if clients > _MOST_CLIENTS:  # before a table of so many is made
+        raise UserError(
+            f"federation.groups: {federation.groups} of {len(rows)} clients each are {clients:,}; use at most"
+            f" {_MOST_CLIENTS:,} clients in all"
+        )
+    client_table(rows, groups=federation.groups)
     if config.cohort_size > clients:
         raise UserError(f"cohort_size: {config.cohort_size} of {clients} clients; use at most {clients}")
 

@@ -58,7 +58,7 @@ def load(
     if task.name not in SOURCES:
         raise UserError(f"data.root: no source for task {task.name}; add it to tap_jax.data.sources.SOURCES")
     if limit is not None and limit < 1:
-        raise UserError(f"data.limit: {limit}; use at least 1, or none for all")
+        raise UserError(f"data.{split}_size: {limit}; use at least 1, or leave it out for all")
     conversion = [dataclasses.astuple(SOURCES[task.name]), _described(TEMPLATES.get(task.name))]
     if root == "hub":
         identity = ["hub", *conversion, _SPLIT_SEED, VQA_TRAIN_ROWS]

@@ -51,9 +51,9 @@ def assign(
       UserError: an unknown split, alpha <= 0, a task without a size, or a client left without samples.
     """
     if split not in SPLITS:
-        raise UserError(f"data.split: unknown '{split}'; use one of {', '.join(SPLITS)}")
+        raise UserError(f"federation.split: unknown '{split}'; use one of {', '.join(SPLITS)}")
     if split == "dirichlet" and not alpha > 0:
-        raise UserError(f"data.alpha: {alpha} is not positive; use for instance 0.5")
+        raise UserError(f"federation.alpha: {alpha} is not positive; use for instance 0.5")
     dealt: list[dict[str, np.ndarray]] = [{} for _ in federation.clients]
     for task in federation.tasks:
         if task.name not in sizes:

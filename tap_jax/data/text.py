@@ -114,8 +114,15 @@ def load_tokenizer(
     if source == "train":
         return _train(list(corpus or ()), vocab_size, cache_dir)
     folder = pathlib.Path(source)
-    if (folder / "tokenizer.json").is_file():
-        return WordPiece(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # bare, whatever is wrong with it
+            raise UserError(
+                f"data.tokenizer: cannot read {file} ({error}); replace it, or name another folder, a hub id or 'train'"
+            ) from error
+        return WordPiece(backend)
     from transformers import AutoTokenizer  # slow to import, and only pre-trained sources need it
 
     try:

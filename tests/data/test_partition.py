@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tap_jax.data.partition import assign
 from tap_jax.errors import UserError
-from tap_jax.federation import client_table, paper_federation
+from tap_jax.federation import PAPER_ROWS, client_table
 
 
 def pooled(dealt, task):
@@ -33,7 +33,7 @@ def test_no_sample_twice_and_none_lost(seed, size, groups, split):
 
 
 def test_paper_shares():
-    federation = paper_federation("flava")
+    federation = client_table(PAPER_ROWS["flava"], groups=3)
     dealt = assign(federation, {task.name: 3000 for task in federation.tasks}, seed=41)
     for client, mine in zip(federation.clients, dealt, strict=True):
         for task, ids in mine.items():
@@ -99,8 +99,8 @@ def test_tiny_alpha_leaves_nobody_empty():
         ({"sizes": {"vqa": 1}, "split": "iid"}, "client1 is left with no sample"),
         ({"sizes": {"vqa": 1}, "split": "dirichlet"}, "left with no sample"),
         ({"sizes": {}}, "no training set for task vqa"),
-        ({"sizes": {"vqa": 9}, "split": "fair"}, "data.split: unknown 'fair'"),
-        ({"sizes": {"vqa": 9}, "split": "dirichlet", "alpha": 0.0}, "data.alpha"),
+        ({"sizes": {"vqa": 9}, "split": "fair"}, "federation.split: unknown 'fair'"),
+        ({"sizes": {"vqa": 9}, "split": "dirichlet", "alpha": 0.0}, "federation.alpha"),
     ],
 )
 def test_user_errors(kwargs, message):

@@ -137,6 +137,14 @@ def test_user_errors(source, corpus, size, monkeypatch):
         load_tokenizer(source, corpus, vocab_size=size)
 
 
+@pytest.mark.parametrize("left", ["", '{"version": "1.0", ', "{}"])
+def test_a_damaged_tokenizer_is_named(tokenizer, tmp_path, left):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(left)
+    with pytest.raises(UserError, match=r"^data\.tokenizer: cannot read .*tokenizer\.json \(.+\); replace it, or .*$"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_arrays_of_a_generation_task(tokenizer):
     task = find_task("common_gen")
     examples = Examples(

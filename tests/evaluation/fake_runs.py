@@ -6,7 +6,7 @@ import numpy as np
 
 from tap_jax.config import default_config, override
 from tap_jax.evaluation.results import write_results
-from tap_jax.federation import paper_federation
+from tap_jax.federation import PAPER_ROWS, Federation, client_table
 
 FLAVA, VILT = {}, {"model.name": "vilt", "federation.table": "vilt"}
 METRICS = {
@@ -15,6 +15,11 @@ METRICS = {
     "text_classification": ("accuracy",),
     "text_generation": ("bertscore", "meteor"),
 }
+
+
+def paper_federation(model: str) -> Federation:
+    """The paper's 30 clients."""
+    return client_table(PAPER_ROWS[model], groups=3)
 
 
 def scores(variant, value, model="flava", tasks=None):

@@ -6,8 +6,7 @@ import pytest
 from tap_jax.evaluation import appendix_tables, paper_tables
 from tap_jax.evaluation.finished import read_runs
 from tap_jax.evaluation.selection import comparisons
-from tap_jax.federation import paper_federation
-from tests.evaluation.fake_runs import VILT, level, scores, write_run
+from tests.evaluation.fake_runs import VILT, level, paper_federation, scores, write_run
 
 NINE = ("Local", "FedAvg", "FedAvg + Post-train", "Per-FedAvg", "Per-FedAvg + Post-train", "DisentAFL") + (
     "DisentAFL + Post-train",
