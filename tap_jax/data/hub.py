@@ -140,11 +140,11 @@ def convert(task: Task, split: str, columns: Columns, *, limit: int | None = Non
       limit: see `load`.
 
     Raises:
-      UserError: no rows, no texts for a task that reads or writes them, several domains and nothing that tells them
-        apart, an unreadable picture, an impossible label, subject or answer.
+      UserError: no rows; no pictures, labels or texts for a task that needs them; several domains and nothing that
+        tells them apart; an unreadable picture; an impossible label, subject or answer.
     """
     source, place = SOURCES[task.name], f"{task.name}/{split}"
-    _check_texts_and_domains(task, source)
+    _check_source(task, source)
     count = len(columns[source.needed[0]])
     if not count:
         raise UserError(f"data.root: {place} has no rows; put data there")
@@ -176,12 +176,15 @@ def convert(task: Task, split: str, columns: Columns, *, limit: int | None = Non
     return Examples(**fields)
 
 
-def _check_texts_and_domains(task: Task, source: Source) -> None:
+def _check_source(task: Task, source: Source) -> None:
     if len(task.domains) > 1 and task.name != "mmlu":  # whose subjects are its domains
         raise UserError(
             f"task {task.name}: parquet and hub data have one domain, not {len(task.domains)}; register one task per "
             "domain, or use data.root=synthetic with a rule in data.synthetic.RULES"
         )
+    for needed, column in (("image" in task.modalities, "image"), (task.kind.endswith("classification"), "label")):
+        if needed and not getattr(source, column):
+            raise UserError(f"task {task.name}: no {column}s; name the column as `{column}` in data/sources.py")
     if task.name in TEMPLATES:
         return
     if task.kind == "text_generation":

@@ -148,6 +148,14 @@ def test_a_template_is_described_alike_in_every_process():
             "task own: parquet and hub data have one domain, not 2; register one task per domain, or .*synthetic.RULES",
         ),
         (
+            Task("own", "image_generation", ("image",), ("x",), "own"),
+            "task own: no images; name the column as `image` in data/sources.py",
+        ),
+        (
+            Task("own", "text_classification", ("text",), ("x",), "own", classes=2),
+            "task own: no labels; name the column as `label` in data/sources.py",
+        ),
+        (
             Task("own", "text_classification", ("text",), ("x",), "own", classes=2),
             "task own: no texts; name the column 'text' in data/sources.py, or give it a template in data/templates",
         ),
@@ -156,10 +164,11 @@ def test_a_template_is_described_alike_in_every_process():
             "task own: no texts to write; give it a template in data/templates.py",
         ),
     ],
-    ids=["several domains", "no text", "no template"],
+    ids=["several domains", "no image", "no label", "no text", "no template"],
 )
 def test_a_task_that_the_tables_do_not_serve(task, message, tmp_path, monkeypatch):
-    monkeypatch.setitem(SOURCES, "own", Source("own", "train", "test", label="label", columns=("body",)))
+    label = None if "no labels" in message else "label"
+    monkeypatch.setitem(SOURCES, "own", Source("own", "train", "test", label=label, columns=("body",)))
     write(tmp_path / "own", body=["a"], label=[0])
     with pytest.raises(UserError, match=message) as caught:
         hub.load(task, "train", root=str(tmp_path))
