@@ -37,9 +37,7 @@ def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: i
     """`tap-jax evaluate`."""
     several = distributed.processes(coordinator, processes, process)
     folder = pathlib.Path(workdir)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"workdir: {folder} holds no run (config.json is missing); train one there first")
-    config = configuration.load_config(folder / "config.json")
+    config = configuration.of_run(folder)
     startup.start_jax(config, several)
     from tap_jax import runs
     from tap_jax.headline import evaluation_headline
@@ -69,9 +67,7 @@ def export(workdir: str, client: str, format: str, out: str, model: str, variant
     if client and not client.isdecimal():
         raise UserError(f"client: '{client}' is no number of a client; the first is 0")
     _writable("out", out)
-    path = pathlib.Path(workdir) / "config.json"
-    if path.is_file():  # else what follows says so
-        startup.start_jax(configuration.load_config(path))
+    startup.start_jax(configuration.of_run(workdir))
     from tap_jax import exporting
 
     difference = exporting.export_client(

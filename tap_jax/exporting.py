@@ -120,11 +120,10 @@ def export_client(
 
 def _finished(workdir: pathlib.Path) -> ConfigDict:
     """The configuration of a finished run, in float32: exports are not rounded to the run's compute type."""
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"workdir: {workdir} holds no run (config.json is missing); train one there first")
+    config = configuration.of_run(workdir, {"compute_dtype": "float32"})
     if not (workdir / "results.json").is_file():
         raise UserError(f"workdir: the run in {workdir} has not finished (results.json is missing); call train again")
-    return configuration.load_config(workdir / "config.json", {"compute_dtype": "float32"})
+    return config
 
 
 def _tasks(federation: Federation, client: int | None, model: str, wanted: Sequence[str]) -> list[str]:

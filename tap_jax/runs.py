@@ -257,8 +257,7 @@ def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
       UserError: no run there, one that has not finished, or one whose results.json is damaged.
     """
     workdir = pathlib.Path(workdir)
-    config = configuration.load_config(_existing(workdir / "config.json", "workdir: holds no run; train one first"))
-    results = _results(_existing(workdir / "results.json", "workdir: the run has not finished; call train again"))
+    config, results = configuration.of_run(workdir), _results(workdir / "results.json")
     experiment = build(config)
     reporter.built(experiment)
     with _alone(workdir):
@@ -304,6 +303,8 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
 
 def _results(path: pathlib.Path) -> dict:
     """What `evaluate` takes over from results.json, and does not make itself: replacements, timing and the rest."""
+    if not path.exists():
+        raise UserError(f"workdir: the run has not finished; call train again ({path} is missing)")
     with contextlib.suppress(ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found.get("timing"), dict):
@@ -381,26 +382,12 @@ def _stop_here(stop: Callable[[], bool]) -> None:
         raise Preempted("stopped after the last round, which is saved; the same command does what follows it again")
 
 
-def _existing(path: pathlib.Path, message: str) -> pathlib.Path:
-    if not path.exists():
-        raise UserError(f"{message} ({path} is missing)")
-    return path
-
-
 def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir: {workdir} is a file; name a folder")
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-        whole = isinstance(json.loads(text), dict)
-    except ValueError as error:  # no text, or no JSON
-        raise UserError(f"workdir: {path} is damaged ({error}); name another folder or remove it") from None
-    if not whole:
-        raise UserError(f"workdir: {path} is damaged (no JSON object); name another folder or remove it")
-    before = configuration.from_json(text)
+    before = configuration.of_run(workdir)
     if configuration.config_hash(before) != configuration.config_hash(config):
         raise UserError(
             f"workdir: {workdir} holds a run of another configuration ({configuration.differences(before, config)});"

@@ -151,7 +151,7 @@ def test_workdir_with_a_damaged_configuration(refused, tmp_path, left, reason):
     folder = tmp_path / "damaged"
     folder.mkdir()
     (folder / "config.json").write_bytes(left)
-    message = f"workdir: .*damaged/config.json is damaged [(]{reason}[)]; name another folder or remove it"
+    message = f"workdir: .*damaged/config.json is damaged [(]{reason}[)]; remove it and call train again as before, or"
     refused(message, workdir=folder)
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tap_jax.config.defaults import NEUTRAL_FIELDS, SERVER_VARIANTS, VARIANTS, default_config
 from tap_jax.config.derived import data_cache, federation_of, margins_of, variants_of
 from tap_jax.config.fields import override, value_of
-from tap_jax.config.files import from_json, load_config, to_json
+from tap_jax.config.files import from_json, load_config, of_run, to_json
 from tap_jax.config.identity import config_hash, differences
 from tap_jax.config.rules import validate
 
@@ -27,6 +27,7 @@ __all__ = [
     "from_json",
     "load_config",
     "margins_of",
+    "of_run",
     "override",
     "to_json",
     "validate",

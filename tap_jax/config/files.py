@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import pathlib
 import runpy
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,27 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     override(config, overrides or {})
     validate(config)
     return config.lock()
+
+
+def of_run(workdir: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config that a run's folder holds, with some fields changed; validated and locked.
+
+    Raises:
+      UserError: there is none, or it is damaged; or what `load_config` objects to.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"workdir: {workdir} holds no run (config.json is missing); train one there first")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        reason = "" if isinstance(values, dict) else "no JSON object"
+    except ValueError as error:  # no text, or no JSON
+        reason = str(error)
+    if reason:
+        raise UserError(
+            f"workdir: {path} is damaged ({reason}); remove it and call train again as before, or name another folder"
+        )
+    return load_config(path, overrides)
 
 
 def run_python(field: str, file: str) -> dict[str, Any]:
