@@ -6,7 +6,6 @@ and report.html, where there are many personal blocks (`engine.store`) store/, a
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -26,6 +25,7 @@ from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
 from tap_jax.engine.agreement import any_says, in_step
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.file_lock import hold
 from tap_jax.engine.memory import peak_memory
 from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.engine.privacy import spent
@@ -325,16 +325,12 @@ def _alone(workdir: pathlib.Path) -> Iterator[None]:
     with in_step():
         if jax.process_index() == 0:  # for all processes of the run
             workdir.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = hold(workdir / ".lock")
             except BlockingIOError:
-                os.close(descriptor)
                 raise UserError(
                     f"workdir: another process is at work in {workdir}; wait for it, or name another folder"
                 ) from None
-            except OSError:
-                pass  # a file system without locks
     try:
         yield
     finally:

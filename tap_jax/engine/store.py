@@ -17,7 +17,6 @@ Letters: K clients, R blocks, n parameters of a block.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -34,6 +33,7 @@ from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition
 from tap_jax.engine.agreement import all_said, any_says, first_said, in_step
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.file_lock import hold
 from tap_jax.engine.row_file import RowFile, flush, flush_folder
 from tap_jax.errors import UserError
 
@@ -264,16 +264,11 @@ class Store:
     def _own(self) -> None:
         """Keeps a second run from writing into the files; the lock goes with this process, however it ends."""
         if self._owner is None:
-            descriptor = os.open(self.folder / f"{self._mine}.lock", os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._owner = hold(self.folder / f"{self._mine}.lock")
             except BlockingIOError as error:
-                os.close(descriptor)
                 raise UserError(f"workdir: another process is training in {self.folder}; wait for it") from error
-            except OSError:
-                pass  # a file system without locks
-            self._owner = descriptor
-            weakref.finalize(self, os.close, descriptor)
+            weakref.finalize(self, os.close, self._owner)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -340,18 +335,13 @@ def folder_of(workdir: pathlib.Path, needed: int, limit: int) -> pathlib.Path | 
 
 def _check_unused(folder: pathlib.Path) -> None:
     for path in folder.glob("*/0.lock"):
-        descriptor = os.open(path, os.O_RDWR)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(hold(path))
         except BlockingIOError:
             raise UserError(
                 f"workdir: {folder} has the personal blocks of a state that is in use; delete the state, or name"
                 " another folder"
             ) from None
-        except OSError:
-            pass  # a file system without locks
-        finally:
-            os.close(descriptor)
 
 
 def open_store(folder: pathlib.Path, partition: Partition, start: Blocks, like: Blocks) -> Store:
