@@ -5,8 +5,10 @@ itself raises a float to an int32 count. Rank promotion stays allowed: a bias [D
 over the models, as everywhere in JAX; code that keeps to equal ranks is tested with "raise" (tests/models/test_heads).
 """
 
+import gc
 import importlib.metadata
 import os
+import pathlib
 import shutil
 import subprocess
 
@@ -30,6 +32,21 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import pytest
 
 from tap_jax.config import default_config, override, validate
+
+# Linux lets a process map so many pieces of memory (vm.max_map_count is 65,530), of which every compiled program takes
+# some; where it runs out of them, the compiler aborts the process.
+MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_let_go():
+    """What a file of tests has compiled, no later one needs."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
 
 TINY = {
     "cohort_size": 2,
