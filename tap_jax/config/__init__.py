@@ -8,7 +8,7 @@ function `get_config(argument="")` that starts from it; the command line (`--con
 from ml_collections import ConfigDict
 
 from tap_jax.config.defaults import NEUTRAL_FIELDS, SERVER_VARIANTS, VARIANTS, default_config
-from tap_jax.config.derived import data_cache, federation_of, margins_of, variants_of
+from tap_jax.config.derived import data_cache, federation_of, margin_label, margins_of, variants_of
 from tap_jax.config.fields import override, value_of
 from tap_jax.config.files import from_json, load_config, of_run, to_json
 from tap_jax.config.identity import config_hash, differences
@@ -26,6 +26,7 @@ __all__ = [
     "federation_of",
     "from_json",
     "load_config",
+    "margin_label",
     "margins_of",
     "of_run",
     "override",

@@ -44,7 +44,7 @@ def data_cache(config: ConfigDict) -> str:
 def margins_of(config: ConfigDict) -> dict[str, dict[str, float]]:
     """Variant -> task kind -> m: "tap" first, and "tap@LABEL" for each further entry of a list.
 
-    A label is the number, or the pair or the distinct numbers joined by a dash: "0.01-0.04".
+    LABEL is `margin_label` of the entry.
 
     Raises:
       UserError: an entry that is neither a number, a pair of numbers nor one number per task kind.
@@ -53,12 +53,26 @@ def margins_of(config: ConfigDict) -> dict[str, dict[str, float]]:
     entries = given if isinstance(given, (list, tuple)) and given else (given,)
     found: dict[str, dict[str, float]] = {}
     for entry in entries:
-        by_kind, numbers = _by_kind(entry)
-        name = "tap@" + "-".join(f"{number:g}" for number in numbers) if found else "tap"
+        by_kind = _by_kind(entry)
+        name = f"tap@{margin_label(by_kind)}" if found else "tap"
         if name in found:
             raise UserError(f"margins: {entry} is there twice; drop one")
         found[name] = by_kind
     return found
+
+
+def margin_label(by_kind: Mapping[str, float]) -> str:
+    """How variants are named by their margins, no two alike: "0.03", "0.01-0.04" for a pair (low, high), else all four.
+
+    Args:
+      by_kind: task kind -> m. Four numbers are in the order of `KINDS`.
+    """
+    low, high = by_kind["image_generation"], by_kind["image_classification"]
+    if by_kind == _pair(low, high):
+        numbers = [low] if low == high else [low, high]
+    else:
+        numbers = [by_kind[kind] for kind in KINDS]
+    return "-".join(repr(number).removesuffix(".0") for number in numbers)
 
 
 def client_rows(section: ConfigDict) -> tuple[Mapping[str, float], ...]:
@@ -74,12 +88,16 @@ def client_rows(section: ConfigDict) -> tuple[Mapping[str, float], ...]:
     return rows
 
 
-def _by_kind(entry: Any) -> tuple[dict[str, float], list[float]]:
-    """One entry of `margins` -> (task kind -> m, its numbers without repetition)."""
+def _pair(low: float, high: float) -> dict[str, float]:
+    return {kind: low if kind in LOW_MARGIN_KINDS else high for kind in KINDS}
+
+
+def _by_kind(entry: Any) -> dict[str, float]:
+    """One entry of `margins` -> task kind -> m."""
     if is_number(entry):
-        by_kind = dict.fromkeys(KINDS, entry)
+        by_kind = _pair(entry, entry)
     elif isinstance(entry, (list, tuple)) and len(entry) == 2 and all(map(is_number, entry)):
-        by_kind = {kind: entry[0 if kind in LOW_MARGIN_KINDS else 1] for kind in KINDS}
+        by_kind = _pair(*entry)
     elif isinstance(entry, (Mapping, ConfigDict)) and set(entry) == set(KINDS) and all(map(is_number, entry.values())):
         by_kind = {kind: entry[kind] for kind in KINDS}
     else:
@@ -88,4 +106,4 @@ def _by_kind(entry: Any) -> tuple[dict[str, float], list[float]]:
         )
     if not all(math.isfinite(m) and m >= 0 for m in by_kind.values()):
         raise UserError(f"margins: {entry!r}; use finite numbers of at least 0")
-    return {kind: float(m) for kind, m in by_kind.items()}, sorted({float(m) for m in by_kind.values()})
+    return {kind: float(m) for kind, m in by_kind.items()}

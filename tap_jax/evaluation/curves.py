@@ -1,5 +1,6 @@
 """Figures of what happened over the rounds: replacements (Figures 3 and 4) and losses."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from tap_jax.evaluation.drawing import BLACK, CHAINS, MARGIN_STYLES, grid, new_figure, task_style
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
-from tap_jax.evaluation.selection import Comparison, margin_label
+from tap_jax.evaluation.selection import Comparison
 from tap_jax.federation import TASKS
 
 OWN = "tap"  # the variant with the run's own margins
@@ -72,8 +73,10 @@ def margins(comparison: Comparison) -> Figure | None:
     if len(settings) < 2:
         return None
     own = comparison.events(OWN)
-    labels = {name: name.partition("@")[2].replace("-", " / ") for name in settings}
-    labels[OWN] = f"{margin_label(own[0][0].margins).replace('-', ' / ')} (the run's own)" if own else ""
+    labels = {name: " / ".join(f"{margin:g}" for margin in _margins_in(name)) + _others_in(name) for name in settings}
+    if own:
+        numbers = sorted(set(own[0][0].margins.values()))
+        labels[OWN] = f"{' / '.join(f'{margin:g}' for margin in numbers)} (the run's own)"
     tasks = _tasks(comparison)
     figure, axes = grid(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
@@ -160,7 +163,18 @@ def _tap_variants(comparison: Comparison) -> list[str]:
 
 def _sorted(names: Iterable[str]) -> list[str]:
     """By their margins, ascending."""
-    return sorted(names, key=lambda name: [float(x) for x in name.partition("@")[2].split("-") if x])
+    return sorted(names, key=_margins_in)
+
+
+def _margins_in(name: str) -> list[float]:
+    """tap@0.01-0.04 (replacement.scope=exclusive) -> 0.01, 0.04; none in a name without @."""
+    label = name.partition(" ")[0].partition("@")[2]
+    return [float(number) for number in re.split(r"(?<!e)-", label) if number]
+
+
+def _others_in(name: str) -> str:
+    """What stands behind the margins in such a name, with the space before it."""
+    return name[len(name.partition(" ")[0]) :]
 
 
 def _seeds(comparison: Comparison, name: str) -> str:

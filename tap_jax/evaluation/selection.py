@@ -87,11 +87,6 @@ def comparisons(runs: Sequence[FinishedRun]) -> list[Comparison]:
     return found
 
 
-def margin_label(margins: Mapping[str, float]) -> str:
-    """The distinct margins of a run, ascending, as in the names of variants: 0.01-0.04."""
-    return "-".join(f"{margin:g}" for margin in sorted(set(margins.values())))
-
-
 def _identity(run: FinishedRun) -> dict[str, Any]:
     flat = _flat(run.config.to_dict())
     return {
@@ -155,7 +150,7 @@ def _renamed(run: FinishedRun, variant: str, differing: Sequence[str]) -> str:
     settings = _flat(run.config.to_dict())
     others = ", ".join(f"{field}={_shown(settings[field])}" for field in differing if field != "margins")
     if "margins" in differing and "@" not in variant:
-        variant = f"{variant}@{margin_label(run.margins)}"
+        variant = f"{variant}@{configuration.margin_label(run.margins)}"
     return f"{variant} ({others})" if others else variant
 
 

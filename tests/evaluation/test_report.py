@@ -166,6 +166,23 @@ def test_figure_3_counts_replacements(runs):
     assert curves.margins(found[1]) is None
 
 
+def test_figure_4_knows_margins_in_any_name(tmp_path):
+    """Tiny margins, and a run that differs in more than margins."""
+    events = [
+        {"round": 0, "client": 0, "task": "ag_news", "variant": name}
+        for name in ("tap", "tap@0.5", "tap@1e-05", "tap@1e-05-0.1")
+    ]
+    rows = [row for event in events for row in scores(event["variant"], level(1))]
+    write_run(tmp_path / "a", rows, replacements=events, extra={"margins": [0.02, 0.5, 1e-5, [1e-5, 0.1]]})
+    others = {"margins": 0.03, "replacement.scope": "exclusive"}
+    write_run(tmp_path / "b", scores("tap", level(2)), others, replacements=events[:1])
+    (found,) = comparisons(read_runs([tmp_path])[0])
+    labels = [text.get_text() for text in curves.margins(found).legends[0].get_texts()]
+    assert labels == [
+        "0.02 (the run's own)", "1e-05", "1e-05 / 0.1", "0.5", "0.03 (replacement.scope=exclusive)",
+    ]  # fmt: skip
+
+
 def test_a_running_mean_looks_both_ways():
     assert curves.running_mean([0, 1, 5], np.array([1.0, 3.0, 7.0]), 1).tolist() == [2.0, 2.0, 7.0]
 

@@ -18,7 +18,7 @@ SETTINGS = {
     "engine.microbatch": 4,
     "optimizer.learning_rate_initial": 5e-5,
     "optimizer.learning_rate": 1e-4,
-    "optimizer.post_learning_rate": 1e-4,
+    "optimizer.post_learning_rate": 3e-5,
 }
 TRUNK = ("fedavg", "fedavg+post", "fedavg+2p")
 MARGINS = (0.0, 0.03, 1e6)
@@ -50,7 +50,7 @@ def same_bits(one, other) -> None:
 def test_each_chain_of_a_list_is_that_of_a_run_of_its_own(listed, single, margin, label):
     """Blocks, histories, replacements and the finished model, bit for bit."""
     experiment, played, finished = listed
-    assert experiment.variants[-2:] == ("tap@0.03", "tap@1e+06")
+    assert experiment.variants[-2:] == ("tap@0.03", "tap@1000000")
     ours, theirs = f"personal{label}", "personal"
     for (state, line), (expected, expected_line) in zip(played, single[margin][0], strict=True):
         same_bits(state.chains[ours], expected.chains[theirs])
@@ -66,10 +66,10 @@ def test_margins_differ(listed):
     """Else the comparison above would show nothing; a margin that no loss exceeds replaces at the first time only."""
     _, played, finished = listed
     last = played[-1][0]
-    often, seldom, first = (last.replacements[f"personal{label}"] for label in ("", "@0.03", "@1e+06"))
+    often, seldom, first = (last.replacements[f"personal{label}"] for label in ("", "@0.03", "@1000000"))
     assert (often >= seldom).all() and (seldom >= first).all() and often.sum() > first.sum()
     np.testing.assert_array_equal(first, np.isfinite(last.local_loss))
-    blocks = [jax.tree.leaves(finished.models[variant]) for variant in ("tap", "tap@1e+06")]
+    blocks = [jax.tree.leaves(finished.models[variant]) for variant in ("tap", "tap@1000000")]
     assert any(not np.array_equal(a, b) for a, b in zip(*blocks, strict=True))
 
 
