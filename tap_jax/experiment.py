@@ -117,7 +117,8 @@ class Experiment:
           clients: who takes part, `cohort_size` of them at most; None: drawn from the seed and the round.
 
         Raises:
-          UserError: a broken update was dropped, and `screening.on_broken` is "stop".
+          UserError: `clients` are none, too many or not all different, or a broken update was dropped, and
+            `screening.on_broken` is "stop".
           ValueError: `clients` are named in a run with differential privacy.
 
         Example:
@@ -294,7 +295,7 @@ def build(
         cache_dir=configuration.data_cache(config),
         split=config.federation.split,
         alpha=config.federation.alpha,
-        parts=config.federation.parts,
+        parts=0 if config.method == "centralised" else config.federation.parts,  # it has the data of all parts
         personal_test=config.data.test_split == "personal",
     )
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None

@@ -187,6 +187,7 @@ def test_loading_names_the_mistake(path, overrides, message):
         ),
         ({"federation__groups": 100_001}, "federation.groups: 100001 of 10 clients each are 1,000,010; use at most"),
         ({"federation__parts": 3, "federation__split": "iid"}, "federation.parts: goes with federation.split='share'"),
+        ({"federation__parts": 4}, "federation.parts: 4 for 3 groups leaves data to nobody; use at most 3"),
         ({"federation__rows": ({"ag_news": 1.0},)}, "federation.rows: goes with federation.table='custom'"),
         ({"federation__table": "custom", "federation__rows": ({"agnews": 1.0},)}, "unknown task 'agnews'; known"),
         ({"federation__table": "custom", "federation__rows": ("ag_news",)}, "federation.rows: 'ag_news'; use a dict"),
@@ -233,6 +234,17 @@ def test_a_list_of_margins_makes_a_variant_of_each():
     assert margins_of(again) == found and config_hash(again) == config_hash(config)
     # What "tap" is does not depend on what is trained beside it; the run as a whole does.
     assert config_hash(config) != config_hash(load_config(FLAVA, {"variants": ("tap", "local")}))
+
+
+def test_variants_of_different_margins_have_different_names():
+    one = dict(image_classification=0.01, image_generation=0.02, text_classification=0.02, text_generation=0.01)
+    other = one | dict(text_classification=0.01, text_generation=0.02)
+    entries = [0.5, one, other, (0.01, 0.02), (0.02, 0.02), 1e-5, 0.1000001, 0.1, 1e6]
+    names = list(margins_of(load_config(FLAVA, {"margins": entries})))
+    assert names[1:4] == ["tap@0.02-0.01", "tap@0.01-0.02-0.01-0.02", "tap@0.01-0.02"]
+    assert names[4:] == ["tap@0.02", "tap@1e-05", "tap@0.1000001", "tap@0.1", "tap@1000000"]
+    with pytest.raises(UserError, match="is there twice"):
+        load_config(FLAVA, {"margins": [0.5, one, (0.02, 0.01)]})
 
 
 def test_centralised_is_one_client_with_all_the_data():

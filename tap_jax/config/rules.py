@@ -152,6 +152,11 @@ def _check_federation(config: ConfigDict) -> None:
         raise UserError("federation.rows: goes with federation.table='custom', and only with it; set both or neither")
     if federation.parts and federation.split != "share":
         raise UserError(f"federation.parts: goes with federation.split='share', not '{federation.split}'; drop one")
+    if federation.parts > federation.groups:
+        raise UserError(
+            f"federation.parts: {federation.parts} for {federation.groups} groups leaves data to nobody; use at most"
+            f" {federation.groups}, or take less by data.train_size"
+        )
     rows = client_rows(federation)
     clients = len(rows) * federation.groups
     if clients > _MOST_CLIENTS:  # before a table of so many is made

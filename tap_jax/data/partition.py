@@ -66,7 +66,8 @@ def assign(
         elif split == "iid":
             slices = np.array_split(order, len(owners))
         else:
-            slices = _by_dirichlet(rng, order, len(owners), (labels or {}).get(task.name), alpha)
+            kinds = (labels or {}).get(task.name)
+            slices = _by_dirichlet([seed, zlib.crc32(task.name.encode())], order, len(owners), kinds, alpha)
         for client, ids in zip(owners, slices, strict=True):
             if not len(ids):
                 raise UserError(
@@ -93,12 +94,14 @@ def _by_share(federation: Federation, task: str, owners: list[int], order: np.nd
 
 
 def _by_dirichlet(
-    rng: np.random.Generator, order: np.ndarray, owners: int, labels: np.ndarray | None, alpha: float
+    seed: list[int], order: np.ndarray, owners: int, labels: np.ndarray | None, alpha: float
 ) -> list[np.ndarray]:
     kind = np.zeros(len(order), np.int64) if labels is None else np.asarray(labels)[order]
     piles: list[list[int]] = [[] for _ in range(owners)]
     for value in np.unique(kind):
         ids = order[kind == value]
+        # A stream for each class: a test set of another size, or without some class, is cut in the same proportions.
+        rng = np.random.default_rng([*seed, 1, value])
         weights = rng.gamma(alpha, size=owners)
         # Tiny alphas can underflow to all zeros; then one owner takes the class, as in the limit.
         shares = weights / weights.sum() if weights.sum() > 0 else np.eye(owners)[rng.integers(owners)]

@@ -87,6 +87,21 @@ def test_small_alpha_skews_labels_more():
     assert largest_class(1000.0) < 0.3 < 0.5 < largest_class(0.05)
 
 
+def test_a_test_set_is_skewed_like_its_training_set():
+    """Of another size, in another order, and even without one of the classes."""
+    federation = client_table([{"ag_news": 0.2}] * 5)
+    mixes = []
+    for labels in (np.arange(8000) % 4, np.sort(np.arange(2000) % 4), 1 + np.arange(1500) % 3):
+        dealt = assign(
+            federation, {"ag_news": len(labels)}, seed=7, labels={"ag_news": labels}, split="dirichlet", alpha=0.3
+        )
+        mixes.append(np.stack([np.bincount(labels[mine["ag_news"]], minlength=4) for mine in dealt]))
+    mixes = [mix / np.maximum(1, mix.sum(0)) for mix in mixes]  # [client, class], parts of each class
+    np.testing.assert_allclose(mixes[1], mixes[0], atol=0.005)
+    np.testing.assert_allclose(mixes[2][:, 1:], mixes[0][:, 1:], atol=0.005)
+    assert np.ptp(mixes[0], 1).max() > 0.2, "the classes are dealt alike"
+
+
 def test_tiny_alpha_leaves_nobody_empty():
     dealt = assign(client_table([{"vqa": 0.1}] * 10), {"vqa": 12}, seed=0, split="dirichlet", alpha=1e-8)
     assert sorted(len(mine["vqa"]) for mine in dealt) == [1] * 9 + [3]
