@@ -28,7 +28,7 @@ def distil(
     cohort: Cohort,
     blocks: Sequence[Blocks] | Mapping[int, Blocks],
     chain: str,
-    teacher: Stack,
+    teacher: Stack | None,
     patience: Patience | None = None,
 ) -> dict[int, Blocks]:
     """Stage 2 of every client of the cohort: client number -> its blocks.
@@ -39,7 +39,7 @@ def distil(
 
     Args:
       blocks: the students, by client number; `chain`: whose they are.
-      teacher: not consumed.
+      teacher: not consumed; None: the tasks' losses alone.
     """
     stack = cohort.load(blocks)
     if patience is None:

@@ -133,7 +133,7 @@ def tap(
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
         teacher, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
 
-        def student(chain: str) -> dict:
+        def student(chain: str, teacher: Stack | None = teacher) -> dict:
             return distil(cohort, state.chains[chain], chain, teacher, patience)
 
         # First, so that the time until it is there is Stage 2's.
@@ -145,8 +145,7 @@ def tap(
         if "tap-stage1" in variants:
             yield "tap-stage1", local.as_it_is(cohort, state, CHAIN)
         if "tap-no-kd" in variants:
-            alone, _ = cohort.train(cohort.load(state.chains[CHAIN]), "distil", chain=CHAIN, post=True)
-            yield "tap-no-kd", cohort.unload(alone)
+            yield "tap-no-kd", student(CHAIN, teacher=None)
         if "local" in variants:
             yield "local", local.as_it_is(cohort, state, local.CHAIN)
         if "fedavg+post" in variants:
