@@ -24,6 +24,8 @@ Public names; `help(tap_jax.build)` and so on say more, each with an example:
     Stage 2, and what else follows the last round: every client's models.
   Experiment.evaluate(models)
     Scores of finished models, or of a state as it stands.
+  run(config, workdir, reporter, stop)
+    A whole run as of `tap-jax train`, with all its files; resumes by itself.
   Federation(clients)
     Who has which task.
   aggregate(server, cohort, server_seats, seats, weights)
@@ -54,6 +56,7 @@ if typing.TYPE_CHECKING:
     from tap_jax.exporting import export_client
     from tap_jax.federation import Federation
     from tap_jax.methods.losses import distillation_loss
+    from tap_jax.runs import run
     from tap_jax.theory.bound import bound
 
 __all__ = [
@@ -67,6 +70,7 @@ __all__ = [
     "load_config",
     "replace",
     "replacement_indicator",
+    "run",
 ]
 
 _HOMES = {
@@ -80,6 +84,7 @@ _HOMES = {
     "load_config": "config",
     "replace": "blocks",
     "replacement_indicator": "blocks",
+    "run": "runs",
 }
 
 

@@ -63,13 +63,10 @@ def export_client(
         Nothing is written then.
 
     Example:
-      `experiment` is that of `build`'s example; `runs.run` is `tap-jax train` without a terminal.
+      Of the run that is `run`'s example.
 
       >>> import pathlib
       >>> import tap_jax as tap
-      >>> from tap_jax import runs
-      >>> silent = runs.Reporter(say=lambda line: None, progress=lambda line: None)
-      >>> rows = runs.run(experiment.config, "runs/small", silent)
       >>> tap.export_client("runs/small", "exports/client1", client=1) < 1e-4
       True
       >>> sorted(path.name for path in pathlib.Path("exports/client1").glob("*.json"))

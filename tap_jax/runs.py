@@ -7,25 +7,23 @@ and report.html, where there are many personal blocks (`engine.store`) store/, a
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import math
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
 from tap_jax import config as configuration
-from tap_jax import writers
+from tap_jax import run_folder, writers
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
 from tap_jax.engine.agreement import any_says, in_step
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.file_lock import hold
 from tap_jax.engine.memory import peak_memory
 from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.engine.privacy import spent
@@ -43,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Reporter:
-    """Where a run speaks.
+    """Where a run speaks: functions that it calls, all of which do nothing unless they are given.
 
     Attributes:
       say: gets whole lines.
@@ -56,8 +54,8 @@ class Reporter:
       writers: of one's own, beside those of `config.writers`; closed at the end.
     """
 
-    say: Callable[[str], None]
-    progress: Callable[[dict], None]
+    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[dict], None] = lambda line: None
     built: Callable[[Experiment], None] = lambda experiment: None
     begin: Callable[[int], None] = lambda done: None
     last: Callable[[Mapping[str, int]], None] = lambda times: None
@@ -68,16 +66,16 @@ class Reporter:
 def run(
     config: ConfigDict,
     workdir: str | os.PathLike,
-    reporter: Reporter,
+    reporter: Reporter = Reporter(),  # noqa: B008, it is frozen
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
-    """`tap-jax train`: everything from the configuration to results.json, resuming where workdir has a checkpoint.
+    """A whole run, as `tap-jax train` makes it: from the configuration to results.json, or on from a checkpoint.
 
     What follows the last round is done as a whole: a run that ends in the midst of it does it again, to the same bits.
 
     Args:
       workdir: the run's folder, made if need be; the module text says what it holds then.
-      reporter: is told what is going on; nothing is printed.
+      reporter: is told what is going on; without one nobody is.
       stop: asked before every round and after every model pass; once it says yes, the run stops with its state saved.
 
     Returns:
@@ -86,11 +84,20 @@ def run(
     Raises:
       UserError: bad input, or a workdir that holds another configuration's run.
       Preempted: `stop` said so.
+
+    Example:
+      `experiment` is that of `build`'s example. A second call would score the models again.
+
+      >>> import pathlib
+      >>> import tap_jax as tap
+      >>> rows = tap.run(experiment.config, "runs/small")
+      >>> len(rows), pathlib.Path("runs/small/report.html").exists()
+      (2, True)
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
     identity = configuration.config_hash(config)
-    _check_workdir(workdir, config)
+    run_folder.check(workdir, config)
     with in_step():
         if jax.process_index() == 0:  # which writes
             writers.check(config.writers)
@@ -98,13 +105,13 @@ def run(
     reporter.built(experiment)
     for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
         reporter.say(note)
-    with _alone(workdir):
+    with run_folder.alone(workdir):
         state = experiment.init(workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", report=reporter.say)
         resumed = rounds.resume(checkpoints, state, identity, experiment.engine.numerics)
         writes = jax.process_index() == 0  # of several processes on the same folder
         if writes:
-            _begin(workdir, experiment)
+            run_folder.begin(workdir, experiment)
         if resumed is not None:
             state = resumed
             reporter.say(f"resuming after round {state.round} of {config.rounds}")
@@ -204,7 +211,6 @@ def _play(
         **({"stage2_seconds_per_client": stage2 / len(experiment.federation.clients)} if stage2 else {}),
         **peak_memory(experiment.engine.devices.local),
     }
-    notes = experiment.scorer.notes if experiment.scorer else ()
     replacements = [entry for line in lines for entry in line.get("replacements", [])]
     settings, clients = experiment.engine.settings, len(experiment.federation.clients)
     privacy = settings.privacy and spent(
@@ -220,11 +226,23 @@ def _play(
         timing,
         screening=totals(lines),
         privacy=privacy,
-        notes=notes,
+        notes=_notes(experiment, lines),
         config_hash=identity,
         versions=versions(),
     )
     return rows
+
+
+def _notes(experiment: Experiment, lines: Sequence[Mapping]) -> tuple[str, ...]:
+    """What a reader of the results should know; `lines` are those of metrics.jsonl."""
+    notes = experiment.scorer.notes if experiment.scorer else ()
+    lost = experiment.config.rounds - len({line["round"] for line in lines})
+    if lost:
+        notes += (
+            f"metrics.jsonl lacks {lost} of {experiment.config.rounds} rounds: replacements, dropped updates and the"
+            " rounds' time are those of the others",
+        )
+    return notes
 
 
 PACKAGES = ("tap-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "tokenizers", "bert-score", "nltk")
@@ -250,17 +268,17 @@ def stored_model(experiment: Experiment, workdir: pathlib.Path, variant: str, cl
     return read_model(workdir / "models", variant, client, like, experiment.config.rounds)
 
 
-def evaluate(workdir: str | os.PathLike, reporter: Reporter) -> list[Row]:
+def evaluate(workdir: str | os.PathLike, reporter: Reporter = Reporter()) -> list[Row]:
     """`tap-jax evaluate`: scores the models of a finished run again and rewrites its results -> result rows.
 
     Raises:
       UserError: no run there, one that has not finished, or one whose results.json is damaged.
     """
     workdir = pathlib.Path(workdir)
-    config, results = configuration.of_run(workdir), _results(workdir / "results.json")
+    config, results = configuration.of_run(workdir), run_folder.earlier_results(workdir / "results.json")
     experiment = build(config)
     reporter.built(experiment)
-    with _alone(workdir):
+    with run_folder.alone(workdir):
         return _evaluate(experiment, workdir, results, reporter)
 
 
@@ -285,7 +303,6 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
     rows = experiment.in_order(rows)
     if jax.process_index():  # the first one writes
         return rows
-    notes = experiment.scorer.notes if experiment.scorer else ()
     write_results(
         workdir,
         config,
@@ -294,58 +311,11 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
         results["timing"],
         screening=results.get("screening"),
         privacy=results.get("privacy"),
-        notes=notes,
+        notes=_notes(experiment, rounds.read_lines(workdir / "metrics.jsonl")),
         config_hash=configuration.config_hash(config),
         versions=versions(),
     )
     return rows
-
-
-def _results(path: pathlib.Path) -> dict:
-    """What `evaluate` takes over from results.json, and does not make itself: replacements, timing and the rest."""
-    if not path.exists():
-        raise UserError(f"workdir: the run has not finished; call train again ({path} is missing)")
-    with contextlib.suppress(ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("timing"), dict):
-            events = found.get("replacements")
-            if isinstance(events, list) and all(isinstance(event, dict) and "task" in event for event in events):
-                return found
-    raise UserError(f"workdir: results.json is damaged; call train again, which makes it anew ({path})")
-
-
-@contextlib.contextmanager
-def _alone(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps everybody else out of the folder for as long as the body lasts; how the process ends does not matter.
-
-    Raises:
-      UserError: somebody is in it.
-    """
-    descriptor = None
-    with in_step():
-        if jax.process_index() == 0:  # for all processes of the run
-            workdir.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = hold(workdir / ".lock")
-            except BlockingIOError:
-                raise UserError(
-                    f"workdir: another process is at work in {workdir}; wait for it, or name another folder"
-                ) from None
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _begin(workdir: pathlib.Path, experiment: Experiment) -> None:
-    """What a run leaves before its first round: the configuration and the tokenizer."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.tmp"
-    partial.write_text(configuration.to_json(experiment.config), encoding="utf-8")
-    partial.replace(workdir / "config.json")
-    if experiment.data.tokenizer is not None:
-        experiment.data.tokenizer.save(workdir / "tokenizer")
 
 
 def _announce(experiment: Experiment, reporter: Reporter) -> None:
@@ -376,16 +346,3 @@ def _curves(experiment: Experiment, workdir: pathlib.Path, reporter: Reporter, *
 def _stop_here(stop: Callable[[], bool]) -> None:
     if any_says(stop()):
         raise Preempted("stopped after the last round, which is saved; the same command does what follows it again")
-
-
-def _check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir: {workdir} is a file; name a folder")
-    if not (workdir / "config.json").exists():
-        return
-    before = configuration.of_run(workdir)
-    if configuration.config_hash(before) != configuration.config_hash(config):
-        raise UserError(
-            f"workdir: {workdir} holds a run of another configuration ({configuration.differences(before, config)});"
-            " name another folder or remove it"
-        )

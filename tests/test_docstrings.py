@@ -18,7 +18,7 @@ FILES = sorted((ROOT / "tap_jax").rglob("*.py"))
 WITH_EXAMPLES = [file for file in FILES if "    >>> " in file.read_text()]
 METHODS = (Experiment.init, Experiment.round, Experiment.finish, Experiment.evaluate)
 # One example in parts, each going on where the one before ended.
-A_RUN = (tap_jax.build, *METHODS, tap_jax.export_client)
+A_RUN = (tap_jax.build, *METHODS, tap_jax.run, tap_jax.export_client)
 
 
 def examples(thing, name):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tap_jax import runs
 from tap_jax.config import load_config, to_json
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.errors import UserError
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3}, {"ag_news": 0.4})
 # With all that can be carried from round to round.
@@ -124,6 +126,21 @@ def test_other_numerics_are_noted(whole):
         assert [line.startswith("the run began with float32, rows of ") for line in checkpoints.notes] == [True] * noted
 
 
+def test_lost_lines_of_rounds_are_noted(whole, tmp_path):
+    """Replacements and the rounds' time are counted from metrics.jsonl: a damaged one must not go unnoticed."""
+    config, left_alone = whole
+    shutil.copytree(left_alone, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b'{"round": \xff\n', *lines[3:]]))
+    assert run(config, tmp_path / "run").returncode == 0
+    kept, everything = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", left_alone))
+    assert kept["replacements"] == [event for event in everything["replacements"] if event["round"] != 2]
+    assert any(event["round"] == 2 for event in everything["replacements"])
+    note = "metrics.jsonl lacks 1 of 6 rounds"
+    assert note in (tmp_path / "run" / "report.md").read_text() and note not in (left_alone / "report.md").read_text()
+
+
 def test_a_run_without_rounds_can_be_evaluated(tiny, tmp_path):
     config = tiny(ROWS[:1], {"method": "fedavg", "rounds": 0, "cohort_size": 1})
     reporter = runs.Reporter(say=lambda line: None, progress=lambda line: None)
@@ -207,3 +224,6 @@ def test_a_round_leaves_the_state_before_it_as_it_was(tiny):
     before = jax.tree.map(np.array, jax.device_get(state))
     experiment.round(state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+    for clients in ([], [0, 0], [2], [-1], [0, 1, 0]):  # not a round with nobody, or with somebody twice
+        with pytest.raises(UserError, match="clients: .*; name at least one and at most 2 "):
+            experiment.round(state, clients)

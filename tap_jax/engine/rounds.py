@@ -1,5 +1,6 @@
 """The loop over rounds: draw a cohort, let the method act, log, checkpoint; and how a run resumes."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -88,10 +89,13 @@ def play_round(
       the method or the configuration has them replacements, bytes, updates that were dropped, their norms, epsilon.
 
     Raises:
-      UserError: an update was dropped, and `screening.on_broken` is "stop".
+      UserError: `clients` are none, too many or not all different, or an update was dropped, and `screening.on_broken`
+        is "stop".
       ValueError: `clients` are given in a run with differential privacy.
     """
     settings = engine.settings
+    if clients is not None:
+        _check_clients(clients, settings.cohort_size, len(engine.data))
     if clients is not None and settings.privacy:
         raise ValueError("privacy is accounted for cohorts that are drawn; leave clients out")
     following = None
@@ -110,6 +114,14 @@ def play_round(
             " client's data and optimizer.learning_rate, or call train again with 'drop' to go on without it"
         )
     return after, line
+
+
+def _check_clients(clients: Sequence[int], most: int, total: int) -> None:
+    if not 0 < len(clients) <= most or len({*clients} & {*range(total)}) < len(clients):
+        raise UserError(
+            f"clients: {list(clients)}; name at least one and at most {most} (cohort_size) different ones from 0 to"
+            f" {total - 1}"
+        )
 
 
 def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict:
@@ -249,14 +261,14 @@ def resume(checkpoints: Checkpoints, state: State, config_hash: str | None = Non
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    """The lines of metrics.jsonl; what is none, cut off by a kill or damaged, is left out."""
     lines = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                line = json.loads(text)
+                if isinstance(line, dict) and "round" in line:
+                    lines.append(line)
     return lines
 
 
