@@ -14,6 +14,7 @@ from tap_jax.engine.agreement import in_step
 from tap_jax.engine.file_lock import hold
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment
+from tap_jax.whole_files import write_file
 
 
 def check(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -62,9 +63,7 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 def begin(workdir: pathlib.Path, experiment: Experiment) -> None:
     """Writes what a run leaves before its first round: the configuration and the tokenizer."""
-    partial = workdir / "config.json.tmp"
-    partial.write_text(configuration.to_json(experiment.config), encoding="utf-8")
-    partial.replace(workdir / "config.json")
+    write_file(workdir / "config.json", configuration.to_json(experiment.config))
     if experiment.data.tokenizer is not None:
         experiment.data.tokenizer.save(workdir / "tokenizer")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tap_jax.errors import UserError
+from tap_jax.whole_files import write_file
 
 _LOG = logging.getLogger(__name__)
 
@@ -182,9 +183,7 @@ class WandB:
 
     def _keep(self, step: int) -> None:
         if not self._run.disabled:
-            partial = self._kept.with_suffix(".tmp")
-            partial.write_text(json.dumps({"id": self._id, "step": step}))
-            partial.replace(self._kept)
+            write_file(self._kept, json.dumps({"id": self._id, "step": step}))
 
 
 # --- what is written -----------------------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """Converted splits on disk: one .npz per split, arrays as they are and texts as JSON (nothing is ever unpickled)."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import zipfile
 import zlib
@@ -15,6 +13,7 @@ import numpy as np
 
 from tap_jax.data.examples import Examples
 from tap_jax.federation import Task
+from tap_jax.whole_files import replaced
 
 FORMAT = 1  # raise it when the conversion changes
 _LOG = logging.getLogger(__name__)
@@ -33,14 +32,8 @@ def write_cache(path: pathlib.Path, examples: Examples) -> None:
     texts = {name: getattr(examples, name) for name in ("inputs", "targets", "references")}
     arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(fresh, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(fresh, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            fresh.unlink()
+    with replaced(path, shared=True) as fresh, open(fresh, "wb") as file:  # to a name, savez would add its suffix
+        np.savez(file, **arrays)
 
 
 def read_cache(path: pathlib.Path) -> Examples | None:

@@ -17,6 +17,7 @@ import tokenizers
 from tap_jax.data.examples import Examples
 from tap_jax.errors import UserError
 from tap_jax.federation import Task
+from tap_jax.whole_files import replaced
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -168,9 +169,8 @@ def _train(corpus: list[str], vocab_size: int, cache_dir: str | None) -> WordPie
     )
     if cached:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        fresh = cached.with_suffix(f".{os.getpid()}.tmp")
-        backend.save(str(fresh))
-        os.replace(fresh, cached)
+        with replaced(cached, shared=True) as fresh:
+            backend.save(str(fresh))
     return WordPiece(backend)
 
 

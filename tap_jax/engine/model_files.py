@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from tap_jax.blocks import Blocks
 from tap_jax.errors import UserError
+from tap_jax.whole_files import replaced
 
 
 def model_file(folder: str | os.PathLike, variant: str, client: int) -> pathlib.Path:
@@ -30,15 +31,13 @@ def write_model(folder: str | os.PathLike, variant: str, client: int, blocks: Bl
     """
     path = model_file(folder, variant, client)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     # safetensors writes the memory of an array as it lies, whatever its strides.
     tensors = {key: np.ascontiguousarray(leaf) for key, leaf in _leaves(blocks)}
     try:
-        save_file(tensors, partial, metadata={"rounds": str(rounds)})
+        with replaced(path) as fresh:
+            save_file(tensors, fresh, metadata={"rounds": str(rounds)})
     except SafetensorError as error:
-        partial.unlink(missing_ok=True)  # what there is of it may fill the disk
         raise UserError(f"workdir: {path} cannot be written ({error}); free some space, and call train again") from None
-    partial.replace(path)
 
 
 def read_model(folder: str | os.PathLike, variant: str, client: int, like: Blocks, rounds: int) -> Blocks:

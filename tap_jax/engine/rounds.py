@@ -21,6 +21,7 @@ from tap_jax.engine.privacy import epsilon
 from tap_jax.engine.screening import describe, dropped, norms
 from tap_jax.errors import Preempted, UserError
 from tap_jax.methods.base import Method, State, put_rows
+from tap_jax.whole_files import write_file
 
 LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
 
@@ -202,7 +203,8 @@ def run_rounds(
     metadata = {"config": config_hash, "numerics": engine.numerics}
     if jax.process_index() == 0:
         # Lines of rounds that an interrupted run had played past its last checkpoint will be played again.
-        _rewrite(path, [line for line in read_lines(path) if line["round"] < state.round])
+        lines = [line for line in read_lines(path) if line["round"] < state.round]
+        write_file(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     else:
         path = pathlib.Path(os.devnull)
     with checkpoints, path.open("a", encoding="utf-8") as stream:
@@ -270,9 +272,3 @@ def read_lines(path: pathlib.Path) -> list[dict]:
                 if isinstance(line, dict) and "round" in line:
                     lines.append(line)
     return lines
-
-
-def _rewrite(path: pathlib.Path, lines: Sequence[dict]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)

@@ -10,6 +10,7 @@ from typing import Any
 from tap_jax.evaluation.page import html_page
 from tap_jax.evaluation.scores import Row, finite
 from tap_jax.evaluation.tables import markdown_table
+from tap_jax.whole_files import write_file
 
 
 def write_results(
@@ -115,16 +116,3 @@ def _measured(name: str, value: Any) -> str:
         return f"{name} {value}"
     words, unit, size = _MEASURES[name]
     return f"{words} {value / size:,.4g} {unit}"
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Puts the content under the path in one step: a reader finds the old file or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a kill leaves is written over
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from tap_jax.data.images import MEAN, STD
 from tap_jax.errors import UserError
-from tap_jax.evaluation.results import write_file
+from tap_jax.whole_files import write_file
 
 EXAMPLES = 6  # test samples per client and task
 OWNERS = 2  # of a task, the first ones

@@ -27,6 +27,7 @@ from tap_jax.models.checkpoint_sizes import check_sizes, codebook_blocks, layer_
 from tap_jax.models.server_model import Pretrained, ServerModel
 from tap_jax.models.weight_files import SHARDS, SINGLE, Weight, open_weights, weight_files
 from tap_jax.models.weight_tables import PREFIX, Place, known_names, places
+from tap_jax.whole_files import replaced
 
 __all__ = ["check_sizes", "convert", "find", "load", "model_fields", "read"]
 
@@ -178,16 +179,12 @@ def _cache_path(cache_dir: pathlib.Path, folder: pathlib.Path, wanted: Mapping[s
 
 def _write_cache(path: pathlib.Path, wanted: Mapping[str, Place], trees: dict[str, dict]) -> None:
     """Stores converted weights; whoever reads meanwhile sees the whole file or none. A full disk costs only time."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({_leaf_name(place): place.leaf(trees) for place in wanted.values()}, fresh)
-        os.replace(fresh, path)
+        with replaced(path, shared=True) as fresh:
+            save_file({_leaf_name(place): place.leaf(trees) for place in wanted.values()}, fresh)
     except (OSError, SafetensorError) as error:
         _LOG.warning("model.weights: converted weights are not kept in %s (%s)", path.parent, error)
-    finally:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
 
 
 def _read_cache(path: pathlib.Path, wanted: Mapping[str, Place], like: Mapping) -> dict[str, dict] | None:
