@@ -1,7 +1,7 @@
 """Runs on disk: `tap-jax train` and `tap-jax evaluate`, and how the models of a finished run are had back.
 
-A run's folder holds config.json, metrics.jsonl, checkpoints/, models/, tokenizer/, samples/, results.json, report.md
-and report.html, where there are many personal blocks (`engine.store`) store/, and what `config.writers` adds.
+A run's folder holds config.json, metrics.jsonl, checkpoints/, models/, tokenizer/, samples/, results.json, report.md,
+report.html and figures/, where there are many personal blocks (`engine.store`) store/, and what `config.writers` adds.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from tap_jax.engine.privacy import spent
 from tap_jax.engine.screening import totals
 from tap_jax.errors import Preempted, UserError
 from tap_jax.evaluation.results import Row, write_results
+from tap_jax.evaluation.run_figures import illustrate
 from tap_jax.evaluation.samples import write_samples
 from tap_jax.evaluation.scores import summarise
 from tap_jax.experiment import Experiment, build
@@ -230,6 +231,7 @@ def _play(
         config_hash=identity,
         versions=versions(),
     )
+    illustrate(workdir)
     return rows
 
 
@@ -315,6 +317,7 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
         config_hash=configuration.config_hash(config),
         versions=versions(),
     )
+    illustrate(workdir)
     return rows
 
 

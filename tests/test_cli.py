@@ -337,7 +337,11 @@ def test_train_says_what_it_does(trained):
     assert re.search(r"ag_news Acc ↑ +\d", text)
     assert "after the last round: fedavg, fedavg+post for 2 clients\n" in text
     assert "scored 2/2: fedavg\n" in text
-    assert re.search(rf"in {folder}: results.json, report.md, .*metrics.jsonl, config.json, checkpoints, models", text)
+    assert re.search(
+        rf"in {folder}: results.json, report.md, .*metrics.jsonl, config.json, figures, checkpoints, models", text
+    )
+    page, drawn = (folder / "report.html").read_text(), sorted(path.name for path in (folder / "figures").iterdir())
+    assert drawn == ["losses_flava_fedavg.png"] and page.count("data:image/png;base64,") == 1
     assert re.search(r"took \d+:\d\d in all\n$", text)
 
 

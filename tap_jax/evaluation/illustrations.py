@@ -66,8 +66,8 @@ def illustrations(section: Sequence[Comparison], prefix: str = "") -> list[Illus
     return found
 
 
-def text_samples(section: Sequence[Comparison]) -> list[tuple[str, str]]:
-    """(title, markdown table) of generated texts beside their references, per comparison that has some."""
+def text_samples(section: Sequence[Comparison]) -> list[tuple[str, str, str]]:
+    """(title, markdown table, run) of generated texts beside their references, per comparison that has some."""
     found = []
     for comparison in section:
         run, texts = _samples(comparison, TextSample)
@@ -82,7 +82,7 @@ def text_samples(section: Sequence[Comparison]) -> list[tuple[str, str]]:
                 generated, reference = _cell(text.generated) or "*(nothing)*", _cell(text.references[0]) + more
                 lines.append(f"| {' | '.join((*shown, _cell(text.given), generated, reference))} |")
             title = f"Sample texts, {MODELS[comparison.model]}, {texts[0].variant}"
-            found.append((title, "\n".join(lines) + f"\n\nRuns: {run.id}."))
+            found.append((title, "\n".join(lines), run.id))
     return found
 
 

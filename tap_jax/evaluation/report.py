@@ -90,8 +90,8 @@ def compose(runs: Sequence[FinishedRun], notes: Sequence[str], parameters: Param
             path = f"figures/{picture.name}.png"
             files[path] = picture.png
             text += [f"![{picture.caption}]({path})", f"*{picture.caption}.* {_runs(picture.runs)}"]
-        for title, body in text_samples(section):
-            text += [f"## {title}", body]
+        for title, body, run in text_samples(section):
+            text += [f"## {title}", body, _runs([run])]
     for comparison in found:
         notes = [*notes, *comparison.notes, *_mixed(comparison)]
     text += _sources(runs, notes)
