@@ -29,7 +29,8 @@ def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: in
 
     with terminal.Terminal(config.rounds) as screen, preemption.Preemption() as asked_to:
         screen.say("reading data, building the model")
-        rows = runs.run(config, workdir, _reporter(screen, headline), stop=lambda: asked_to.stop)
+        reporter = _reporter(screen, headline, begin=asked_to.arm)
+        rows = runs.run(config, workdir, reporter, stop=lambda: asked_to.stop)
         _finish(screen, rows, pathlib.Path(workdir))
 
 
@@ -63,7 +64,11 @@ def report(folders: Sequence[str], out: str) -> None:
 
 
 def export(workdir: str, client: str, format: str, out: str, model: str, variant: str, tasks: str) -> None:
-    """`tap-jax export`."""
+    """`tap-jax export`.
+
+    Raises:
+      UserError: a client that is no number, a folder that cannot be written to, or what `export_client` raises.
+    """
     if client and not client.isdecimal():
         raise UserError(f"client: '{client}' is no number of a client; the first is 0")
     _writable("out", out)
@@ -106,6 +111,9 @@ def bench(
     """`tap-jax bench`: the JSON line goes to stdout, everything else to stderr."""
     several = distributed.processes(coordinator, processes, process)
     if clients:
+        most = len(configuration.federation_of(config).clients)
+        if not 0 < clients <= most:
+            raise UserError(f"clients: {clients} of {most}; use 1 to {most}")
         configuration.validate(configuration.override(config, {"cohort_size": clients}))
     if against:  # or JAX would take the GPU's memory for itself
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -123,15 +131,19 @@ def bench(
     print(json.dumps(found), flush=True)
 
 
-def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]]):
-    """`lines`: of an experiment, what to say once it is built."""
+def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]], begin: Callable[[], None] = lambda: None):
+    """`lines`: of an experiment, what to say once it is built; `begin` is called before the first round."""
     from tap_jax.runs import Reporter
 
     def built(run) -> None:
         for line in lines(run):
             screen.say(line)
 
-    return Reporter(screen.say, screen.progress, built, screen.begin, screen.last, screen.scored)
+    def begins(done: int) -> None:
+        begin()
+        screen.begin(done)
+
+    return Reporter(screen.say, screen.progress, built, begins, screen.last, screen.scored)
 
 
 def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
@@ -140,7 +152,7 @@ def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
     screen.say("")
     screen.say(text_table(rows, terminal.columns()))
     files = ("results.json", "report.md", "report.html", "metrics.jsonl", "config.json")
-    folders = ("checkpoints", "store", "models", "samples", "tokenizer", *WRITERS)
+    folders = ("figures", "checkpoints", "store", "models", "samples", "tokenizer", *WRITERS)
     screen.say(f"in {workdir}: {', '.join(name for name in (*files, *folders) if (workdir / name).exists())}")
     screen.say(f"took {terminal.duration(screen.seconds)} in all")
 
@@ -183,9 +195,10 @@ _ALL = (
         ),
         "trains, personalises and evaluates; resumes by itself",
         "Writes config.json, metrics.jsonl (a line per round), checkpoints/, models/, samples/, tokenizer/,\n"
-        "results.json, report.md and report.html; curves also for --config.writers=tensorboard,wandb. On SIGTERM it\n"
-        "saves after the round in progress and exits with 143 (a second one stops at once); with 75 if another\n"
-        "process has gone. After either, a kill or a full disk, the same command goes on.\n"
+        "results.json, report.md, report.html and figures/; curves also for --config.writers=tensorboard,wandb.\n"
+        "On SIGTERM it saves after the round in progress and exits with 143 (at once before the first round, and if\n"
+        "it comes again); with 75 if another process has gone. After either, a kill or a full disk, the same command\n"
+        "goes on.\n"
         "Example: tap-jax train --config=configs/demo.py --config.rounds=5 --workdir=runs/demo",
     ),
     Command(
@@ -193,7 +206,7 @@ _ALL = (
         evaluate,
         (Flag("workdir", "DIR", "of a finished run"), _REGISTER, *PROCESSES),
         "scores the models of a finished run again",
-        "Rewrites results.json, report.md and report.html.\nExample: tap-jax evaluate --workdir=runs/demo",
+        "Rewrites results.json, report.md, report.html and figures/.\nExample: tap-jax evaluate --workdir=runs/demo",
     ),
     Command(
         "report",
@@ -234,7 +247,7 @@ _ALL = (
         "describe",
         describe,
         (_CONFIG, _REGISTER),
-        "parameters (Table 7), who owns which block, memory plan; reads no data, allocates nothing",
+        "parameters (Table 7), who owns which block, memory plan, FLOPs; reads no data",
         "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
         "Example: tap-jax describe --config=configs/flava.py",
     ),

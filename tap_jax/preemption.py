@@ -13,18 +13,24 @@ STATUS = 128 + signal.SIGTERM
 
 
 class Preemption:
-    """A context in which the first SIGTERM only sets `stop`, and the second ends the process at once.
+    """A context in which SIGTERM ends the process at once, but once `arm` was called the first only sets `stop`.
 
     A thread listens for them: Python's own handlers would wait for as long as the main thread compiles or computes.
     Outside the main thread, which alone may have handlers, nothing changes.
 
     Example:
       >>> with Preemption() as preemption:
+      ...     preemption.arm()
       ...     [number for number in range(3) if not preemption.stop]
       [0, 1, 2]
     """
 
     stop = False
+    _armed = False
+
+    def arm(self) -> None:
+        """From now on there is something to save."""
+        self._armed = True
 
     def __enter__(self) -> "Preemption":
         self._listener: threading.Thread | None = None
@@ -49,8 +55,9 @@ class Preemption:
         for number in iter(lambda: os.read(self._read, 1), b""):
             if number[0] != signal.SIGTERM:
                 continue
-            if self.stop:
-                os.write(2, b"tap-jax: SIGTERM again; stopped at once\n")
+            if self.stop or not self._armed:
+                why = b"SIGTERM again" if self.stop else b"SIGTERM before the first round"
+                os.write(2, b"tap-jax: " + why + b"; stopped at once\n")
                 os._exit(STATUS)
             self.stop = True
             _LOG.warning("SIGTERM: the run stops after what it is doing, one round or client pass; again stops at once")

@@ -186,6 +186,8 @@ from tap_jax.preemption import Preemption
 
 before = signal.getsignal(signal.SIGTERM)
 with Preemption() as preemption:
+    if sys.argv[1] != "early":
+        preemption.arm()
     print("ready", flush=True)
     while not preemption.stop:
         pass
@@ -198,13 +200,13 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-@pytest.mark.parametrize(("mode", "status"), [("again", 143), ("once", -signal.SIGTERM)])
-def test_a_second_sigterm_stops_at_once_and_the_handler_is_put_back(mode, status):
+@pytest.mark.parametrize(("mode", "status"), [("early", 143), ("again", 143), ("once", -signal.SIGTERM)])
+def test_an_early_or_second_sigterm_stops_at_once_and_the_handler_is_put_back(mode, status):
     with subprocess.Popen([sys.executable, "-c", BUSY, mode], stdout=-1, stderr=-1, text=True) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGTERM)
-            assert process.stdout.readline() == "asked\n"
+            assert process.stdout.readline() == ("" if mode == "early" else "asked\n")
             if mode == "again":
                 time.sleep(0.5)
                 process.send_signal(signal.SIGTERM)
@@ -212,8 +214,9 @@ def test_a_second_sigterm_stops_at_once_and_the_handler_is_put_back(mode, status
         finally:
             process.kill()
     assert process.returncode == status
-    assert out == ("" if mode == "again" else "left\n")
-    assert ("SIGTERM again; stopped at once" in error) == (mode == "again")
+    assert out == ("left\n" if mode == "once" else "")
+    said = {"again": ["again"], "early": ["before the first round"], "once": []}[mode]
+    assert re.findall("SIGTERM (.*); stopped at once", error) == said
 
 
 def test_a_round_leaves_the_state_before_it_as_it_was(tiny):
