@@ -13,6 +13,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,6 +230,9 @@ def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, w
       A stack like `server`. A block whose weights are all 0 is returned bit by bit, and what a client of weight 0
       holds has no influence, whatever it is.
 
+    Raises:
+      AssertionError: the shapes do not belong together.
+
     Example:
       Two clients with twice and once as many samples; the second does not own the head.
 
@@ -244,6 +248,11 @@ def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, w
       >>> new["encoder"].tolist(), new["head"].tolist()
       ([[2.0]], [[5.0]])
     """
+    # Whatever does not fit would be broadcast or clipped, silently. Checked when traced, so at no cost.
+    chex.assert_equal_shape([weights, seats.slot])
+    for group, matrix in server.items():
+        chex.assert_shape(matrix, (len(server_seats.client[group]), None))
+        chex.assert_shape(cohort[group], (len(seats.client[group]), matrix.shape[1]))
     padded = jnp.pad(weights, ((0, 1), (0, 0)))
     place = jnp.asarray(server_seats.slot)[0]
 
@@ -291,6 +300,9 @@ def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> d
     Returns:
       A stack like `personal`.
 
+    Raises:
+      AssertionError: the shapes do not belong together.
+
     Example:
       One client with two blocks, of which it takes the first.
 
@@ -306,6 +318,10 @@ def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> d
       >>> new["encoder"].tolist(), new["head"].tolist()
       ([[2.0]], [[1.0]])
     """
+    chex.assert_equal_shape([chosen, seats.slot])
+    for group, matrix in personal.items():
+        chex.assert_shape(matrix, (len(seats.client[group]), None))
+        chex.assert_equal_shape([matrix, federated[group]])
     padded = jnp.pad(chosen, ((0, 1), (0, 0)))
 
     def one(group):

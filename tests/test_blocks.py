@@ -160,3 +160,19 @@ def test_more_holders_than_slots_is_an_error():
     p = partition([[True] * len(NAMES)] * TASKS, [[True] * TASKS] * CLIENTS)
     with pytest.raises(ValueError, match="holders"):
         blocks.seat(p, p.owned, dict.fromkeys(GROUPS, 1))
+
+
+def test_stacks_that_do_not_belong_together_are_refused():
+    """A row too few or a weight too few would be broadcast or clipped, silently."""
+    p = partition(np.ones((TASKS, len(NAMES)), bool), np.ones((CLIENTS, TASKS), bool))
+    _, _, (server, stack), of_server, seats = cohort(p, np.random.default_rng(0))
+    weights, chosen = np.ones(p.owned.shape, np.float32), np.ones(p.owned.shape, bool)
+    short = {group: matrix[:1] for group, matrix in stack.items()}
+    with pytest.raises(AssertionError):
+        blocks.aggregate(server, short, of_server, seats, weights)
+    with pytest.raises(AssertionError):
+        blocks.aggregate(server, stack, of_server, seats, weights[:1])
+    with pytest.raises(AssertionError):
+        blocks.replace(stack, short, seats, chosen)
+    with pytest.raises(AssertionError):
+        blocks.replace(stack, stack, seats, chosen[:, :1])

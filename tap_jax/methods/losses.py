@@ -5,6 +5,7 @@ Letters: B samples, C classes, A answer length with [CLS], V vocabulary.
 
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -55,6 +56,9 @@ def distillation_loss(
       power: of the factor in front.
       image_loss: "kl" or "mse", for image generation.
 
+    Raises:
+      AssertionError: teacher and student have different shapes.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import tap_jax as tap
@@ -64,6 +68,7 @@ def distillation_loss(
       >>> round(float(tap.distillation_loss("text_classification", teacher, student, {})[0]), 4)
       0.1201
     """
+    chex.assert_equal_shape([teacher, student])
     if kind == "image_generation":
         if image_loss == "mse":
             return jnp.square(teacher - student).mean((1, 2, 3))
