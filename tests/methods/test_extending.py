@@ -53,14 +53,14 @@ def test_own_criterion(tiny):
 def fedprox(strength):
     """FedProx (Li et al., 2020): FedAvg whose clients are drawn back to the blocks they received."""
 
-    def step(tools, stack, state, aid):
-        _, received = aid
+    def step(tools, stack, optimizer, aid):  # one local step of all clients; `optimizer`: AdamW's state
+        _, received = aid  # what `teacher` was: here the blocks that the client received
         gradient, losses = tools.gradient(stack)
         gradient = {group: gradient[group] + strength * (stack[group] - received[group]) for group in stack}
-        return *tools.update(stack, state, gradient), losses
+        return *tools.update(stack, optimizer, gradient), losses
 
-    def train(cohort, server, *purpose, **kwargs):
-        return cohort.train(cohort.broadcast(server), *purpose, teacher=cohort.broadcast(server), **kwargs)
+    def train(cohort, server, purpose, post=False):
+        return cohort.train(cohort.broadcast(server), purpose, post=post, teacher=cohort.broadcast(server))
 
     def play(cohort, state):
         trained, losses = train(cohort, state.server, "federated")
