@@ -27,13 +27,14 @@ from tap_jax.config import (
 from tap_jax.config.defaults import FLAVA_POSITIONS, IMAGE_SIDE
 from tap_jax.data import examples
 from tap_jax.errors import UserError
-from tap_jax.federation import KINDS
+from tap_jax.federation import KINDS, find_task
 from tap_jax.models.layers import ModelConfig
 
 FLAVA, VILT = "configs/flava.py", "configs/vilt.py"
 
-# Tables 21 and 22, typed from the paper: field -> (FLAVA, ViLT).
+# Typed from the paper, and from the specification where the paper is silent: field -> (FLAVA, ViLT).
 PAPER = {
+    # Tables 21 and 22; of ViLT's tasks none is image classification.
     "cohort_size": (2, 2),
     "batch_size": (128, 128),
     "model.encoder_rank": (8, 4),
@@ -55,6 +56,93 @@ PAPER = {
     "margins.image_generation": (0.005, 0.01),
     "margins.text_classification": (0.005, 0.01),
     "margins.text_generation": (0.01, 0.02),
+    "feddat.bottleneck": (32, 16),
+    "feddat.weight": (2e-3, 2e-3),
+    "disentafl.weight": (0.5, 0.5),
+    "per_fedavg.inner_scale": (1, 1),  # inner updates have the rates of the outer ones
+    # Tables 18 to 20.
+    "model.head_hidden": ((384,), (3072, 768)),
+    "model.head_activation": ("relu", "gelu"),
+    "model.head_dropout": (0.3, 0.1),
+    "model.head_layer_norm": (False, True),
+    "model.image_channels": ((64, 32, 16), (64, 32, 16)),
+    "model.text_cond_heads": (8, 8),
+    "model.text_heads": (4, 4),
+    "model.text_inner": (1536, 1536),
+    # The model of the specification.
+    "model.width": (768, 768),
+    "model.heads": (12, 12),
+    "model.mlp": (3072, 3072),
+    "model.image_size": (224, 224),
+    "model.patch": (16, 32),
+    "model.upsample": (2, 2),
+    "model.vocab": (30522, 30522),
+    "model.max_text": (256, 40),
+    "model.max_answer": (256, 40),
+    "model.backbone": ("routed", "routed"),
+    "model.backbone_layers": ((1, 1), (4, 4)),
+    "model.lora_alpha_ratio": (2, 2),
+    "model.qv_delta": (True, True),
+    "model.text_dropout": (0.1, 0.1),
+    "model.condition": ("pooled", "pooled"),
+    # Training, data and metrics of the specification.
+    "seed": (41, 41),
+    "optimizer.post_learning_rate": (1e-4, 1e-4),
+    "optimizer.clip_norm": (1.0, 1.0),
+    "optimizer.state": ("fresh", "fresh"),
+    "aggregation": ("samples", "samples"),
+    "replacement.history": ("plain", "plain"),
+    "replacement.scope": ("task", "task"),
+    "replacement.first": ("replace", "replace"),
+    "distillation.temperature_power": (-2, -2),
+    "distillation.image_loss": ("kl", "kl"),
+    "per_fedavg.hessian": ("none", "none"),
+    "federation.groups": (3, 3),
+    "federation.split": ("share", "share"),
+    "data.test_split": ("common", "common"),
+    "metrics.bertscore_layer": (9, 9),
+}
+# Of one model only.
+FLAVA_ONLY = {"margins.image_classification": 0.01, "model.image_layers": 12, "model.text_layers": 12}
+VILT_ONLY = {"model.position": "interpolate", "model.position_grid": 12}
+
+# Section 4 of the specification: task -> percent of the group's third, pattern by pattern.
+CLIENTS = {
+    "configs/flava.py": (
+        {"tiny_imagenet": 100},
+        {"ag_news": 33},
+        {"ag_news": 33},
+        {"caltech256": 50},
+        {"vqa": 50},
+        {"vqa": 50},
+        {"mmlu": 100},
+        {"cifar100": 100, "ag_news": 34},
+        {"common_gen": 50, "fashion_mnist": 100},
+        {"common_gen": 50, "caltech256": 50},
+    ),
+    "configs/vilt.py": (
+        {"fashion_mnist": 33},
+        {"ag_news": 33},
+        {"ag_news": 33},
+        {"caltech256": 50},
+        {"vqa": 50},
+        {"vqa": 50},
+        {"mmlu": 100},
+        {"fashion_mnist": 33, "ag_news": 34},
+        {"common_gen": 50, "fashion_mnist": 34},
+        {"common_gen": 50, "caltech256": 50},
+    ),
+}
+# Section 1: task -> kind, modalities, domains, head, classes.
+TASK_TABLE = {
+    "tiny_imagenet": ("image_classification", ("image",), ("fine_grained",), "tiny_imagenet", 200),
+    "cifar100": ("image_classification", ("image",), ("fine_grained",), "cifar100", 100),
+    "fashion_mnist": ("image_generation", ("image",), ("general_object",), "image_generation", 0),
+    "caltech256": ("image_generation", ("image",), ("general_object",), "image_generation", 0),
+    "ag_news": ("text_classification", ("text",), ("news",), "ag_news", 4),
+    "mmlu": ("text_generation", ("text",), ("law", "medicine", "moral"), "text_generation", 0),
+    "vqa": ("text_generation", ("image", "text"), ("visual_answering",), "text_generation", 0),
+    "common_gen": ("text_generation", ("text",), ("common_sense",), "text_generation", 0),
 }
 
 
@@ -82,10 +170,16 @@ def error_of(**fields):
 
 
 @pytest.mark.parametrize("field", PAPER)
-def test_paper_configs_hold_tables_21_and_22(field):
+def test_paper_configs_hold_the_paper_s_values(field):
     flava, vilt = PAPER[field]
     assert get(load_config(FLAVA), field) == flava
     assert get(load_config(VILT), field) == vilt
+
+
+def test_paper_configs_hold_what_only_one_model_has():
+    for path, expected in ((FLAVA, FLAVA_ONLY), (VILT, VILT_ONLY)):
+        config = load_config(path)
+        assert {field: get(config, field) for field in expected} == expected
 
 
 def test_sizes_that_are_typed_twice_agree():
@@ -101,6 +195,16 @@ def test_paper_configs_describe_30_clients():
     for path, tasks in ((FLAVA, 8), (VILT, 6)):
         federation = federation_of(load_config(path))
         assert (len(federation.clients), len(federation.tasks)) == (30, tasks)
+        found = [
+            (c.group, c.pattern, {task: round(100 * share, 9) for task, share in c.shares.items()})
+            for c in federation.clients
+        ]
+        assert found == [(group, n, row) for group in range(3) for n, row in enumerate(CLIENTS[path])]
+
+
+def test_the_registry_holds_the_paper_s_tasks():
+    found = {task.name: dataclasses.astuple(task)[1:] for task in map(find_task, TASK_TABLE)}
+    assert found == TASK_TABLE
 
 
 def test_default_config_is_valid_and_fresh_each_time():

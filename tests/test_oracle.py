@@ -1,5 +1,7 @@
 """The engine against the literal oracle: a small heterogeneous federation, from round 0 to the end of Stage 2."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -25,11 +27,20 @@ SETTINGS = {
     "batch_size": 6,
     "post_steps": 3,
     "engine.microbatch": 6,
-    **{f"margins.{kind}": 0.03 for kind in KINDS},  # in round 2 client 1 replaces one of its two tasks
+    # In round 2 clients 1 and 4 replace one of their two tasks each, and no other kind's margin would do for it.
+    "margins.image_classification": 0.03,
+    "margins.image_generation": 0.4,
+    "margins.text_classification": 0.1,
+    "margins.text_generation": 0.009,
+    # A teacher that is hardly another model teaches little; these count beside the tasks' losses.
+    "distillation.weights.image_classification": 100.0,
+    "distillation.weights.image_generation": 50.0,
+    "distillation.weights.text_classification": 200.0,
+    "distillation.weights.text_generation": 25.0,
     # AdamW makes whole steps of gradients that are rounding noise around 0: one such step must stay below TOLERANCE.
     "optimizer.learning_rate_initial": 5e-5,
     "optimizer.learning_rate": 1e-4,
-    "optimizer.post_learning_rate": 1e-4,
+    "optimizer.post_learning_rate": 3e-5,
 }
 
 
@@ -121,6 +132,57 @@ def test_the_comparison_notices(experiment, run, fault):
         if not (same and agree(state.server, wrong.server, start) and all(agree(*pair, start) for pair in chains)):
             return
     raise AssertionError("not noticed")
+
+
+@pytest.mark.parametrize(("kind", "other"), itertools.combinations(KINDS, 2))
+def test_a_decision_turns_on_whose_margin_it_is(experiment, run, kind, other):
+    """Were those of two kinds exchanged, the run's own histories would decide otherwise."""
+
+    def decided(margins) -> set:
+        before, found = experiment.init(), set()
+        for t, (state, line) in enumerate(run[0]):
+            h_l, h_p = state.local_loss, before.personal_loss["personal"]
+            for i, losses in line["losses"]["federated"].items():
+                for k, task in enumerate(experiment.model.tasks):
+                    if task.name in losses and h_l[int(i), k] + margins[task.kind] < h_p[int(i), k]:
+                        found.add((t, int(i), task.name))
+            before = state
+        return found
+
+    margins = experiment.config.margins.to_dict()
+    assert decided(margins) == {
+        (r["round"], r["client"], r["task"]) for _, line in run[0] for r in line["replacements"]
+    }
+    assert decided(margins | {kind: margins[other], other: margins[kind]}) != decided(margins)
+
+
+@pytest.mark.parametrize(
+    ("fault", "client"),
+    [
+        ("rate", 0),  # the rounds' rate in Stage 2
+        # β of two kinds exchanged
+        (("image_classification", "image_generation"), 4),
+        (("image_classification", "text_classification"), 1),
+        (("image_classification", "text_generation"), 3),
+        (("image_generation", "text_classification"), 4),
+        (("image_generation", "text_generation"), 4),
+        (("text_classification", "text_generation"), 0),
+    ],
+)
+def test_the_comparison_notices_in_the_last_phase(experiment, run, fault, client):
+    played, finished = run
+    state, (wrong, right) = played[-1][0], (Oracle(experiment) for _ in range(2))
+    wrong.config = experiment.config.copy_and_resolve_references()
+    if fault == "rate":
+        wrong.config.optimizer.post_learning_rate = wrong.config.optimizer.learning_rate
+    else:
+        weights = wrong.config.distillation.weights
+        weights[fault[0]], weights[fault[1]] = weights[fault[1]], weights[fault[0]]
+    for reference in (right, wrong):
+        reference.server, reference.personal = state.server, list(state.chains["personal"])
+        reference.variants = ("tap",)
+        found = reference.finish(client, len(played))["tap"]
+        assert agree(finished.models["tap"][client], found, experiment.initial_blocks) == (reference is right)
 
 
 def test_devices_and_rows_change_nothing(tiny, run):

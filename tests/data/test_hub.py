@@ -18,6 +18,34 @@ from tap_jax.data.templates import TEMPLATES, mmlu_text
 from tap_jax.errors import UserError
 from tap_jax.federation import TASKS, Task, find_task
 
+# Section 6 of the specification: hub id, configurations, splits for training and test, columns that are read (of image
+# generation only the pictures).
+SPECIFIED = {
+    "tiny_imagenet": ("zh-plus/tiny-imagenet", (), ("train", "valid"), {"image", "label"}),
+    "cifar100": ("uoft-cs/cifar100", (), ("train", "test"), {"img", "fine_label"}),
+    "fashion_mnist": ("zalando-datasets/fashion_mnist", (), ("train", "test"), {"image"}),
+    "caltech256": ("ilee0022/Caltech-256", (), ("train", "test"), {"image"}),
+    "ag_news": ("fancyzhx/ag_news", (), ("train", "test"), {"text", "label"}),
+    "mmlu": (
+        "cais/mmlu",
+        ("professional_law", "professional_medicine", "moral_scenarios"),
+        ("test", "validation"),
+        {"question", "subject", "choices", "answer"},
+    ),
+    "vqa": (
+        "merve/vqav2-small",
+        (),
+        ("validation", "validation"),
+        {"image", "question", "multiple_choice_answer"},
+    ),
+    "common_gen": (
+        "allenai/common_gen",
+        (),
+        ("train", "validation"),
+        {"concept_set_idx", "concepts", "target"},
+    ),
+}
+
 SLICES = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
 needs_slices = pytest.mark.skipif(not SLICES.is_dir(), reason="the small slices of the real sets are not here")
 
@@ -229,6 +257,38 @@ def test_divided_split_shares_no_picture():
     assert len(train) <= 100 and 100 - len(train) < 4
     assert sorted([*train, *test]) == list(range(150))
     assert not {images[i]["bytes"] for i in train} & {images[i]["bytes"] for i in test}
+
+
+def test_the_hub_is_asked_for_what_the_specification_names(monkeypatch):
+    """Of several configurations it asks for the first one, and gives up."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, config, *, split, cache_dir):
+        asked.append((name, config, split))
+        raise OSError("far away")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert set(SPECIFIED) <= set(SOURCES)
+    for name, (hub_id, configs, splits, columns) in SPECIFIED.items():
+        assert set(SOURCES[name].needed) == columns and SOURCES[name].configs == configs
+        for split, hub_split in zip(("train", "test"), splits, strict=True):
+            with pytest.raises(UserError, match="far away"):
+                hub.load(find_task(name), split, root="hub")
+            assert asked.pop() == (hub_id, (*configs, None)[0], hub_split)
+
+
+def test_vqa_is_divided_once(monkeypatch):
+    """17,000 rows to train on, drawn by a seed of its own: runs with other seeds have the same test set."""
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [png(i) for i in range(9)], "question": ["?"] * 9, "multiple_choice_answer": ["yes"] * 9}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: dataset)
+    assert hub.VQA_TRAIN_ROWS == 17_000
+    assert len(hub.load(find_task("vqa"), "train", root="hub")) == 9
+    monkeypatch.setattr(hub, "VQA_TRAIN_ROWS", 5)
+    found = hub.load(find_task("vqa"), "train", root="hub").images[:, 0, 0, 0]
+    assert found.tolist() == sorted(np.random.default_rng(0).permutation(9)[:5])
 
 
 def test_the_hub_and_a_folder_give_the_same(tmp_path, monkeypatch):

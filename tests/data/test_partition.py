@@ -115,7 +115,7 @@ def test_tiny_alpha_leaves_nobody_empty():
         ({"sizes": {"vqa": 1}, "split": "dirichlet"}, "left with no sample"),
         ({"sizes": {}}, "no training set for task vqa"),
         ({"sizes": {"vqa": 9}, "split": "fair"}, "federation.split: unknown 'fair'"),
-        ({"sizes": {"vqa": 9}, "split": "dirichlet", "alpha": 0.0}, "federation.alpha"),
+        ({"sizes": {"vqa": 9}, "split": "dirichlet", "alpha": 0.0}, "federation.alpha: 0.0; use more than 0"),
     ],
 )
 def test_user_errors(kwargs, message):

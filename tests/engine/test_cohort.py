@@ -9,13 +9,21 @@ import pytest
 from tap_jax import experiment as experiments
 from tap_jax.blocks import replacement_indicator
 from tap_jax.engine import cohort as cohorts
+from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import Losses, broken_clients, without_broken
 from tap_jax.methods.base import LocalRule
 from tests.oracle import minibatches
 from tests.trajectories import difference, play
 
 ROWS = ({"ag_news": 0.2}, {"ag_news": 0.7, "cifar100": 0.5}, {"cifar100": 0.3}, {"fashion_mnist": 1.0})
-SETTINGS = {"variants": ("tap", "fedavg"), "batch_size": 6, "engine.microbatch": 4, "post_steps": 4}
+SETTINGS = {
+    "variants": ("tap", "fedavg"),
+    "batch_size": 6,
+    "engine.microbatch": 4,
+    "post_steps": 4,
+    "data.test_size": 24,
+    "data.test_split": "personal",
+}
 
 
 class Counting:
@@ -164,6 +172,52 @@ def test_a_model_with_a_nan_has_no_result(counted):
     rows = experiment.evaluate(state.replace(chains={"personal": tuple(chain)}))
     assert {row["client"] for row in rows if row["value"] is None} == {0}
     assert {row["variant"] for row in rows if row["value"] is None} == {"personal"}
+
+
+@pytest.mark.parametrize("purpose", ["post", "distil"])
+def test_a_client_that_diverges_after_the_last_round_loses_its_own_result_only(counted, monkeypatch, purpose):
+    """As a teacher or as a student; all rounds went well, so the server's blocks have their values."""
+    experiment, _ = counted
+    phase, victim = Cohort.phase, 1
+
+    def too_fast(self, now, **kwargs):
+        found = phase(self, now, **kwargs)
+        rate = np.where((self.table == victim) & (now == purpose), np.float32(1e30), found.rate)
+        return found._replace(rate=rate)
+
+    monkeypatch.setattr(Cohort, "phase", too_fast)
+    rows = experiment.evaluate(experiment.finish(experiment.init()))
+    assert {(row["variant"], row["client"]) for row in rows} == {(v, k) for v in ("tap", "fedavg") for k in range(4)}
+    for row in rows:
+        assert (row["value"] is None) == (row["variant"] == "tap" and row["client"] == victim), row
+
+
+def test_each_client_has_its_own_part_of_the_test_set(counted):
+    """`data.test_split` "personal": models of clients and the server's are scored on it, and on nothing else."""
+    experiment, _ = counted
+    task = next(task for task in experiment.model.tasks if task.name == "ag_news")
+    parts = [experiment.data.personal_tests[k]["ag_news"] for k in (0, 1)]
+    assert list(map(len, parts)) == [5, 17] and not set(parts[0]) & set(parts[1]), "20 and 70 % of 24"
+    test, rng = experiment.data.test["ag_news"], np.random.default_rng(2)
+
+    def noisy(blocks):
+        return jax.tree.map(lambda x: np.float32(x + 0.3 * rng.standard_normal(x.shape)), dict(blocks))
+
+    @jax.jit
+    def logits(blocks):
+        parts = experiment.model.collect(blocks, task.streams[0])
+        return experiment.model.apply(experiment.engine.frozen, parts, task, {"tokens": test.tokens})
+
+    server = noisy(experiment.initial_blocks)
+    chain = tuple(noisy(mine) for mine in experiment.init().chains["personal"])
+    state = experiment.init().replace(chains={"personal": chain}, server=experiment.engine.server_stack(server))
+    found = {(row["variant"], row["client"], row["task"]): row["value"] for row in experiment.evaluate(state)}
+    for variant, models in (("personal", chain), ("fedavg", (server, server))):
+        for client, ids in enumerate(parts):
+            right = np.argmax(logits(models[client]), -1) == test.labels
+            assert found[variant, client, "ag_news"] == pytest.approx(100 * right[ids].mean())
+            others = (100 * right.mean(), 100 * right[parts[1 - client]].mean())
+            assert found[variant, client, "ag_news"] not in map(pytest.approx, others), "would show nothing"
 
 
 def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):

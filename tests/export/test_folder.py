@@ -117,7 +117,7 @@ def test_a_wrong_export_leaves_nothing_behind(made, quick, tokenizer, tmp_path, 
 
 def test_a_diverged_model_is_no_export(made, quick, tokenizer, tmp_path):
     sick = {**made.blocks, "shared_proj": jax.tree.map(lambda x: np.full_like(x, np.nan), made.blocks["shared_proj"])}
-    with pytest.raises(UserError, match="export: the outputs for cifar100 are no numbers, its training diverged"):
+    with pytest.raises(UserError, match="the outputs for cifar100 are no numbers, .* diverged; .*learning_rate"):
         write_torch(made.model, made.frozen, sick, tmp_path / "out", tokenizer=tokenizer)
     assert list(tmp_path.iterdir()) == []
 

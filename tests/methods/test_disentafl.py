@@ -33,7 +33,7 @@ SETTINGS = {
     "disentafl.weight": 2.0,
     "optimizer.learning_rate_initial": 5e-5,
     "optimizer.learning_rate": 1e-4,
-    "optimizer.post_learning_rate": 1e-4,
+    "optimizer.post_learning_rate": 3e-5,
 }
 TASKS = tuple(map(find_task, ("ag_news", "vqa", "mmlu")))
 

@@ -17,7 +17,7 @@ SETTINGS = {
     "engine.microbatch": 4,
     "optimizer.learning_rate_initial": 5e-5,
     "optimizer.learning_rate": 1e-4,
-    "optimizer.post_learning_rate": 1e-4,
+    "optimizer.post_learning_rate": 3e-5,
 }
 
 

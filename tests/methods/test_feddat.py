@@ -18,7 +18,7 @@ SETTINGS = {
     "feddat.weight": 2.0,
     "optimizer.learning_rate_initial": 1e-3,
     "optimizer.learning_rate": 2e-3,
-    "optimizer.post_learning_rate": 2e-3,
+    "optimizer.post_learning_rate": 5e-4,
 }
 
 

@@ -20,7 +20,7 @@ SETTINGS = {
     "engine.microbatch": 4,
     "optimizer.learning_rate_initial": 5e-5,
     "optimizer.learning_rate": 1e-4,
-    "optimizer.post_learning_rate": 1e-4,
+    "optimizer.post_learning_rate": 3e-5,
     "per_fedavg.inner_scale": 2000.0,  # an inner step that counts: of up to 0.2 times the gradient
 }
 

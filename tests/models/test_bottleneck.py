@@ -137,7 +137,7 @@ def test_only_bottlenecks_have_duals():
     assert model.adapter_blocks == ()
     with pytest.raises(ValueError, match="no bottleneck adapters"):
         model.dual({}, {})
-    with pytest.raises(UserError, match="feddat.bottleneck: -1 is negative"):
+    with pytest.raises(UserError, match="feddat.bottleneck: -1; use more than 0"):
         ServerModel(dataclasses.replace(CONFIG, bottleneck=-1), TASKS)
 
 

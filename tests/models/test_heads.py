@@ -413,10 +413,10 @@ def test_half_precision_trains_with_float32_parameters_and_outputs(kind):
 @pytest.mark.parametrize(
     "head, message",
     [
-        (text_head(condition="tokens"), "condition: unknown 'tokens'"),
-        (text_head(heads=3), "heads: 3 does not divide"),
-        (text_head(cond_heads=5), "cond_heads: 5 does not divide"),
-        (heads.TextHead(vocab=V, max_length=A - 1, width=D), "max_length: answers of 6 tokens exceed 5"),
+        (text_head(condition="tokens"), "model.condition: unknown 'tokens'; use one of pooled, paths"),
+        (text_head(heads=3), f"model.text_heads: 3 does not divide model.width {D}; use one that does"),
+        (text_head(cond_heads=5), "model.text_cond_heads: 5 does not divide"),
+        (heads.TextHead(vocab=V, max_length=A - 1, width=D), "model.max_answer: 5, too few for answers of 6 tokens"),
     ],
 )
 def test_text_head_rejects(head, message):
@@ -425,5 +425,5 @@ def test_text_head_rejects(head, message):
 
 
 def test_classification_rejects_unknown_activation():
-    with pytest.raises(UserError, match="activation: unknown 'swish'"):
+    with pytest.raises(UserError, match="model.head_activation: unknown 'swish'; use one of relu, gelu"):
         count(VILT.clone(activation="swish"), normal(1, B, D), deterministic=True)

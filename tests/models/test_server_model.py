@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tap_jax.config import default_config, override, validate
 from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.models.layers import ModelConfig
@@ -142,3 +143,28 @@ def test_a_head_is_shared_by_tasks_that_need_the_same(name):
     other = dataclasses.replace(find_task(name), head="ag_news")
     with pytest.raises(UserError, match=f"task {name}: its head 'ag_news' is ag_news's, .*; name another head"):
         ServerModel(CONFIG, (news, other))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.name", "clip"),
+        ("model.backbone", "plain"),
+        ("model.heads", 5),
+        ("model.text_heads", 5),
+        ("model.text_cond_heads", 5),
+        ("model.patch", 7),
+        ("model.head_activation", "swish"),
+        ("model.condition", "tokens"),
+        ("feddat.bottleneck", -1),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_the_configuration_s_words(field, value):
+    known = default_config().model
+    sizes = {f"model.{name}": size for name, size in dataclasses.asdict(CONFIG).items() if name in known}
+    with pytest.raises(UserError) as wanted:
+        validate(override(default_config(), sizes | {field: value}))
+    changed = dataclasses.replace(CONFIG, **{field.split(".")[1]: value})
+    with pytest.raises(UserError) as found:
+        jax.eval_shape(ServerModel(changed, TASKS).init, jax.random.key(0))
+    assert str(found.value) == str(wanted.value)

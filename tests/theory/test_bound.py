@@ -83,20 +83,20 @@ def test_cutting_a_block_in_two_raises_only_the_printed_bound():
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
-        ({"rates": []}, "rates"),
-        ({"rates": [0.1, 0.0]}, "rates"),
-        ({"smoothness": 0.0}, "smoothness"),
-        ({"local_steps": 0}, "local_steps"),
-        ({"noise": -1.0}, "noise"),
-        ({"heterogeneity": [1.0]}, "heterogeneity and owners"),
-        ({"owners": [1, 0]}, "owners"),
+        ({"rates": []}, r"rates must be a list of numbers, not \[\]"),
+        ({"rates": [0.1, 0.0]}, "rates must be positive, not 0.0"),
+        ({"smoothness": 0.0}, "smoothness must be positive, not 0.0"),
+        ({"local_steps": 0}, "local_steps must be at least 1, not 0"),
+        ({"noise": -1.0}, "noise must be at least 0, not -1.0"),
+        ({"heterogeneity": [1.0]}, r"heterogeneity and owners must .*, not \(1, 2\)"),
+        ({"owners": [1, 0]}, "owners must be at least 1 for every block, not 0.0"),
     ],
 )
-def test_arguments_out_of_range_are_named(change, named):
+def test_arguments_out_of_range_are_named(change, message):
     fine = {"rates": [0.1], "decrease": 1.0, "noise": 1.0, **BY_HAND}
-    with pytest.raises(UserError, match=f"^{named} must"):
+    with pytest.raises(UserError, match=f"^{message}$"):
         bound(**{**fine, **change})
 
 

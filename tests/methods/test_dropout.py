@@ -1,0 +1,130 @@
+"""Who computes with dropout, and which forward passes of a minibatch share one mask."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tap_jax import assembly
+from tap_jax import experiment as experiments
+from tap_jax.config import default_config
+from tap_jax.engine.objective import Where, collect, gradient
+from tap_jax.federation import find_task
+from tap_jax.methods.base import Row
+from tap_jax.methods.losses import distillation_loss
+from tap_jax.models.layers import ModelConfig
+from tap_jax.models.server_model import ServerModel
+from tests.models.reference import random_weights
+
+NEWS = find_task("ag_news")
+CONFIG = ModelConfig(
+    width=8, heads=2, mlp=12, image_layers=1, text_layers=1, image_size=16, patch=8, upsample=0.25, vocab=30,
+    max_text=8, max_answer=6, encoder_rank=3, attention_rank=2, expert_rank=2, lora_dropout=0.5, head_dropout=0.5,
+    head_hidden=(6,), image_channels=(4, 3, 2), text_heads=2, text_cond_heads=2, text_inner=12,
+)  # fmt: skip
+BATCH = {
+    "tokens": np.array([[2, 7, 9, 3, 0, 0], [2, 5, 3, 0, 0, 0], [2, 8, 8, 11, 4, 3]], np.int32),
+    "labels": np.array([0, 3, 1], np.int32),
+}
+WEIGHTS = np.array([0.5, 0.25, 0], np.float32)  # the last sample is padding
+
+
+def built(bottleneck: int = 0):
+    """A model, Ŵ, and the parts of two clients' forward passes."""
+    model = ServerModel(dataclasses.replace(CONFIG, bottleneck=bottleneck), (NEWS,))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    (frozen, first), (_, second) = (random_weights(shapes, np.random.default_rng(seed)) for seed in (1, 2))
+    return model, frozen, *(model.collect(blocks, NEWS.streams[0]) for blocks in (first, second))
+
+
+def row_of(frozen, key) -> Row:
+    """One whose stacks are the parts themselves."""
+    return Row(frozen, NEWS, BATCH, WEIGHTS, jnp.int32(0), lambda parts: parts, key)
+
+
+def test_the_teacher_of_stage_2_has_no_dropout_and_the_student_has():
+    model, frozen, student, teacher = built()
+    config = default_config()
+    config.distillation.weights.text_classification = 3.0
+
+    @jax.jit
+    def run(key):
+        outputs, latents, _ = assembly.sample_loss(model)(frozen, student, NEWS, BATCH, key)
+        extra = functools.partial(assembly.teaching_loss(config, model), row_of(frozen, key), outputs, latents)
+        teachers = [model.apply(frozen, teacher, NEWS, BATCH, key=used) for used in (None, key)]
+        divergences = [distillation_loss(NEWS.kind, guide, outputs, BATCH) for guide in teachers]
+        students = [model.apply(frozen, student, NEWS, BATCH, key=used) for used in (None, key)]
+        return outputs, students, divergences, extra((True, teacher)), extra((False, teacher)), extra(None)
+
+    outputs, (plain, dropped), divergences, found, alone, without = run(jax.random.key(5))
+    np.testing.assert_allclose(outputs, dropped, rtol=1e-5)
+    assert not np.allclose(outputs, plain, rtol=0.1)
+    expected, wrong = (3.0 * float((WEIGHTS * kl).sum()) for kl in divergences)
+    assert float(found) == pytest.approx(expected, rel=1e-5) and abs(wrong - expected) > 0.1 * expected > 0
+    assert (alone, without) == (0, 0)
+
+
+def test_feddat_s_passes_over_a_minibatch_have_one_mask():
+    """½A1 + ½A1 is A1: then nothing is between the two outputs but the mask."""
+    model, frozen, parts, _ = built(bottleneck=3)
+    config = default_config()
+    config.feddat.weight = 1.0
+
+    @jax.jit
+    def run(key, other):
+        divergence = functools.partial(assembly.adapter_divergence(config, model), row_of(frozen, key))
+        passes = [model.apply(frozen, parts, NEWS, BATCH, key=used) for used in (key, other, None)]
+        return [divergence(outputs, parts, parts) for outputs in passes]
+
+    same, other, none = map(float, run(jax.random.key(5), jax.random.key(6)))
+    assert abs(same) < 1e-6 and other > 1e-3 and none > 1e-3
+
+
+def test_a_row_has_a_mask_of_its_own(tiny):
+    """With a loss that is what the mask is drawn from: DisentAFL's passes see the same; clients, steps, rows others."""
+    rows = ({"ag_news": 0.3, "mmlu": 0.3}, {"ag_news": 0.3, "mmlu": 0.3}, {"ag_news": 0.2, "mmlu": 0.3})
+    settings = {"method": "disentafl", "variants": ("disentafl",), "batch_size": 12, "engine.microbatch": 2}
+    experiment = experiments.build(tiny(rows, settings))
+    engine = experiment.engine
+    server, kinds = engine.server_stack(experiment.initial_blocks), [task.kind for task in engine.tasks]
+
+    def sample_loss(frozen, parts, task, batch, key):
+        drawn, size = jax.random.uniform(key), len(batch["tokens"])
+        return None, jnp.full((1, size, 1), drawn), jnp.full(size, drawn)
+
+    def measure(row, latents):
+        drawn = latents[0, 0, 0]
+        return {row.task.kind: row.weights.sum() * jnp.array([drawn, drawn**2])}
+
+    rule = dataclasses.replace(engine.rule, measure=measure, extra_loss=None)
+    objective = dataclasses.replace(engine.objective, sample_loss=sample_loss, rule=rule)
+
+    @jax.jit
+    def run(seats, plan, step, key, stack):
+        where = Where(engine.frozen, engine.arrays, seats, plan, 0, step, key)
+        return gradient(objective, where, stack)[1].plain, collect(objective, where, stack)
+
+    def means(clients, step) -> dict:
+        """(client, task kind, step) -> the mean over the minibatch's samples of what is drawn for their rows."""
+        cohort = engine.cohort(clients, 0)
+        (plan, _, key), stack = cohort.phase("federated"), cohort.broadcast(server)
+        seats, key, stack = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (cohort.seats, key, stack))
+        plan = jax.tree.map(lambda leaf: leaf[0, 0], plan)  # of one shard, which has one device
+        losses, sums = jax.device_get(run(seats, plan, step, key, stack))
+        found = {}
+        for at, client in enumerate(cohort.clients):
+            for o, kind in enumerate(kinds):
+                mean, square = sums[kind][at]
+                assert losses[at, o] == pytest.approx(mean, rel=1e-5), "the two passes"
+                assert square - mean**2 > 1e-5, "rows of one minibatch"
+                found[int(client), kind, step] = float(mean)
+        return found
+
+    first, beside, later = means([0, 1], 0), means([1, 2], 0), means([0, 1], 1)
+    for place in first.keys() & beside.keys():
+        assert place[0] == 1 and first[place] == pytest.approx(beside[place], rel=1e-5)
+    values = (first | beside | later).values()
+    assert len({round(value, 4) for value in values}) == len(values) == 10
