@@ -197,7 +197,7 @@ def adapter_divergence(config: ConfigDict, model: ServerModel) -> Callable[[Row,
 
 
 def weighted(row: Row, losses: Array) -> Array:
-    """Σ_n w_n ℓ_n over a row's real samples."""
+    """Σ_n w_n ℓ_n over a row's real samples: weights and losses float32 [s] -> a scalar."""
     return jax.numpy.where(row.weights > 0, row.weights * losses, 0).sum()
 
 

@@ -114,6 +114,7 @@ class Experiment:
         (by client; with `screening.max_norm` or privacy) and "epsilon".
 
         Args:
+          state: of `init` or of the round before; it says which round this is.
           clients: who takes part, `cohort_size` of them at most; None: drawn from the seed and the round.
 
         Raises:
@@ -248,8 +249,9 @@ def build(
     Args:
       config: of `load_config`.
       criterion: one's own for TAP's Stage 1, in the place of `replacement.criterion`; see `methods.criteria`.
-      method: one's own, in the place of `config.method`; see `methods.base`. With `variants`, the names that its
-        `finish` yields.
+      method: one's own, in the place of `config.method`; see `methods.base`.
+      variants: of a method of one's own: the names that its `finish` yields, and of results that are the server's
+        blocks. Not read without one: those are the configuration's.
 
     Raises:
       UserError: whatever is wrong with it, in one line.

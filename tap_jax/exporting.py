@@ -101,7 +101,10 @@ def export_client(
     frozen = jax.device_get(experiment.engine.frozen)
     for name in restricted.block_names:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained[name])):
-            raise UserError(f"model: block '{name}' holds values that are no numbers, its training diverged")
+            raise UserError(
+                f"model: block '{name}' holds values that are no numbers, its training diverged; export another"
+                " variant, or train with a lower optimizer.learning_rate"
+            )
     if format == "torch":
         from tap_jax.export.folder import write_torch
 

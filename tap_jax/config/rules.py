@@ -114,9 +114,13 @@ def _check_model(config: ConfigDict) -> None:
         raise UserError(f"model.backbone_layers: {model.backbone_layers}; give two numbers, of MoTE and MoME layers")
     for field in ("heads", "text_heads", "text_cond_heads"):
         if model.width % model[field]:
-            raise UserError(f"model.{field}: {model[field]} does not divide model.width {model.width}")
+            raise UserError(
+                f"model.{field}: {model[field]} does not divide model.width {model.width}; use one that does"
+            )
     if model.image_size % model.patch:
-        raise UserError(f"model.patch: {model.patch} does not divide model.image_size {model.image_size}")
+        raise UserError(
+            f"model.patch: {model.patch} does not divide model.image_size {model.image_size}; use one that does"
+        )
     grid = model.position_grid
     if model.name == "vilt" and model.position == "slice" and model.image_size // model.patch > grid:
         raise UserError(

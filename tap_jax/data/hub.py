@@ -54,7 +54,7 @@ def load(
       UserError: as of `convert`, or data that are missing or lack a column.
     """
     if split not in ("train", "test"):
-        raise UserError(f"split '{split}': use train or test")
+        raise UserError(f"split: unknown '{split}'; use one of train, test")
     if task.name not in SOURCES:
         raise UserError(f"data.root: no source for task {task.name}; add it to tap_jax.data.sources.SOURCES")
     if limit is not None and limit < 1:

@@ -53,7 +53,7 @@ def assign(
     if split not in SPLITS:
         raise UserError(f"federation.split: unknown '{split}'; use one of {', '.join(SPLITS)}")
     if split == "dirichlet" and not alpha > 0:
-        raise UserError(f"federation.alpha: {alpha} is not positive; use for instance 0.5")
+        raise UserError(f"federation.alpha: {alpha}; use more than 0")
     dealt: list[dict[str, np.ndarray]] = [{} for _ in federation.clients]
     for task in federation.tasks:
         if task.name not in sizes:

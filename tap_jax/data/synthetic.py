@@ -22,6 +22,7 @@ from tap_jax.federation import Task
 
 SPLITS = ("train", "test")
 _TEST_PART = 4  # every fourth text, by its hash, belongs to the test split
+_MOST_IN_VAIN = 10_000  # draws in a row that give no new record: the rules know no more
 _CHUNK = 500  # pictures drawn at once; bounds the memory of a large split
 
 
@@ -43,11 +44,11 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
       'school, boy, jump'
     """
     if split not in SPLITS:
-        raise UserError(f"split '{split}': use one of {', '.join(SPLITS)}")
+        raise UserError(f"split: unknown '{split}'; use one of {', '.join(SPLITS)}")
     if task.name not in RULES:
         raise UserError(f"data.root: no synthetic data for task {task.name}; there is for {', '.join(RULES)}")
     if size < 1:
-        raise UserError(f"data size of {task.name}/{split} is {size}; use at least 1")
+        raise UserError(f"data.{split}_size: {size} of {task.name}; use at least 1")
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode()), SPLITS.index(split)])
     return RULES[task.name](task, split, rng, size)
 
@@ -78,16 +79,17 @@ def _collect(draw: Callable[[int], tuple[str, str, object]], task: Task, split: 
       split: "train" or "test".
       size: how many.
     """
-    kept, seen, tries = [], set(), 0
+    kept, seen, in_vain = [], set(), 0
     while len(kept) < size:
         key, identity, record = draw(len(kept))
-        tries += 1
+        in_vain += 1
         if (zlib.crc32(key.encode()) % _TEST_PART == 0) == (split == "test") and identity not in seen:
             seen.add(identity)
             kept.append(record)
-        if tries > 50 * size + 10_000:
+            in_vain = 0
+        if in_vain > _MOST_IN_VAIN:
             raise UserError(
-                f"data size of {task.name}/{split}: the rules give about {len(kept)} samples; ask for fewer"
+                f"data.{split}_size: {size} of {task.name}, but the rules give about {len(kept)}; use fewer"
             )
     return kept
 

@@ -17,8 +17,9 @@ import numpy as np
 from jax import Array
 
 from tap_jax import blocks
-from tap_jax.blocks import Blocks, Seats, Stack
-from tap_jax.data.sampling import PURPOSES, Plan, capacities, draw_plan, joined, share_out
+from tap_jax.blocks import Blocks, Partition, Seats, Stack
+from tap_jax.data.families import Family
+from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan, joined, share_out
 from tap_jax.engine import parallel, pipelining
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
@@ -347,7 +348,11 @@ class Cohort:
 
     @functools.cached_property
     def held_out_plan(self) -> Plan:
-        """All held-out samples of the clients as one minibatch, on the devices."""
+        """All held-out samples of the clients as one minibatch, on the devices.
+
+        Raises:
+          UserError: nothing is held out.
+        """
         return self.engine.probes.held_out_plan(self)
 
     def held_out_loss(self, stack: Stack) -> Array:
@@ -381,8 +386,20 @@ class Shape:
     rows: Mapping[str, int]
 
 
-def shape_of(data, families, partition, settings: EngineSettings, devices: Devices, clients: int) -> Shape:
-    """Capacities for any so many of the federation's clients at once."""
+def shape_of(
+    data: Sequence[ClientData],
+    families: Sequence[Family],
+    partition: Partition,
+    settings: EngineSettings,
+    devices: Devices,
+    clients: int,
+) -> Shape:
+    """Capacities for any so many of the federation's clients at once.
+
+    Args:
+      data: of all clients.
+      clients: how many train together.
+    """
     positions = -(-clients // devices.shards)
     rows = capacities(
         data,

@@ -66,7 +66,11 @@ class Probes:
         return self._inner(stack, other, cohort.flat_seats)
 
     def held_out_plan(self, cohort: "Cohort") -> Plan:
-        """All held-out samples as one minibatch, on the devices."""
+        """All held-out samples as one minibatch, on the devices.
+
+        Raises:
+          UserError: nothing is held out.
+        """
         held = self.engine.held_out
         if not any(mine.streams for mine in held):
             raise UserError("data.held_out: 0 leaves nothing to look at; hold out a part such as 0.1")

@@ -8,6 +8,7 @@ import mmap
 import os
 import pathlib
 import weakref
+from typing import IO
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class RowFile:
             os.fsync(self._descriptor)
 
 
-def flush(file) -> None:
+def flush(file: IO) -> None:
     """What was written to an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -25,6 +25,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,6 +37,7 @@ from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.file_lock import hold
 from tap_jax.engine.row_file import RowFile, flush, flush_folder
 from tap_jax.errors import UserError
+from tap_jax.methods.base import State
 
 GROWTH = 8  # a file grows by a part of one in so many; what is free is looked up as often as that many rows are taken
 WRITER = 2**32  # row number i of the file of process p is WRITER · p + i
@@ -292,19 +294,20 @@ class StoredChain(Sequence):
         return len(self.rows)
 
     def __getitem__(self, client: int) -> dict[str, blocks.Tree]:
+        """The client's blocks by name, as `Store.read` gives them."""
         return self.store.read(self.rows[client], self.sums[client])
 
     def put(self, update: Mapping[int, Blocks]) -> "StoredChain":
         """See `Store.put`."""
         return self.store.put(self, update)
 
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, Any], ...], Store]:
         """See `jax.tree_util`."""
         key = jax.tree_util.GetAttrKey
         return ((key("rows"), self.rows), (key("sums"), self.sums)), self.store
 
     @classmethod
-    def tree_unflatten(cls, store: Store, leaves) -> "StoredChain":
+    def tree_unflatten(cls, store: Store, leaves: Sequence[Any]) -> "StoredChain":
         """See `jax.tree_util`."""
         return cls(store, *leaves)
 
@@ -352,8 +355,8 @@ def open_store(folder: pathlib.Path, partition: Partition, start: Blocks, like: 
     return Store(folder, partition, like)
 
 
-def stored_chains(state) -> dict[Store, list[StoredChain]]:
-    """The stores of a `methods.base.State` and their chains; none where all is in memory."""
+def stored_chains(state: State) -> dict[Store, list[StoredChain]]:
+    """The stores of a state and their chains; none where all is in memory."""
     found: dict[Store, list[StoredChain]] = {}
     for chain in (*state.chains.values(), *state.moments.values()):
         if isinstance(chain, StoredChain):
@@ -361,19 +364,19 @@ def stored_chains(state) -> dict[Store, list[StoredChain]]:
     return found
 
 
-def commit(state, step: int) -> None:
+def commit(state: State, step: int) -> None:
     """`Store.commit` of a state that is about to be saved as checkpoint `step`."""
     for store, chains in stored_chains(state).items():
         store.commit(step, chains)
 
 
-def release(state, steps: Collection[int]) -> None:
+def release(state: State, steps: Collection[int]) -> None:
     """`Store.release` for the stores of a state."""
     for store in stored_chains(state):
         store.release(steps)
 
 
-def verify(state) -> None:
+def verify(state: State) -> None:
     """`Store.verify` of all that a restored state refers to."""
     for store, chains in stored_chains(state).items():
         for chain in chains:

@@ -11,10 +11,8 @@ one model and one test set (FedAvg), their scores are even equal, which makes th
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from scipy import stats
 
 LEVEL = 0.05  # of significance
@@ -28,16 +26,11 @@ class Sample(NamedTuple):
     count: int
 
 
-def p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Two-sided p of Welch's t-test between two lists of scores; NaN where a side has fewer than two.
+def p_value(ours: Sample, theirs: Sample) -> float:
+    """Two-sided p of Welch's t-test; NaN where a side has fewer than two observations.
 
     Two constant sides have no variance to test against: p is 0 where they differ, 1 where they are equal.
     """
-    return p_value_from_summary(*(Sample(float(np.mean(x)), float(np.std(x)), len(x)) for x in (ours, theirs)))
-
-
-def p_value_from_summary(ours: Sample, theirs: Sample) -> float:
-    """`p_value` from means, population stds and counts."""
     if min(ours.count, theirs.count) < 2:
         return math.nan
     if ours.std == theirs.std == 0:
@@ -59,4 +52,4 @@ def significantly_better(ours: Sample | None, theirs: Sample | None, *, higher_i
     if ours is None or theirs is None:
         return ours is not None
     better = ours.mean > theirs.mean if higher_is_better else ours.mean < theirs.mean
-    return better and p_value_from_summary(ours, theirs) < LEVEL
+    return better and p_value(ours, theirs) < LEVEL

@@ -69,7 +69,10 @@ def write_torch(
     frozen, blocks = needed(model, frozen, blocks)
     for name in model.block_names:
         if "." in name:
-            raise UserError(f"federation: the name of block '{name}' has a dot, which PyTorch's names cannot")
+            raise UserError(
+                f"federation: the name of block '{name}' has a dot, which PyTorch's names cannot; rename the task's"
+                " head or domain"
+            )
     with staged(out) as folder:
         config = describe(model, tokenizer)
         _write_json(folder / "config.json", config)
@@ -143,7 +146,10 @@ def check(folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks
         batch = random_batch(model, stream, rng)
         ours, our_ids = runs[stream.task.name](frozen, model.collect(blocks, stream), batch)
         if not np.isfinite(ours).all():
-            raise UserError(f"export: the outputs for {stream.name} are no numbers, its training diverged")
+            raise UserError(
+                f"export: the outputs for {stream.name} are no numbers, its training diverged; export another variant,"
+                " or train with a lower optimizer.learning_rate"
+            )
         inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
         with torch.no_grad():
             theirs = twin(stream.task.name, domain=stream.domain, **inputs).numpy()

@@ -5,7 +5,10 @@ pass over all clients) with the compiled operations on their stacks; see `method
 local training, the `Tools` of one step: gradient, update, collect; see `plain_step` here and `methods/per_fedavg.py`.
 
 Letters: K clients of the federation, P positions of a cohort (some may be empty), O tasks, R blocks, s samples of a
-row.
+row; D shards of a cohort, G slots of a group of blocks, n parameters of one of them, B blocks of the group.
+
+A stack of a cohort is group -> float32 [D, G, n]; the server's, with a slot for each block, [B, n]. Inside a step,
+which sees one shard, P is of that shard and a stack is [G, n].
 """
 
 import dataclasses
@@ -120,7 +123,16 @@ class Tools(Protocol):
     no_losses: StepLosses
 
     def gradient(self, stack: Stack, aid: Any = None, *, draw: Any = 0) -> tuple[Stack, StepLosses]:
-        """Gradient of Σ_o λ_o ℓ_o, plus the rule's `extra_loss` given `aid`, on minibatch number `draw` of the step."""
+        """Gradient of Σ_o λ_o ℓ_o, plus the rule's `extra_loss` given `aid`, on minibatch number `draw` of the step.
+
+        Args:
+          stack: group -> [G, n], where the gradient is taken.
+          aid: what the extra loss is given.
+          draw: 0 to `LocalRule.draws` - 1; a number or an int32 scalar.
+
+        Returns:
+          The gradient, group -> float32 [G, n] as the stack, 0 in idle slots; and the losses, [P, O].
+        """
 
     def collect(self, stack: Stack, *, draw: Any = 0) -> Mapping[str, Any]:
         """Sums of the rule's `measure` over a client's minibatch: name -> leaves [P, ...]; same dropout as `gradient`.
@@ -129,7 +141,16 @@ class Tools(Protocol):
         """
 
     def update(self, stack: Stack, state: Mapping, gradient: Stack) -> tuple[Stack, Mapping]:
-        """One clipped AdamW update of clients that take the step; `state` is a mapping by group, as `stack` is."""
+        """One clipped AdamW update of the clients that take this step; the blocks of others stay as they are.
+
+        Args:
+          stack: group -> [G, n].
+          state: the optimizer's, a mapping by group; a step is given it, and hands on what this returns.
+          gradient: group -> [G, n].
+
+        Returns:
+          The new stack and state, of the same groups and shapes.
+        """
 
 
 # (tools, stack, optimizer state, aid) -> (stack, optimizer state, the step's losses)
@@ -181,16 +202,28 @@ class Cohort(Protocol):
     clients: np.ndarray
 
     def broadcast(self, server: Stack) -> Stack:
-        """W̃[i] for every client."""
+        """W̃[i] for every client: the server's stack [B, n] -> [D, G, n]."""
 
     def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks], rest: Stack | None = None) -> Stack:
-        """The clients' blocks from a chain of the state; where that is of private blocks, with those of `rest`."""
+        """The clients' blocks from a chain of the state; where that is of private blocks, with those of `rest`.
+
+        Args:
+          chain: client number -> its blocks, for the cohort's clients at least.
+          rest: a stack of the groups that the chain does not have; taken as it is.
+
+        Returns:
+          Group -> float32 [D, G, n], on the devices; 0 in idle slots.
+        """
 
     def put(self, chain: Chain, stack: Stack) -> Chain:
-        """The chain with the clients' blocks exchanged for those of the stack; the given one is as it was."""
+        """The chain with the clients' blocks exchanged for those of the stack; the given one is as it was.
+
+        Args:
+          stack: [D, G, n]; groups that the chain does not have are left out.
+        """
 
     def unload(self, stack: Stack) -> dict[int, Blocks]:
-        """Client number -> its blocks, on the host."""
+        """Client number -> its blocks by name, on the host, from a stack [D, G, n]; no entry for empty positions."""
 
     def train(
         self,
@@ -222,7 +255,13 @@ class Cohort(Protocol):
     def aggregate(self, server: Stack, stack: Stack, losses: "Losses") -> Stack:
         """Component-wise FedAvg, or its private form; an update that screening drops has no say.
 
-        `server` is what was broadcast in this round.
+        Args:
+          server: what was broadcast in this round, [B, n].
+          stack: what the clients send, [D, G, n].
+          losses: of the training that made it; screening reads them.
+
+        Returns:
+          The server's new stack, [B, n].
         """
 
     def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:

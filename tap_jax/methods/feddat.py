@@ -14,7 +14,8 @@ afterwards (+ post): each client goes on so, for P iterations
 "Heads" are all trainables that are no adapters: decoders, glue of the encoders, shared projection. The teacher is what
 is evaluated. A minibatch has one dropout mask for all its forward passes.
 
-In a client's stack A1 sits in the groups of the model's adapters and A0 in their private twins (`Partition.private`).
+In a client's stack A1 sits in the groups of the model's adapters and A0 in their private twins
+(`Partition.with_private`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

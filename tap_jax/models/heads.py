@@ -63,7 +63,7 @@ class ClassificationHead(nn.Module):
     def __call__(self, pooled: jax.Array, *, deterministic: bool) -> jax.Array:
         """Maps pooled [B, D] to logits [B, C], float32."""
         if self.activation not in ACTIVATIONS:
-            raise UserError(f"activation: unknown '{self.activation}'; use one of {', '.join(ACTIVATIONS)}")
+            raise UserError(f"model.head_activation: unknown '{self.activation}'; use one of {', '.join(ACTIVATIONS)}")
         x = pooled
         for index, width in enumerate(self.hidden):
             x = _linear(x, width, dtype=self.dtype, name=f"hidden_{index}")
@@ -280,10 +280,10 @@ class TextHead(nn.Module):
     def setup(self) -> None:
         """Declares the parameters and checks the configuration; see the class for what is raised."""
         if self.condition not in CONDITIONS:
-            raise UserError(f"condition: unknown '{self.condition}'; use one of {', '.join(CONDITIONS)}")
-        for field in ("heads", "cond_heads"):
-            if self.width % getattr(self, field):
-                raise UserError(f"{field}: {getattr(self, field)} does not divide the width {self.width}")
+            raise UserError(f"model.condition: unknown '{self.condition}'; use one of {', '.join(CONDITIONS)}")
+        for field, heads in (("text_heads", self.heads), ("text_cond_heads", self.cond_heads)):
+            if self.width % heads:
+                raise UserError(f"model.{field}: {heads} does not divide model.width {self.width}; use one that does")
         self.wte = self.param("wte", _gpt2_init, (self.vocab, self.width), jnp.float32)
         self.position = self.param("position", _gpt2_init, (self.max_length, self.width), jnp.float32)
         self.wpe = self.param("wpe", _gpt2_init, (self.max_length, self.width), jnp.float32)
@@ -360,7 +360,7 @@ class TextHead(nn.Module):
         """What is added to the token embeddings of the first `length` positions: [B, length, D]."""
         if length > self.max_length:
             raise UserError(
-                f"max_length: answers of {length} tokens exceed {self.max_length}; shorten them or raise it"
+                f"model.max_answer: {self.max_length}, too few for answers of {length} tokens; shorten them or raise it"
             )
         if self.condition == "pooled":
             condition_vectors = condition_vectors.mean(axis=1, keepdims=True)

@@ -98,7 +98,13 @@ class ModelConfig:
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    """Layer normalisation over the last axis, computed in float32 and returned in x's type."""
+    """Layer normalisation over the last axis, computed in float32 and returned in x's type.
+
+    Args:
+      x: [..., D].
+      scale, bias: [D], or what broadcasts to x's shape.
+      eps: added to the variance.
+    """
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
@@ -106,7 +112,7 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """Exact GELU, x·Φ(x), computed in float32 and returned in x's type, as torch does it.
+    """Exact GELU, x·Φ(x), of any shape, elementwise; computed in float32 and returned in x's type, as torch does it.
 
     By erf, which compilers know: `jax.nn.gelu` goes through erfc, whose expansion is some hundred instructions.
     """

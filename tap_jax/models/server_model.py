@@ -458,13 +458,17 @@ def _is_adapter(name: str) -> bool:
 
 
 def _check(c: ModelConfig) -> None:
+    """What `config.validate` checks too, in its words: sizes need not come from there."""
     if c.name not in ENCODERS:
         raise UserError(f"model.name: unknown '{c.name}'; use one of {', '.join(ENCODERS)}")
     if c.backbone not in ("routed", "standard"):
         raise UserError(f"model.backbone: unknown '{c.backbone}'; use one of routed, standard")
     if c.bottleneck < 0:
-        raise UserError(f"feddat.bottleneck: {c.bottleneck} is negative; use 0 for LoRA")
-    if c.width % c.heads or c.width % c.text_heads or c.width % c.text_cond_heads:
-        raise UserError(f"model.heads, text_heads, text_cond_heads: each must divide model.width = {c.width}")
+        raise UserError(f"feddat.bottleneck: {c.bottleneck}; use more than 0")
+    for field in ("heads", "text_heads", "text_cond_heads"):
+        if c.width % getattr(c, field):
+            raise UserError(
+                f"model.{field}: {getattr(c, field)} does not divide model.width {c.width}; use one that does"
+            )
     if c.image_size % c.patch:
-        raise UserError(f"model.patch: {c.patch} does not divide model.image_size = {c.image_size}")
+        raise UserError(f"model.patch: {c.patch} does not divide model.image_size {c.image_size}; use one that does")

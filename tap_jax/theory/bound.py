@@ -89,8 +89,8 @@ def largest_rate(smoothness: float, local_steps: int) -> float:
       smoothness: L > 0.
       local_steps: τ >= 1.
     """
-    _need("smoothness", smoothness > 0, "be positive")
-    _need("local_steps", local_steps >= 1, "be at least 1")
+    _need("smoothness", smoothness, smoothness > 0, "be positive")
+    _need("local_steps", local_steps, local_steps >= 1, "be at least 1")
     return 1 / (48 * smoothness * local_steps)
 
 
@@ -198,7 +198,8 @@ def mended_bound(
     first, second, third = _moments(rates)
     vectors = {"noise": noise, "heterogeneity": heterogeneity, "owners": owners, "shares": shares}
     _check(smoothness, local_steps, vectors)
-    _need("noise and shares", len(noise) == len(shares) == len(owners), "have one entry per block, as owners has")
+    lengths = len(noise), len(shares), len(owners)
+    _need("noise, shares and owners", lengths, len(set(lengths)) == 1, "have one entry per block each")
     p, sigma = np.asarray(shares, float), np.asarray(noise, float)
     z, v = float(p @ np.asarray(heterogeneity, float)), float(p @ sigma)
     n = float(p @ (sigma / np.asarray(owners, float)))
@@ -210,7 +211,8 @@ def mended_bound(
 def _moments(rates: ArrayLike) -> tuple[float, float, float]:
     """Σ η, Σ η², Σ η³."""
     eta = np.asarray(rates, float)
-    _need("rates", eta.ndim == 1 and eta.size > 0 and bool(np.all(eta > 0)), "be a list of positive numbers")
+    _need("rates", rates, eta.ndim == 1 and eta.size > 0, "be a list of numbers")
+    _need("rates", eta.min(), eta.min() > 0, "be positive")
     return float(eta.sum()), float((eta**2).sum()), float((eta**3).sum())
 
 
@@ -219,13 +221,13 @@ def _check(smoothness: float, local_steps: int, vectors: dict[str, Sequence[floa
     for name, values in vectors.items():
         lowest = np.min(np.asarray(values, float), initial=np.inf)
         if name == "owners":
-            _need(name, lowest >= 1, "be at least 1 for every block")
+            _need(name, lowest, lowest >= 1, "be at least 1 for every block")
         else:
-            _need(name, lowest >= 0, "not be negative")
-    same = len(vectors["heterogeneity"]) == len(vectors["owners"]) > 0
-    _need("heterogeneity and owners", same, "have one entry per block")
+            _need(name, lowest, lowest >= 0, "be at least 0")
+    lengths = len(vectors["heterogeneity"]), len(vectors["owners"])
+    _need("heterogeneity and owners", lengths, lengths[0] == lengths[1] > 0, "have one entry per block each")
 
 
-def _need(name: str, fine: bool, remedy: str) -> None:
+def _need(name: str, value: object, fine: bool, remedy: str) -> None:
     if not fine:
-        raise UserError(f"{name} must {remedy}")
+        raise UserError(f"{name} must {remedy}, not {value}")
