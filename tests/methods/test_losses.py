@@ -1,10 +1,16 @@
 """Equations 2 and 5 against PyTorch's losses."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tap_jax.assembly import teaching_loss
+from tap_jax.config import default_config
+from tap_jax.federation import find_task
+from tap_jax.methods.base import Row
 from tap_jax.methods.losses import distillation_loss, task_loss
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -63,6 +69,30 @@ def test_images_may_be_compared_by_mean_squares():
     teacher, student = drawn("image_generation")
     found = distillation_loss("image_generation", teacher, student, BATCH, image_loss="mse")
     assert np.mean(found) == pytest.approx(float(F.mse_loss(torch.tensor(student), torch.tensor(teacher))), rel=1e-5)
+
+
+def test_the_configuration_says_how_a_teacher_teaches():
+    """Equation 6's second term: each field of `distillation` reaches it. The teacher's blocks are its outputs here."""
+    model = types.SimpleNamespace(apply=lambda frozen, blocks, task, batch: blocks)
+    config = default_config()
+    config.distillation.update(temperature=2.0, temperature_power=1.0, image_loss="mse")
+    config.distillation.weights.update(text_classification=3.0, image_generation=5.0)
+
+    def kl(teacher, student):
+        log_t, log_s = (torch.log_softmax(z / 2, -1) for z in (teacher, student))
+        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+
+    for name, expected in (
+        ("ag_news", lambda t, s: 3 * 2 * kl(t, s)),  # β τ̃^power KL
+        ("fashion_mnist", lambda t, s: 5 * torch.square(t - s).mean((1, 2, 3))),
+    ):
+        task = find_task(name)
+        teacher, student = drawn(task.kind)
+        weights = np.linspace(1, 0, len(student), dtype=np.float32)
+        row = Row(None, task, BATCH, weights, 0, lambda blocks: blocks, None)
+        found = teaching_loss(config, model)(row, student, None, (True, teacher))
+        each = expected(torch.tensor(teacher), torch.tensor(student))
+        assert float(found) == pytest.approx(float(each @ torch.tensor(weights)), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
