@@ -1,10 +1,12 @@
 """Who gains from TAP: a map of clients and tasks."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tap_jax.evaluation.drawing import new_figure
+from tap_jax.evaluation.drawing import new_figure, task_style
 from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
 from tap_jax.evaluation.scores import find_metric
 from tap_jax.evaluation.selection import Comparison
@@ -12,6 +14,7 @@ from tap_jax.federation import TASKS
 
 BASELINE = "fedavg+post"
 _LIMIT = 50  # % of gain at which colours end at the latest
+_MOST = 60  # clients that a map has room for
 
 
 def client_scores(comparison: Comparison, variant: str) -> dict[tuple[int, str], tuple[str, float]]:
@@ -43,13 +46,20 @@ def gains(comparison: Comparison) -> dict[tuple[int, str], tuple[str, float, flo
 
 
 def gain_map(comparison: Comparison) -> Figure | None:
-    """Clients x tasks: the score of TAP, coloured by its gain over FedAvg + Post-train; None where either lacks."""
+    """Clients x tasks: the score of TAP, coloured by its gain over FedAvg + Post-train; None where either lacks.
+
+    Of more clients than a map has room for, how the gains are spread over each task's clients.
+    """
     found = gains(comparison)
     if not found:
         return None
     tasks = [task for task in TASKS if any(name == task for _, name in found)]
     tasks += sorted({name for _, name in found} - set(tasks))
     clients = sorted({client for client, _ in found})
+    if len(clients) > _MOST:
+        return _spread(
+            {task: [gain for (_, t), (_, _, gain) in found.items() if t == task] for task in tasks}, comparison
+        )
     table = np.full((len(tasks), len(clients)), np.nan)
     for (client, task), (_, _, gain) in found.items():
         table[tasks.index(task), clients.index(client)] = gain
@@ -88,6 +98,26 @@ def gain_map(comparison: Comparison) -> Figure | None:
     bar.set_label("gain of TAP over\nFedAvg + Post-train (%)")
     bar.outline.set_visible(False)
     figure.suptitle(f"{MODELS[comparison.model]}: scores of TAP; colour: their gain; grey: not the client's task")
+    return figure
+
+
+def _spread(gains: Mapping[str, Sequence[float]], comparison: Comparison) -> Figure:
+    """Per task, the part of its clients with at most so much gain."""
+    figure, axes = new_figure(1, 1, width=7, height=3.4)
+    axis = axes[0, 0]
+    for task, found in gains.items():
+        axis.step(
+            np.sort(found),
+            100 * np.arange(1, len(found) + 1) / len(found),
+            where="post",
+            label=f"{TASK_LABELS.get(task, task)} ({len(found)})",
+            **task_style(task),
+        )
+    axis.axvline(0, color="#8C8C8C", linewidth=0.8)
+    axis.set_xlabel("gain of TAP over FedAvg + Post-train (%)")
+    axis.set_ylabel("clients with at most this gain (%)")
+    axis.legend(title="task (clients)", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(MODELS[comparison.model])
     return figure
 
 

@@ -13,7 +13,7 @@ from tap_jax import cli
 from tap_jax.arguments import parse
 from tap_jax.commands import COMMANDS
 from tap_jax.errors import UserError
-from tap_jax.evaluation import curves, heat_map, report
+from tap_jax.evaluation import curves, drawing, heat_map, report
 from tap_jax.evaluation.finished import read_runs
 from tap_jax.evaluation.page import html_page
 from tap_jax.evaluation.samples import ImageSample, TextSample, read_samples, to_uint8, write_samples
@@ -193,6 +193,22 @@ def test_gain_is_in_percent_and_knows_directions(runs):
     assert (metric, score, gain) == ("accuracy", 60.0, pytest.approx(100 * 4 / 56))
     assert found[8, "fashion_mnist"][2] == pytest.approx(-100 * 4 / 56)
     assert found[4, "vqa"][0] == "meteor"
+
+
+def test_gains_of_many_clients_are_a_spread(tmp_path):
+    """A map of thousands would be a picture wider than can be drawn."""
+    rows = [
+        {"variant": variant, "client": client, "task": "ag_news", "metric": "accuracy", "value": value}
+        for client in range(3000)
+        for variant, value in (("tap", 50.0 + client % 2), ("fedavg+post", 50.0))
+    ]
+    write_run(tmp_path / "many", rows)
+    (found,) = comparisons(read_runs([tmp_path])[0])
+    figure = heat_map.gain_map(found)
+    assert figure.get_size_inches().max() < 12
+    curve = figure.axes[0].get_lines()[0]
+    assert curve.get_xdata().tolist() == [0.0] * 1500 + [2.0] * 1500 and curve.get_ydata()[1499] == 50
+    drawing.png(figure)
 
 
 def test_sample_texts_stay_in_their_cells(made):
