@@ -110,9 +110,8 @@ class Experiment:
 
         The state given stays as it is. The line is JSON-ready: "round" (from 0), "clients", "learning_rate", "losses"
         (chain -> client -> task -> mean training loss; None where it is no number), and where the method has them
-        "replacements", "bytes_sent" (by client), "bytes_received" (of all clients), "lora_gap" (‖mean(BA) -
-        mean(B)·mean(A)‖ / ‖mean(BA)‖ of what was averaged), "dropped" updates, "update_norms" (by client; with
-        `screening.max_norm` or privacy) and "epsilon".
+        "replacements", "bytes_sent" (by client), "bytes_received" (of all clients), "dropped" updates, "update_norms"
+        (by client; with `screening.max_norm` or privacy) and "epsilon".
 
         Args:
           state: of `init` or of the round before; it says which round this is.

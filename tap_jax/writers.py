@@ -194,7 +194,7 @@ def of_round(line: Mapping[str, Any], margins: Sequence[str] = ()) -> dict[str, 
 
     loss/CHAIN is the mean over clients and tasks, loss/CHAIN/TASK over clients, of the losses that are numbers;
     replacements/VARIANT/TASK counts clients, for all tasks seen; dropped counts updates; epsilon is there where the run
-    is private, lora_gap where it is not; seconds and learning_rate.
+    is private; seconds and learning_rate.
 
     Args:
       margins: the variants that replace, such as "tap".
@@ -217,5 +217,4 @@ def of_round(line: Mapping[str, Any], margins: Sequence[str] = ()) -> dict[str, 
             found[name] = found.get(name, 0.0) + 1
     if "dropped" in line:
         found["dropped"] = float(len(line["dropped"]))
-    numbers = {name: line.get(name) for name in ("epsilon", "learning_rate", "lora_gap", "seconds")}
-    return found | {name: float(number) for name, number in numbers.items() if number is not None}
+    return found | {name: float(line[name]) for name in ("epsilon", "learning_rate", "seconds") if name in line}

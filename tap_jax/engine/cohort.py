@@ -76,7 +76,6 @@ class Cohort:
         self._before, self._moments = moments or {}, {}
         self.given, self._trained = tuple(clients), False
         self.verdicts: list[Verdicts] = []
-        self.lora_gap: Array | None = None
         self.shape = engine.shape_of(size)
         table = parallel.deal(
             clients,
@@ -326,7 +325,7 @@ class Cohort:
     def aggregate(self, server: Stack, stack: Stack, losses: Losses) -> Stack:
         """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly; or with noise, see `engine.privacy`.
 
-        What screening found is added to `verdicts`; `lora_gap` is of the last aggregation.
+        What screening found is added to `verdicts`.
         """
         samples = np.array([self.engine.data[k].samples if k >= 0 else 0 for k in self.clients], np.float32)
         if self.engine.settings.aggregation == "uniform":
@@ -338,7 +337,7 @@ class Cohort:
                 raise ValueError("privacy is accounted for one aggregation a round; this is a second one")
             key = jax.random.fold_in(jax.random.key(self.engine.settings.seed), self.round)
             key = self.engine.devices.put(jax.random.fold_in(key, PURPOSES.index("noise")), SHARED)
-        server, found, self.lora_gap = self.engine._aggregate(server, stack, self.flat_seats, weights, losses, key)
+        server, found = self.engine._aggregate(server, stack, self.flat_seats, weights, losses, key)
         self.verdicts.append(found)
         return server
 

@@ -117,9 +117,8 @@ class Engine:
             lambda server, seats: blocks.broadcast(server, self.server_seats, seats), out_shardings=self.by_client
         )
         expected = expected_owners(partition.owned, partition.sent, settings.cohort_size)
-        trees = {group: like[partition.names[members[0]]] for group, members in partition.members().items()}
         aggregate = functools.partial(
-            stacks.aggregate, settings.screening, settings.privacy, expected, trees, self.server_seats
+            stacks.aggregate, settings.screening, settings.privacy, expected, self.server_seats
         )
         self._aggregate = jax.jit(aggregate, out_shardings=self.shared)
         self._replace = jax.jit(stacks.replace, donate_argnums=(0,), out_shardings=self.by_client)

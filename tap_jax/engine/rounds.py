@@ -160,9 +160,6 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
         sizes *= engine.partition.sent  # private blocks stay where they are
         line["bytes_sent"] = {str(k): int(engine.partition.owned[k] @ sizes) for k in line["clients"]}
         line["bytes_received"] = int(engine.partition.owned.sum(0) @ sizes)
-    if cohort.lora_gap is not None and len(engine.data) > 1:
-        gap = float(jax.device_get(cohort.lora_gap))
-        line["lora_gap"] = gap if np.isfinite(gap) else None  # squares of finite weights may not be
     if cohort.verdicts:
         line["dropped"] = dropped(cohort.verdicts, cohort.clients)
         if found := norms(cohort.verdicts, cohort.clients):

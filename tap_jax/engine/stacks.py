@@ -3,7 +3,7 @@
 Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,8 @@ import numpy as np
 from jax import Array
 
 from tap_jax import blocks
-from tap_jax.blocks import Seats, Stack, Tree
+from tap_jax.blocks import Seats, Stack
 from tap_jax.engine.local_training import Losses
-from tap_jax.engine.lora_gap import lora_gap
 from tap_jax.engine.privacy import Privacy, private_aggregate
 from tap_jax.engine.screening import Screening, Verdicts, screen, update_norms
 
@@ -53,7 +52,6 @@ def aggregate(
     screening: Screening,
     privacy: Privacy | None,
     expected: np.ndarray,
-    trees: Mapping[str, Tree],
     server_seats: Seats,
     server: Stack,
     stack: Stack,
@@ -61,11 +59,11 @@ def aggregate(
     weights: Array,
     losses: Losses,
     key: Array | None,
-) -> tuple[Stack, Verdicts, Array | None]:
-    """The server's blocks after a round, what screening found, and the `lora_gap`, None where the result is private.
+) -> tuple[Stack, Verdicts]:
+    """The server's blocks after a round, and what screening found.
 
     Args:
-      expected: see `private_aggregate`; `key`, too. trees: see `lora_gap`.
+      expected: see `private_aggregate`; `key`, too.
       stack: [D, G, n]. seats: of its flattened form. weights: [P, R], 0 where nothing is sent. losses: [P, O].
     """
     stack, sent = flat(stack), weights > 0
@@ -73,13 +71,12 @@ def aggregate(
     heard, found = screen(stack, seats, sent, losses, norm, screening.max_norm)
     if privacy is None:
         weights = jnp.where(heard[:, None], weights, 0)
-        gap = lora_gap(stack, seats, weights, trees)
-        return blocks.aggregate(server, stack, server_seats, seats, weights), found, gap
+        return blocks.aggregate(server, stack, server_seats, seats, weights), found
     sent = sent & heard[:, None]
     after = private_aggregate(
         server, stack, server_seats, seats, sent, norm, expected=expected, privacy=privacy, key=key
     )
-    return after, found, None
+    return after, found
 
 
 def replace(personal: Stack, federated: Stack, seats: Seats, indicator: Array, replaceable: Array) -> Stack:

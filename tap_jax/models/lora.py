@@ -4,8 +4,6 @@ Frozen weights live in Flax's `frozen` collection and are never differentiated; 
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -37,15 +35,6 @@ def init_lora(key: Array, inputs: int, outputs: int, rank: int) -> Tree:
         "a": jax.random.uniform(key, (inputs, rank), jnp.float32, -bound, bound),
         "b": jnp.zeros((rank, outputs), jnp.float32),
     }
-
-
-def adapters(tree: Any) -> list[tuple[Any, Any]]:
-    """(A, B) of every adapter in a tree of parameters (arrays or shapes), as `init_lora` names them."""
-    if not isinstance(tree, Mapping):
-        return []
-    if set(tree) == {"a", "b"}:
-        return [(tree["a"], tree["b"])]
-    return [pair for name in sorted(tree) for pair in adapters(tree[name])]
 
 
 def lora(x: Array, adapter: Tree, *, scale: float, rate: float = 0.0, key: Array | None = None) -> Array:

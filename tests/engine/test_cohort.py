@@ -12,7 +12,6 @@ from tap_jax.engine import cohort as cohorts
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import Losses, broken_clients, without_broken
 from tap_jax.methods.base import LocalRule
-from tests.engine.lora_gap_oracle import literal
 from tests.oracle import minibatches
 from tests.trajectories import difference, play
 
@@ -97,20 +96,6 @@ def test_one_program_and_only_useful_rows(counted):
     assert dict(counter.traced) == traced
     engine = experiment.engine
     assert engine._train.traces == 1
-
-
-def test_the_line_says_what_averaging_factors_misses(counted):
-    """In a round as it is played, against loops over the blocks that the clients sent."""
-    experiment, _ = counted
-    state = experiment.init()
-    _, line = experiment.round(state, [1, 2])
-    cohort = experiment.engine.cohort([1, 2], 0)
-    trained, _ = cohort.train(cohort.broadcast(state.server), "federated")
-    samples = {k: experiment.data.clients[k].samples for k in (1, 2)}
-    weights = {k: dict.fromkeys(experiment.partition.blocks_of(k), samples[k]) for k in (1, 2)}
-    expected = literal(cohort.unload(trained), weights)
-    assert 1e-4 < expected == pytest.approx(line["lora_gap"], rel=1e-3)
-    assert experiment.round(state, [3])[1]["lora_gap"] < 1e-3 * expected, "one sender"
 
 
 def test_a_small_client_stops_earlier(counted):

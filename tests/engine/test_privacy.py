@@ -316,7 +316,7 @@ def test_switched_off_it_is_the_plain_aggregate_to_the_bit():
     weights = np.where(sent, np.array([[3.0], [5.0], [1.0], [7.0]]), 0).astype(np.float32)
     ones = np.ones((4, TASKS), np.float32)
     losses, shard = Losses(ones, ones, ones.astype(np.int32)), {group: leaf[None] for group, leaf in cohort.items()}
-    switched_off = jax.jit(lambda *args: stacks.aggregate(Screening(), None, None, {}, server_seats, *args, None)[0])
+    switched_off = jax.jit(lambda *args: stacks.aggregate(Screening(), None, None, server_seats, *args, None)[0])
     plain = jax.jit(lambda *args: blocks.aggregate(*args[:2], server_seats, *args[2:]))
     jax.tree.map(
         np.testing.assert_array_equal,
