@@ -297,7 +297,7 @@ def build(
         cache_dir=configuration.data_cache(config),
         split=config.federation.split,
         alpha=config.federation.alpha,
-        parts=0 if config.method == "centralised" else config.federation.parts,  # it has the data of all parts
+        parts=config.federation.parts,
         personal_test=config.data.test_split == "personal",
     )
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None

@@ -42,7 +42,8 @@ def assign(
       split: one of `SPLITS`.
       alpha: "dirichlet" only; > 0.
       parts: "share" only; into how many parts a set is cut, of which group g takes part number g modulo parts. 0: one
-        for each group; fewer: large federations on little data, where groups that share a part have the same samples.
+        for each group; fewer: large federations on little data, where groups that share a part have the same samples;
+        more count as one for each group, so that a centralised run's one group has all data.
 
     Returns:
       Per client a dict task name -> int64 ids in [0, sizes[task]), disjoint between clients of different parts.
@@ -62,7 +63,7 @@ def assign(
         order = rng.permutation(sizes[task.name])
         owners = [k for k, client in enumerate(federation.clients) if task.name in client.shares]
         if split == "share":
-            slices = _by_share(federation, task.name, owners, order, parts or federation.groups)
+            slices = _by_share(federation, task.name, owners, order, min(parts or federation.groups, federation.groups))
         elif split == "iid":
             slices = np.array_split(order, len(owners))
         else:

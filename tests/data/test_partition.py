@@ -55,6 +55,12 @@ def test_groups_can_share_parts_in_turn():
     assert [mine["vqa"].tolist() for mine in six] == 2 * [mine["vqa"].tolist() for mine in three]
 
 
+def test_one_group_has_all_parts():
+    """As a centralised run's, whatever its clients would have shared."""
+    (alone,) = assign(client_table([{"vqa": 1.0}]), {"vqa": 30}, seed=0, parts=3)
+    assert sorted(alone["vqa"]) == list(range(30))
+
+
 @pytest.mark.parametrize("split", ["share", "iid", "dirichlet"])
 def test_the_seed_decides(split):
     federation = client_table([{"vqa": 0.5}, {"vqa": 0.5}])
