@@ -332,6 +332,21 @@ def test_a_client_without_held_out_samples_is_distilled(tiny):
     same_but_for_rounding(stopped, plain)
 
 
+def test_stage_2_without_a_teacher_has_the_same_patience(experiment, monkeypatch):
+    """Else the ablation would differ from TAP in more than distillation."""
+    asked = []
+
+    def noted(cohort, blocks, chain, teacher, patience):
+        asked.append((chain, teacher is not None, patience))
+        return {}
+
+    monkeypatch.setattr("tap_jax.methods.tap.distil", noted)
+    passes = {variant for _, variant, _ in experiment.finish_in_passes(experiment.init())}
+    patience = Patience(experiment.config.post_steps, 1, 2)
+    assert passes == {"tap", "tap-no-kd"}
+    assert set(asked) == {("personal", True, patience), ("personal", False, patience)}
+
+
 def plain_tap(experiment):
     """The experiment's method without patience."""
     from tap_jax import assembly
