@@ -59,8 +59,8 @@ def assign(
     for task in federation.tasks:
         if task.name not in sizes:
             raise UserError(f"data: no training set for task {task.name}; add it or drop the task from all clients")
-        rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
-        order = rng.permutation(sizes[task.name])
+        stream = [seed, zlib.crc32(task.name.encode())]
+        order = np.random.default_rng(stream).permutation(sizes[task.name])
         owners = [k for k, client in enumerate(federation.clients) if task.name in client.shares]
         if split == "share":
             slices = _by_share(federation, task.name, owners, order, min(parts or federation.groups, federation.groups))
@@ -68,7 +68,7 @@ def assign(
             slices = np.array_split(order, len(owners))
         else:
             kinds = (labels or {}).get(task.name)
-            slices = _by_dirichlet([seed, zlib.crc32(task.name.encode())], order, len(owners), kinds, alpha)
+            slices = _by_dirichlet(stream, order, len(owners), kinds, alpha)
         for client, ids in zip(owners, slices, strict=True):
             if not len(ids):
                 raise UserError(
@@ -95,14 +95,14 @@ def _by_share(federation: Federation, task: str, owners: list[int], order: np.nd
 
 
 def _by_dirichlet(
-    seed: list[int], order: np.ndarray, owners: int, labels: np.ndarray | None, alpha: float
+    stream: list[int], order: np.ndarray, owners: int, labels: np.ndarray | None, alpha: float
 ) -> list[np.ndarray]:
     kind = np.zeros(len(order), np.int64) if labels is None else np.asarray(labels)[order]
     piles: list[list[int]] = [[] for _ in range(owners)]
     for value in np.unique(kind):
         ids = order[kind == value]
         # A stream for each class: a test set of another size, or without some class, is cut in the same proportions.
-        rng = np.random.default_rng([*seed, 1, value])
+        rng = np.random.default_rng([*stream, 1, value])
         weights = rng.gamma(alpha, size=owners)
         # Tiny alphas can underflow to all zeros; then one owner takes the class, as in the limit.
         shares = weights / weights.sum() if weights.sum() > 0 else np.eye(owners)[rng.integers(owners)]
