@@ -219,9 +219,9 @@ def host_bytes(config: ConfigDict, clients: int) -> int:
 def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
-    On CPU: one row of one sample at a time (wide rows lose to caches, and padding is work), phases in passes of the
-    cohort's size so that one program serves everything. On accelerators: 8 rows of 32 side by side, all clients in one
-    pass.
+    On CPU: rows of one sample (wide rows lose to caches, and padding is work), phases in passes of the cohort's size so
+    that one program serves everything. On accelerators: rows of 32 samples or of as many tokens, packed, all clients in
+    one pass.
     """
     cpu, optimizer = jax.default_backend() == "cpu", config.optimizer
     # All data in one place: as many iterations a round as the cohort's clients can take together.
@@ -241,7 +241,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         local_steps=config.local_steps * pooled,
         post_steps=config.post_steps,
         microbatch=config.engine.microbatch or (1 if cpu else min(32, config.batch_size)),
-        rows_per_chunk=config.engine.rows_per_chunk or (1 if cpu else 8),
+        packed=config.engine.packing == "on" or config.engine.packing == "auto" and not cpu,
         training=training,
         persist=optimizer.state == "persist",
         rate=rate,

@@ -100,7 +100,7 @@ def bench(
         "seconds": [_short(value) for value in times],
         "batch_size": config.batch_size,
         "microbatch": engine.settings.microbatch,
-        "rows_per_chunk": engine.settings.rows_per_chunk,
+        "packed": engine.settings.packed,
         "dtype": run.model.config.dtype,
         "attention": run.model.config.attention,
         "tasks": list(widths),

@@ -88,7 +88,6 @@ TINY = {
     "data.image_classes": 4,
     "mesh.clients": 1,
     "engine.microbatch": 8,
-    "engine.rows_per_chunk": 1,
 }
 
 

@@ -19,7 +19,7 @@ FIELDS = SETTINGS | {
     "engine.microbatch": 2,
 }
 MESHES = {
-    "vmap": {"mesh.clients": 1, "engine.rows_per_chunk": 3},
+    "vmap": {"mesh.clients": 1},
     "pmap": {"mesh.clients": 8, "mesh.parallel": "pmap"},
     "8x1": {"mesh.clients": 8, "mesh.data": 1},
     "4x2": {"mesh.clients": 4, "mesh.data": 2},

@@ -185,9 +185,10 @@ def test_the_comparison_notices_in_the_last_phase(experiment, run, fault, client
         assert agree(finished.models["tap"][client], found, experiment.initial_blocks) == (reference is right)
 
 
-def test_devices_and_rows_change_nothing(tiny, run):
-    """Two devices, three rows side by side, minibatches cut into rows of four: the same numbers."""
-    split = {"mesh.clients": 2, "engine.rows_per_chunk": 3, "engine.microbatch": 4}
+@pytest.mark.parametrize("rows", [{"engine.microbatch": 4}, {"engine.packing": "on", "engine.microbatch": 2}])
+def test_devices_and_rows_change_nothing(tiny, run, rows):
+    """Two devices, minibatches cut into rows of four, or packed into rows of two sizes: the same numbers."""
+    split = {"mesh.clients": 2} | rows
     other = alive(experiments.build(tiny(ROWS, SETTINGS | split)))
     assert other.engine.devices.size == 2
     played, finished = play(other)
@@ -205,7 +206,7 @@ def test_devices_and_rows_change_nothing(tiny, run):
             assert difference(mine, theirs) < 1e-5
 
     # The same engine, with one client whose parameters are not numbers: the others do not notice. Here client 2 shares
-    # a device with clients 0 and 1, none of whom has the other's first task, so rows of padding use foreign slots.
+    # a device with clients 0 and 1, none of whom has the other's first task.
     healthy = run[0][-1][0].chains["personal"]
     for clients in ([0, 2, 3], [1, 2, 3]):
         cohort = other.engine.cohort(clients, 0)

@@ -171,7 +171,7 @@ def default_config() -> ConfigDict:
     metrics.bertscore_model = "auto"
     metrics.bertscore_layer = 9  # ⚙ clipped to the model's depth
 
-    # --- How it runs: no effect on results beyond rounding, but for compute_dtype and microbatch -------------------
+    # --- How it runs: no effect on results beyond rounding, but for compute_dtype, microbatch and packing ---------
     config.compute_dtype = "auto"  # ⚙ bfloat16 on GPU and TPU, else float32 | "float32" | "bfloat16"
     config.checkpoint_every = 10  # rounds; 0: only at the end
     config.writers = ()  # where curves go beside metrics.jsonl: "tensorboard", "wandb", each with its extra installed
@@ -182,8 +182,10 @@ def default_config() -> ConfigDict:
     mesh.data = 0  # devices that share out each client's minibatches; 0: those that mesh.clients = 0 leaves over
     mesh.parallel = "auto"  # "vmap" (one device) | "pmap" (mesh.clients only) | "shard_map"; "auto": first or last
     config.engine = engine = ConfigDict()
-    engine.microbatch = 0  # s, samples per row; 0: the platform's default
-    engine.rows_per_chunk = 0  # v, rows per vmap; 0: the platform's default
+    engine.microbatch = 0  # samples per row, or 128 tokens of texts alone for each; 0: the platform's default
+    # ⚙ several texts share a sequence, and rows come in two sizes | "off": every text has a sequence as long as its
+    # task's longest | "auto": on accelerators
+    engine.packing = "auto"
     engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: cohort_size on CPUs, else all of them
     # Memory on the host that all clients' personal blocks may take; where they would take more, they go to a store on
     # disk (workdir/store), and so does a persistent optimizer state. 0: half of the machine's, and none beyond 300
@@ -208,7 +210,6 @@ NEUTRAL_FIELDS = (
     "engine.host_gigabytes",
     "engine.pipeline_rounds",
     "engine.remat",
-    "engine.rows_per_chunk",
     "mesh.clients",
     "mesh.data",
     "mesh.parallel",
@@ -238,6 +239,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "federation.split": ("share", "iid", "dirichlet"),
     "data.test_split": ("common", "personal"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
+    "engine.packing": ("auto", "on", "off"),
     "engine.attention": ("auto", "einsum", "xla", "cudnn"),
     "mesh.parallel": ("auto", "vmap", "pmap", "shard_map"),
 }

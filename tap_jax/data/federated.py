@@ -111,7 +111,7 @@ def client_data(tasks: Sequence[Task], mine: Mapping[str, np.ndarray], train: Ma
       mine: task name -> int64 ids of the client's samples; a task may be missing.
       train: task name -> the arrays that the ids are into.
     """
-    streams, tokens = {}, {}
+    streams, tokens, text_tokens = {}, {}, {}
     for task in tasks:
         ids = mine.get(task.name, np.zeros(0, np.int64))
         arrays = train[task.name]
@@ -121,7 +121,8 @@ def client_data(tasks: Sequence[Task], mine: Mapping[str, np.ndarray], train: Ma
                 streams[stream.name] = chosen
                 lengths = arrays.answer_lengths
                 tokens[stream.name] = np.ones(len(chosen), np.int32) if lengths is None else lengths[chosen]
-    return ClientData(streams, tokens)
+                text_tokens[stream.name] = arrays.text_lengths[chosen]
+    return ClientData(streams, tokens, text_tokens)
 
 
 def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from tap_jax.data.families import Family, fields
+from tap_jax.data.packing import padded
 from tap_jax.data.sampling import ClientData, draw_plan
 from tap_jax.data.text import TaskArrays
 from tap_jax.federation import Stream
@@ -61,9 +62,9 @@ def client_minibatches(
         round_=round_,
         purpose=purpose,
         batch=batch,
-        microbatch=batch,  # all samples of a stream in one row
+        shapes={family.name: padded(batch) for family in families},  # all samples of a stream in one row
         steps=steps,
-        capacities={family.name: len(family.streams) for family in families},
+        capacities={family.name: (len(family.streams),) for family in families},
         starts={task.name: 0 for family in families for task in family.tasks},
         passes=passes,
         draw=draw,
@@ -72,7 +73,7 @@ def client_minibatches(
     for step in np.flatnonzero(plan.active[:, 0]):
         found.append([])
         for family in families:
-            rows = plan.rows[family.name]
+            (rows,) = plan.rows[family.name]
             for number in range(rows.count[step]):
                 row = jax.tree.map(lambda leaf, at=(step, number): leaf[at], rows.table)
                 stream, real = family.streams[row.variant], row.weights > 0

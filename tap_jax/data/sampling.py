@@ -1,12 +1,13 @@
 """Plans: which samples every client trains on in a phase, drawn on the host from (seed, round, client, purpose).
 
-A client's minibatch is cut by stream into *rows* of s samples (the microbatch). The plan is plain numpy; the
-compiled program is the same for every plan of the same capacity.
+A client's minibatch is cut by stream into *rows* (`data.packing`). The plan is plain numpy; the compiled program is the
+same for every plan of the same capacity.
 
-Letters: K clients of a cohort shard, τ steps, N rows of a family that fit in one step, s samples of a row.
+Letters: K clients of a cohort shard, τ steps, N rows of one shape that fit in one step, S samples of a row.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,10 @@ import jax
 import numpy as np
 from flax import struct
 
+from tap_jax.data import packing
 from tap_jax.data.families import Family
+from tap_jax.data.packing import RowShape, pack
+from tap_jax.data.text import TaskArrays
 
 # Draws are seeded by a purpose's place: add at the end.
 PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil", "held_out", "probe", "noise")
@@ -27,27 +31,41 @@ class ClientData:
     Attributes:
       streams: stream name -> int64 ids into its task's training set.
       tokens: stream name -> int32 target tokens per sample (1 where the loss is not per token).
+      text_tokens: stream name -> int32 tokens of each sample's text (0 where the task has none).
     """
 
     streams: Mapping[str, np.ndarray]
     tokens: Mapping[str, np.ndarray]
+    text_tokens: Mapping[str, np.ndarray]
 
     @property
     def samples(self) -> int:
         """|D_i|."""
         return sum(len(ids) for ids in self.streams.values())
 
+    def only(self, names: Collection[str]) -> "ClientData":
+        """The samples of the named streams."""
+        parts = (self.streams, self.tokens, self.text_tokens)
+        return ClientData(*({name: part[name] for name in part if name in names} for part in parts))
+
+    def take(self, places: Mapping[str, np.ndarray]) -> "ClientData":
+        """Of each stream the samples at these places; streams without any are left out."""
+        parts = (self.streams, self.tokens, self.text_tokens)
+        return ClientData(*({n: part[n][at] for n, at in places.items() if len(at)} for part in parts))
+
 
 class Table(struct.PyTreeNode):
-    """Rows of one family, per step; entries past the real ones are padding of weight 0.
+    """Rows of one shape and family, per step; entries past the real ones are padding of weight 0.
 
     Attributes:
       client: int32 [τ, N], position in the cohort shard.
       variant: int32 [τ, N], which of the family's streams all samples of the row are of.
-      ids: int32 [τ, N, s], samples of the family's arrays.
-      weights: float32 [τ, N, s]; over one client's minibatch and task they add up to 1.
+      ids: int32 [τ, N, S], samples of the family's arrays.
+      weights: float32 [τ, N, S]; over one client's minibatch and task they add up to 1.
       share: float32 [τ, N], λ_o: the task's share of the client's minibatch.
       part: int32 [τ, N], number of the row among those of its client, family and step (for dropout keys).
+      text_at, answer_at: int32 [τ, N, S], where in the row's sequences a sample's text and answer begin, see
+        `packing.Filled`; behind the end where there is no sample. None where the shape has no such sequences.
     """
 
     client: np.ndarray
@@ -56,6 +74,8 @@ class Table(struct.PyTreeNode):
     weights: np.ndarray
     share: np.ndarray
     part: np.ndarray
+    text_at: np.ndarray | None = None
+    answer_at: np.ndarray | None = None
 
 
 class Rows(struct.PyTreeNode):
@@ -70,14 +90,14 @@ class Plan(struct.PyTreeNode):
     """A phase of local training for one cohort shard.
 
     Attributes:
-      rows: family name -> `Rows`.
+      rows: family name -> `Rows` of each shape, largest first.
       clients: int32 [K], client numbers (-1: no client at this position).
       active: bool [τ, K], client k takes a step.
       first: int32, the step to begin with.
       steps: int32, the last step in which anybody is active, plus one.
     """
 
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, tuple[Rows, ...]]
     clients: np.ndarray
     active: np.ndarray
     first: np.ndarray
@@ -101,12 +121,7 @@ def hold_out(data: ClientData, part: float, seed: int, client: int) -> tuple[Cli
         order = rng.permutation(len(ids))
         cut = min(round(part * len(ids)), len(ids) - 1)
         kept[name], held[name] = np.sort(order[cut:]), np.sort(order[:cut])
-
-    def chosen(places: Mapping[str, np.ndarray]) -> ClientData:
-        parts = ({n: part[n][at] for n, at in places.items() if len(at)} for part in (data.streams, data.tokens))
-        return ClientData(*parts)
-
-    return chosen(kept), chosen(held)
+    return data.take(kept), data.take(held)
 
 
 def minibatches(
@@ -130,29 +145,61 @@ def minibatches(
     return drawn[:steps]
 
 
-def rows_needed(data: ClientData, family: Family, *, batch: int, microbatch: int) -> int:
-    """Rows that one minibatch of the client can need for the family; a row holds one stream."""
-    sizes = [len(data.streams[stream.name]) for stream in family.streams if stream.name in data.streams]
-    full = sum(-(-min(batch, size) // microbatch) for size in sizes)
-    # However the minibatch falls, each stream leaves at most one row unfilled.
-    return min(full, batch // microbatch + len(sizes))
+def row_shapes(
+    families: Sequence[Family],
+    arrays: Mapping[str, TaskArrays],
+    *,
+    packed: bool,
+    microbatch: int,
+    batch: int,
+    image_tokens: int,
+    answers: bool = True,
+) -> dict[str, tuple[RowShape, ...]]:
+    """Family name -> shapes of its rows, largest first.
+
+    Args:
+      arrays: task -> the split whose lengths decide.
+      packed: several texts share a sequence; else every sample has its own, and there is one shape.
+      microbatch, batch, image_tokens: see `packing.packed`.
+      answers: there is room for answers where the tasks have them.
+    """
+
+    def one(family: Family) -> tuple[RowShape, ...]:
+        if not packed:
+            return packing.padded(microbatch)
+        splits = [arrays[task.name] for task in family.tasks]
+        lengths = [split.answer_lengths for split in splits if answers and split.answer_lengths is not None]
+        return packing.packed(
+            packing.widths([split.text_lengths for split in splits]),
+            packing.widths(lengths),
+            microbatch=microbatch,
+            batch=batch,
+            image_tokens=image_tokens if "image" in family.tasks[0].modalities else 0,
+        )
+
+    return {family.name: one(family) for family in families}
 
 
 def capacities(
     data: Sequence[ClientData],
     families: Sequence[Family],
+    shapes: Mapping[str, Sequence[RowShape]],
     *,
     positions: int,
     batch: int,
-    microbatch: int,
     multiple: int = 1,
-) -> dict[str, int]:
-    """Family name -> N, the rows that one step of any `positions` clients can need, a `multiple` and at least that."""
-    out = {}
-    for family in families:
-        rows = sorted(rows_needed(client, family, batch=batch, microbatch=microbatch) for client in data)
-        out[family.name] = max(1, -(-sum(rows[-positions:]) // multiple)) * multiple
-    return out
+) -> dict[str, tuple[int, ...]]:
+    """Family name -> N of each shape, rows that one step of any `positions` clients can need; see `packing.capacities`."""
+    return {
+        family.name: packing.capacities(
+            [[len(mine.streams[s.name]) for s in family.streams if s.name in mine.streams] for mine in data],
+            shapes[family.name],
+            positions=positions,
+            batch=batch,
+            multiple=multiple,
+        )
+        for family in families
+    }
 
 
 def share_out(plan: Plan, parts: int) -> Plan:
@@ -180,7 +227,7 @@ def share_out(plan: Plan, parts: int) -> Plan:
         for field in dataclasses.fields(plan)
         if field.name != "rows"
     }
-    return Plan(rows={name: rows(found) for name, found in plan.rows.items()}, **same)
+    return Plan(rows={name: tuple(map(rows, found)) for name, found in plan.rows.items()}, **same)
 
 
 def joined(one: Plan, other: Plan) -> Plan:
@@ -209,7 +256,7 @@ def joined(one: Plan, other: Plan) -> Plan:
         return Rows(table, mine.count + theirs.count, mine.lead + theirs.lead)
 
     return Plan(
-        rows={name: rows(found, other.rows[name]) for name, found in one.rows.items()},
+        rows={name: tuple(map(rows, found, other.rows[name])) for name, found in one.rows.items()},
         clients=np.concatenate([one.clients, other.clients], -1),
         active=np.concatenate([one.active, other.active], -1),
         first=one.first,
@@ -226,9 +273,9 @@ def draw_plan(
     round_: int,
     purpose: str,
     batch: int,
-    microbatch: int,
+    shapes: Mapping[str, Sequence[RowShape]],
     steps: int,
-    capacities: Mapping[str, int],
+    capacities: Mapping[str, Sequence[int]],
     starts: Mapping[str, int],
     length: int | None = None,
     passes: int | None = 1,
@@ -242,9 +289,10 @@ def draw_plan(
       clients: int [K], client numbers, -1 for an empty position.
       families: of all tasks of the federation, in order.
       seed, round_, purpose: with the client's number and `draw` they determine its minibatches; see `generator`.
-      batch: samples of a client's minibatch. microbatch: s.
+      batch: samples of a client's minibatch.
+      shapes: family name -> shapes of its rows.
       steps: at most so many are taken; fewer where `passes` over a client's samples are over before.
-      capacities: N per family, a multiple of the rows that a chunk takes on every device of the shard.
+      capacities: family name -> N of each shape, a multiple of the devices of the shard.
       starts: task name -> where its samples start in its family's arrays.
       length: τ of the arrays (>= steps), so that phases of different length share one program.
       passes: see `minibatches`.
@@ -252,7 +300,10 @@ def draw_plan(
       lead: client numbers whose rows come first.
     """
     length = steps if length is None else length
-    rows = {family.name: _empty(length, capacities[family.name], microbatch) for family in families}
+    rows = {
+        family.name: tuple(map(_empty, shapes[family.name], capacities[family.name], itertools.repeat(length)))
+        for family in families
+    }
     active = np.zeros((length, len(clients)), bool)
     order = sorted(range(len(clients)), key=lambda position: clients[position] not in lead)
     for position in order:
@@ -262,61 +313,87 @@ def draw_plan(
         mine = data[client]
         if not mine.streams:
             continue
-        owner = np.repeat(np.arange(len(mine.streams)), [len(ids) for ids in mine.streams.values()])
-        pool = _Pool(
-            list(mine.streams), owner, *(np.concatenate(list(part.values())) for part in (mine.streams, mine.tokens))
-        )
+        pool = _Pool.of(mine)
         rng = generator(seed, round_, client, purpose, draw)
         drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, passes=passes)
         for step, chosen in enumerate(drawn):
             active[step, position] = True
             for family in families:
-                _add_rows(rows[family.name], family, starts, pool, position, step, chosen)
+                found = rows[family.name]
+                _add_rows(found, shapes[family.name], family, starts, pool, position, step, chosen)
                 if client in lead:
-                    rows[family.name].lead[step] = rows[family.name].count[step]
+                    for one in found:
+                        one.lead[step] = one.count[step]
     used = np.flatnonzero(active.any(1))
     last = np.int32(used[-1] + 1 if len(used) else 0)
     return Plan(rows, np.asarray(clients, np.int32), active, np.int32(0), last)
 
 
 class _Pool(NamedTuple):
-    """The union of a client's data: stream names, and per sample its stream's number, its id, its target tokens."""
+    """The union of a client's data: stream names, and per sample its stream's number, its id and its tokens."""
 
     streams: list[str]
     owner: np.ndarray
     ids: np.ndarray
     tokens: np.ndarray
+    text_tokens: np.ndarray
+
+    @classmethod
+    def of(cls, mine: ClientData) -> "_Pool":
+        names = list(mine.streams)
+        owner = np.repeat(np.arange(len(names)), [len(mine.streams[name]) for name in names])
+        parts = (mine.streams, mine.tokens, mine.text_tokens)
+        return cls(names, owner, *(np.concatenate([part[name] for name in names]) for part in parts))
 
 
-def _empty(length: int, rows: int, microbatch: int) -> Rows:
-    whole = lambda dtype, *shape: np.zeros((length, rows, *shape), dtype)  # noqa: E731
+def _empty(shape: RowShape, rows: int, length: int) -> Rows:
+    def whole(dtype, *axes, value=0):
+        return np.full((length, rows, *axes), value, dtype)
+
     table = Table(
         client=whole(np.int32),
         variant=whole(np.int32),
-        ids=whole(np.int32, microbatch),
-        weights=whole(np.float32, microbatch),
+        ids=whole(np.int32, shape.samples),
+        weights=whole(np.float32, shape.samples),
         share=whole(np.float32),
         part=whole(np.int32),
+        text_at=whole(np.int32, shape.samples, value=shape.texts.total) if shape.texts else None,
+        answer_at=whole(np.int32, shape.samples, value=shape.answers.total) if shape.answers else None,
     )
     return Rows(table, np.zeros(length, np.int32), np.zeros(length, np.int32))
 
 
-def _add_rows(rows: Rows, family: Family, starts, pool: _Pool, position: int, step: int, chosen: np.ndarray) -> None:
-    table, part = rows.table, 0
-    microbatch = table.ids.shape[-1]
-    of = {name: chosen[pool.owner[chosen] == number] for number, name in enumerate(pool.streams)}
+def _add_rows(
+    rows: Sequence[Rows],
+    shapes: Sequence[RowShape],
+    family: Family,
+    starts: Mapping[str, int],
+    pool: _Pool,
+    position: int,
+    step: int,
+    chosen: np.ndarray,
+) -> None:
+    part = 0
+    owner = pool.owner[chosen]
+    of = {name: chosen[owner == number] for number, name in enumerate(pool.streams)}
     for task in family.tasks:
         by_domain = [(stream, of[stream.name]) for stream in task.streams if stream.name in of]
         size = sum(len(samples) for _, samples in by_domain)
         total = sum(pool.tokens[samples].sum(dtype=np.float64) for _, samples in by_domain)
         for stream, samples in by_domain:
-            for start in range(0, len(samples), microbatch):
-                row, n = samples[start : start + microbatch], rows.count[step]
+            variant = family.streams.index(stream)
+            for filled in pack(shapes, len(samples), pool.text_tokens[samples], pool.tokens[samples]):
+                row, found = samples[filled.samples], rows[filled.size]
+                table, n = found.table, found.count[step]
                 table.client[step, n] = position
-                table.variant[step, n] = family.streams.index(stream)
+                table.variant[step, n] = variant
                 table.ids[step, n, : len(row)] = starts[task.name] + pool.ids[row]
                 table.weights[step, n, : len(row)] = pool.tokens[row] / total
                 table.share[step, n] = size / len(chosen)
                 table.part[step, n] = part
-                rows.count[step] += 1
+                if filled.text_at is not None:
+                    table.text_at[step, n, : len(row)] = filled.text_at
+                if filled.answer_at is not None:
+                    table.answer_at[step, n, : len(row)] = filled.answer_at
+                found.count[step] += 1
                 part += 1

@@ -1,6 +1,6 @@
 """Training and test sets on the device: uint8 images, int32 tokens; standardised only when a batch is cut.
 
-Letters: N samples of a task, B samples of a batch, T and A lengths of text and answer.
+Letters: N samples of a task, S samples of a row, B packed sequences of a row and T their tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ from jax import Array
 
 from tap_jax.data.families import Family, fields
 from tap_jax.data.images import MEAN, STD
-from tap_jax.data.text import TaskArrays
+from tap_jax.data.packing import RowShape, Sequences
+from tap_jax.data.text import PAD, TaskArrays
 
 
 def stored(families: Sequence[Family], arrays: Mapping[str, TaskArrays]) -> dict[str, dict[str, np.ndarray]]:
@@ -23,12 +24,56 @@ def stored(families: Sequence[Family], arrays: Mapping[str, TaskArrays]) -> dict
     return out
 
 
-def cut(fields: Mapping[str, Array], ids: Array) -> dict[str, Array]:
-    """The samples `ids` [B] of a family; images as float32 [B, 64, 64, 3] in standardised units."""
+def cut(
+    fields: Mapping[str, Array],
+    ids: Array,
+    shape: RowShape | None = None,
+    text_at: Array | None = None,
+    answer_at: Array | None = None,
+) -> dict[str, Array]:
+    """The samples `ids` [S] of a family; images as float32 [S, 64, 64, 3] in standardised units.
+
+    In a packed row, "samples" is `ids`, texts are "tokens" [B, T] with "text_segments", the sample that each token is of (-1: of none), and
+    "text_positions", its place in that sample's text. Of answers, "answers" [B, T] are the tokens that are read and
+    "targets" [B, T] those to be predicted, with "answer_segments", "answer_positions", and "answer_lengths" [S].
+
+    Args:
+      shape: of the row; None: padded.
+      text_at, answer_at: see `packing.Filled`.
+    """
     batch = {name: field.at[ids].get(mode="promise_in_bounds") for name, field in fields.items()}
     if "images" in batch:
         batch["images"] = standardise(batch["images"])
+    if shape is not None and shape.texts:
+        tokens = batch["tokens"]
+        sample, position = _lay_out((tokens != PAD).sum(1), text_at, shape.texts)
+        batch["tokens"] = jnp.where(sample < 0, PAD, tokens[sample, position])
+        batch |= {"text_segments": sample, "text_positions": position, "samples": ids}
+    if shape is not None and shape.answers:
+        answers = batch["answers"]
+        lengths = (answers != PAD).sum(1) - 1
+        sample, position = _lay_out(lengths, answer_at, shape.answers)
+        batch["answers"] = jnp.where(sample < 0, PAD, answers[sample, position])
+        batch["targets"] = jnp.where(sample < 0, PAD, answers[sample, position + 1])
+        batch |= {"answer_segments": sample, "answer_positions": position, "answer_lengths": lengths}
     return batch
+
+
+def _lay_out(lengths: Array, at: Array, sequences: Sequences) -> tuple[Array, Array]:
+    """Which sample's token is where: (sample, its place in that sample), int32 [B, T] each; (-1, 0) where none is.
+
+    Args:
+      lengths: tokens of each sample, int32 [S]. at: where they begin, int32 [S].
+    """
+    place, order = jnp.arange(sequences.total, dtype=jnp.int32), jnp.argsort(at)
+    before = jnp.searchsorted(at[order], place, side="right", method="compare_all").astype(jnp.int32) - 1
+    sample = order[jnp.maximum(before, 0)].astype(jnp.int32)
+    position = place - at[sample]
+    real = (before >= 0) & (position < lengths[sample])
+    return tuple(
+        jnp.where(real, value, nothing).reshape(sequences.count, sequences.tokens)
+        for value, nothing in ((sample, -1), (position, 0))
+    )
 
 
 def standardise(images: Array) -> Array:

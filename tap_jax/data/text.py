@@ -5,6 +5,7 @@ on the run's own texts; both are the same class, `WordPiece`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from tap_jax.errors import UserError
 from tap_jax.federation import Task
 from tap_jax.whole_files import replaced
 
+PAD = 0  # id of [PAD]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -206,6 +208,13 @@ class TaskArrays:
 
     def __len__(self) -> int:
         return len(self.domains)
+
+    @functools.cached_property
+    def text_lengths(self) -> np.ndarray:
+        """int32 [N], tokens of each input, [CLS] and [SEP] included; 0 without the text modality."""
+        if self.tokens is None:
+            return np.zeros(len(self), np.int32)
+        return (self.tokens != PAD).sum(1).astype(np.int32)
 
 
 def encode_examples(

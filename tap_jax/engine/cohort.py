@@ -19,6 +19,7 @@ from jax import Array
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition, Seats, Stack
 from tap_jax.data.families import Family
+from tap_jax.data.packing import RowShape
 from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan, joined, share_out
 from tap_jax.engine import parallel, pipelining
 from tap_jax.engine.local_training import Losses
@@ -179,7 +180,7 @@ class Cohort:
                 round_=self.round,
                 purpose=purpose,
                 batch=settings.batch,
-                microbatch=settings.microbatch,
+                shapes=engine.shapes,
                 steps=settings.post_steps if post else settings.local_steps,
                 capacities=self.shape.rows,
                 starts=engine.starts,
@@ -379,16 +380,17 @@ def keeps_place(rule: LocalRule, stack: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static capacities of a shard: positions K, group -> slots G, family -> rows N."""
+    """Static capacities of a shard: positions K, group -> slots G, family -> rows N of each shape."""
 
     positions: int
     slots: Mapping[str, int]
-    rows: Mapping[str, int]
+    rows: Mapping[str, tuple[int, ...]]
 
 
 def shape_of(
     data: Sequence[ClientData],
     families: Sequence[Family],
+    shapes: Mapping[str, Sequence[RowShape]],
     partition: Partition,
     settings: EngineSettings,
     devices: Devices,
@@ -398,15 +400,9 @@ def shape_of(
 
     Args:
       data: of all clients.
+      shapes: family -> shapes of its rows.
       clients: how many train together.
     """
     positions = -(-clients // devices.shards)
-    rows = capacities(
-        data,
-        families,
-        positions=positions,
-        batch=settings.batch,
-        microbatch=settings.microbatch,
-        multiple=settings.rows_per_chunk * devices.parts,
-    )
+    rows = capacities(data, families, shapes, positions=positions, batch=settings.batch, multiple=devices.parts)
     return Shape(positions, partition.capacities(partition.owned, positions), rows)

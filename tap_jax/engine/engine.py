@@ -16,7 +16,7 @@ import numpy as np
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree
 from tap_jax.data.families import families, offsets
-from tap_jax.data.sampling import ClientData, Plan, sample_cohort, share_out
+from tap_jax.data.sampling import ClientData, Plan, row_shapes, sample_cohort, share_out
 from tap_jax.data.store import stored
 from tap_jax.engine import stacks
 from tap_jax.engine.cohort import Cohort, Phase, Shape, shape_of
@@ -80,6 +80,14 @@ class Engine:
         self.frozen = devices.put(frozen, SHARED)
         self.families = families(self.tasks, arrays)
         self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
+        self.shapes = row_shapes(
+            self.families,
+            arrays,
+            packed=settings.packed,
+            microbatch=settings.microbatch,
+            batch=settings.batch,
+            image_tokens=model.config.image_tokens,
+        )
         self.arrays = devices.put(stored(self.families, arrays), SHARED)
         self.server_seats = blocks.server_seats(partition)
         self.like = like
@@ -88,9 +96,7 @@ class Engine:
         }
         self.finished = self._tabled(*(finished or (model, like)))
         tables = self._tabled(model, like).tables
-        self.objective = Objective(
-            sample_loss, self.tasks, self.families, tables, settings.rows_per_chunk, rule, devices.sum_axis
-        )
+        self.objective = Objective(sample_loss, self.tasks, self.families, tables, self.shapes, rule, devices.sum_axis)
         self.probes = Probes(self)
         mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
         self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
@@ -103,7 +109,7 @@ class Engine:
             for client in self.data
         ]
         self.shape_of: Callable[[int], Shape] = functools.cache(
-            lambda clients: shape_of(self.data, self.families, partition, settings, devices, clients)
+            lambda clients: shape_of(self.data, self.families, self.shapes, partition, settings, devices, clients)
         )
         # (frozen, data, stack, moments, aid, seats, plan, rate, key); the stack is donated. The moments are not: two
         # phases may start from the same ones.
@@ -131,7 +137,8 @@ class Engine:
     @property
     def numerics(self) -> str:
         """What the platform decides where the configuration leaves it open, and numbers follow from."""
-        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}"
+        packed = ", packed" if self.settings.packed else ""
+        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}{packed}"
 
     def drawn(self, round_: int) -> tuple[int, ...]:
         """The clients that the seed draws for a round."""

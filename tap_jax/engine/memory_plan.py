@@ -1,6 +1,6 @@
 """How much memory a run will need beside activations, and where: from shapes alone.
 
-Letters: R blocks, D shards, v rows of a chunk.
+Letters: R blocks, D shards.
 """
 
 import dataclasses
@@ -106,8 +106,7 @@ def memory_plan(
         alone = rounds == 1 or len(method.chains) > 1
         if keeps_place(method.rule, stack) and alone or last and method.rule.guided:
             found["teacher's blocks"] = stack
-        v = settings.rows_per_chunk
-        found["one row's blocks and gradients" if v == 1 else f"{v} rows' blocks and gradients"] = 2 * v * row
+        found["one row's blocks and gradients"] = 2 * row
         return PhaseMemory(rounds * positions, found)
 
     owned = int((partition.owned @ sizes).sum())

@@ -1,11 +1,11 @@
-"""A cohort's objective and its gradient, row by row (design: rows with dynamic trip counts).
+"""A cohort's objective and its gradient, row by row.
 
-One gradient of the cohort = for every family of streams a loop over chunks of v rows whose number is data, not shape:
-what nobody has costs nothing, and any cohort, batch mix or data size runs the same program. Each chunk takes its rows'
-blocks out of the stack, differentiates v rows side by side (the frozen weights shared, so their products stay
-single large ones) and adds the gradients back.
+One gradient of the cohort is, for every family of streams and every shape of its rows, a loop over rows whose number is
+data and not part of a shape. Rows that are not there cost nothing, and one program serves any cohort, mix of tasks and
+data size. Each turn takes the blocks of one client out of the stack, differentiates the row's loss, and adds the
+gradient back.
 
-Letters: K cohort positions, O tasks, G slots of a group, τ steps, v rows of a chunk, s samples of a row.
+Letters: K cohort positions, O tasks, G slots of a group, τ steps, S samples of a row.
 """
 
 import dataclasses
@@ -19,13 +19,14 @@ from jax import Array
 
 from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree, flatten, unflatten
 from tap_jax.data.families import Family
+from tap_jax.data.packing import RowShape
 from tap_jax.data.sampling import Plan, Table
 from tap_jax.data.store import cut
 from tap_jax.federation import Stream, Task
 from tap_jax.methods.base import PLAIN, LocalRule, Row, StepLosses
 
 ROWS_PER_STEP = 4096  # bound on a client's rows of one task in a step; keeps dropout keys apart
-# (frozen, parts, task, batch, key) -> (outputs, latents, loss [s] of the task)
+# (frozen, parts, task, batch, key) -> (outputs, latents, loss [S] of the task)
 SampleLoss = Callable[..., tuple[Array, Array, Array]]
 
 
@@ -81,7 +82,7 @@ class Objective:
       sample_loss: see `SampleLoss`.
       tasks: the federation's tasks, O of them.
       families: their families. tables: family -> what `part_table` gives.
-      rows_per_chunk: v, rows differentiated side by side.
+      shapes: family -> shapes of its rows, largest first.
       rule: its `extra_loss` and `measure` are read here.
       sum_axis: axis of the mesh whose devices share out the rows; None where one has them all.
     """
@@ -90,7 +91,7 @@ class Objective:
     tasks: Sequence[Task]
     families: Sequence[Family]
     tables: Mapping[str, Mapping[str, Part]]
-    rows_per_chunk: int = 1
+    shapes: Mapping[str, Sequence[RowShape]]
     rule: LocalRule = PLAIN
     sum_axis: str | None = None
 
@@ -132,18 +133,16 @@ def gradient(objective: Objective, where: Where, stack: Stack, aid: Any = None) 
         slots = slots_of(where.seats, table, entry.client, entry.variant)
         return loss, {name: flatten(grads[name], slots[name].ndim) for name in grads}, slots
 
-    def add(carry, found, rows: Table, real: Array, table, task_of):
+    def add(carry, found, entry: Table, table, task_of):
         (grads, losses), (loss, row_grads, slots) = carry, found
         for name, part in table.items():
             row_grad = row_grads[name]
-            if real.ndim:  # Padding rows run with somebody's blocks; 0 times what is no number would reach their slots.
-                row_grad = jnp.where(real.reshape(-1, *(1,) * (row_grad.ndim - 1)), row_grad, 0)
             grads = grads | {part.group: grads[part.group].at[slots[name]].add(row_grad, mode="promise_in_bounds")}
-        at = (rows.client, task_of[rows.variant])
+        at = (entry.client, task_of[entry.variant])
         return grads, StepLosses(
             losses.plain.at[at].add(loss),
-            losses.weighted.at[at].add(rows.share * loss),
-            losses.share.at[at].add(jnp.where(real, rows.share, 0)),
+            losses.weighted.at[at].add(entry.share * loss),
+            losses.share.at[at].add(entry.share * entry.weights.sum()),  # the weights of all its rows add up to 1
         )
 
     carry = (jax.tree.map(jnp.zeros_like, dict(stack)), no_losses(objective, where.plan))
@@ -158,10 +157,8 @@ def collect(objective: Objective, where: Where, stack: Stack) -> dict[str, Any]:
         _, latents, _ = objective.sample_loss(where.frozen, row.take(stack), row.task, row.batch, row.key)
         return objective.rule.measure(row, latents)
 
-    def add(sums, found, rows: Table, real: Array, table, task_of):
-        if real.ndim:  # as in `gradient`: what padding rows find is nobody's
-            found = jax.tree.map(lambda x: jnp.where(real.reshape(-1, *(1,) * (x.ndim - 1)), x, 0), found)
-        added = {name: jax.tree.map(lambda x, y: x.at[rows.client].add(y), sums[name], found[name]) for name in found}
+    def add(sums, found, entry: Table, table, task_of):
+        added = {name: jax.tree.map(lambda x, y: x.at[entry.client].add(y), sums[name], found[name]) for name in found}
         return sums | added
 
     shapes = over_rows(objective, where, one, lambda sums, found, *_: sums | found, {}, None)
@@ -179,45 +176,44 @@ def over_rows(
 ) -> Any:
     """Sums over the rows of every family: folds `add`, starting from the zeros in `carry`.
 
-    Without `count` only over the shapes of what `one` finds.
+    Args:
+      one: (row, its entry in the table, the family's parts) -> what is found of it.
+      add: (carry, what is found, entry, the family's parts, variant -> number of the task) -> carry.
+      count: rows of one shape -> how many of them to visit, [draws, τ]; None: only shapes are wanted, of what `one`
+        finds.
     """
-    v, plan, seats = objective.rows_per_chunk, where.plan, where.seats
+    plan, seats = where.plan, where.seats
     key = where.key
     if not isinstance(where.draw, int):
         key = jax.vmap(jax.random.fold_in, (0, None))(key, where.draw)
     for number, family in enumerate(objective.families):
-        table, rows = objective.tables[family.name], plan.rows[family.name]
+        table = objective.tables[family.name]
         task_of = jnp.array([objective.tasks.index(stream.task) for stream in family.streams])
+        for rows, shape in zip(plan.rows[family.name], objective.shapes[family.name], strict=True):
 
-        def visit(entry: Table, family=family, table=table, number=number):
-            row_key = jax.random.fold_in(key[entry.client], plan.clients[entry.client])
-            place = where.step * len(objective.families) + number
-            row = Row(
-                frozen=where.frozen,
-                task=family.tasks[0],
-                batch=cut(where.data[family.name], entry.ids),
-                weights=entry.weights,
-                client=entry.client,
-                take=lambda stack: take_parts(stack, seats, table, entry.client, entry.variant),
-                key=jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.part),
-            )
-            return one(row, entry, table)
+            def visit(entry: Table, family=family, table=table, number=number, shape=shape):
+                row_key = jax.random.fold_in(key[entry.client], plan.clients[entry.client])
+                place = where.step * len(objective.families) + number
+                row = Row(
+                    frozen=where.frozen,
+                    task=family.tasks[0],
+                    batch=cut(where.data[family.name], entry.ids, shape, entry.text_at, entry.answer_at),
+                    weights=entry.weights,
+                    client=entry.client,
+                    take=lambda stack: take_parts(stack, seats, table, entry.client, entry.variant),
+                    key=jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.part),
+                )
+                return one(row, entry, table)
 
-        def chunk(index, carry, rows=rows, table=table, task_of=task_of, visit=visit):
-            def cut_rows(leaf):
-                return jax.lax.dynamic_slice_in_dim(leaf[where.draw, where.step], index * v, v)
+            def turn(index, carry, rows=rows, table=table, task_of=task_of, visit=visit):
+                entry = jax.tree.map(lambda leaf: leaf[where.draw, where.step, index], rows.table)
+                return add(carry, visit(entry), entry, table, task_of)
 
-            entries = jax.tree.map(cut_rows, rows.table)
-            if v == 1:
-                entries = jax.tree.map(lambda leaf: leaf[0], entries)
-            found = visit(entries) if v == 1 else jax.vmap(visit)(entries)
-            return add(carry, found, entries, entries.weights[..., 0] > 0, table, task_of)
-
-        if count is None:
-            entry = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[3:], leaf.dtype), rows.table)
-            carry = add(carry, jax.eval_shape(visit, entry))
-        else:
-            carry = jax.lax.fori_loop(0, -(-count(rows)[where.draw, where.step] // v), chunk, carry)
+            if count is None:
+                entry = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[3:], leaf.dtype), rows.table)
+                carry = add(carry, jax.eval_shape(visit, entry))
+            else:
+                carry = jax.lax.fori_loop(0, count(rows)[where.draw, where.step], turn, carry)
     if count is not None and objective.sum_axis:
         carry = jax.lax.psum(carry, objective.sum_axis)
     return carry

@@ -49,16 +49,9 @@ class Probes:
 
     def task_gradient(self, cohort: "Cohort", stack: Stack, task: Task) -> Stack:
         """Stacks [D, G, n]."""
-        settings, names = self.engine.settings, {stream.name for stream in task.streams}
-
-        def only(data: ClientData) -> ClientData:
-            return ClientData(
-                *({name: found[name] for name in found if name in names} for found in (data.streams, data.tokens))
-            )
-
-        data = [only(mine) for mine in self.engine.data]
-        rows = cohort.shape.rows
-        plan = self._plan(cohort, data, "probe", cohort.round, settings.batch, settings.microbatch, rows)
+        names = {stream.name for stream in task.streams}
+        data = [mine.only(names) for mine in self.engine.data]
+        plan = self._plan(cohort, data, "probe", cohort.round, self.engine.settings.batch, cohort.shape.rows)
         return self._gradient(*self._inputs(cohort, stack, plan))
 
     def inner(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
@@ -75,12 +68,17 @@ class Probes:
         if not any(mine.streams for mine in held):
             raise UserError("data.held_out: 0 leaves nothing to look at; hold out a part such as 0.1")
         batch = max(mine.samples for mine in held)
-        sizes = {"batch": batch, "microbatch": self.engine.settings.microbatch}
-        together = self.engine.settings.rows_per_chunk * self.engine.devices.parts
-        rows = capacities(held, self.engine.families, positions=cohort.positions, multiple=together, **sizes)
-        return self._plan(cohort, held, "held_out", 0, *sizes.values(), rows)
+        rows = capacities(
+            held,
+            self.engine.families,
+            self.engine.shapes,
+            positions=cohort.positions,
+            batch=batch,
+            multiple=self.engine.devices.parts,
+        )
+        return self._plan(cohort, held, "held_out", 0, batch, rows)
 
-    def _plan(self, cohort, data: Sequence[ClientData], purpose, round_, batch, microbatch, rows) -> Plan:
+    def _plan(self, cohort, data: Sequence[ClientData], purpose, round_, batch, rows) -> Plan:
         """One minibatch of every client, with the shard axis and the axis of draws; on the devices."""
         shards = [
             draw_plan(
@@ -91,7 +89,7 @@ class Probes:
                 round_=round_,
                 purpose=purpose,
                 batch=batch,
-                microbatch=microbatch,
+                shapes=self.engine.shapes,
                 steps=1,
                 capacities=rows,
                 starts=self.engine.starts,
@@ -123,8 +121,8 @@ class Probes:
             def one(row: Row, entry, table):
                 return jnp.where(row.weights > 0, row.weights * value(row, *map(row.take, stacks)), 0).sum()
 
-            def add(sums, found, rows, real, table, task_of):
-                return sums.at[rows.client, task_of[rows.variant]].add(jnp.where(real, found, 0))
+            def add(sums, found, entry, table, task_of):
+                return sums.at[entry.client, task_of[entry.variant]].add(found)
 
             start = no_losses(self.objective, where.plan).plain
             return over_rows(self.objective, where, one, add, start, lambda rows: rows.count)

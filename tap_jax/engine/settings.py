@@ -15,7 +15,8 @@ class EngineSettings:
     Attributes:
       cohort_size, clients_per_pass: clients in a round, and at once in phases over all clients.
       batch: samples per iteration. local_steps: τ. post_steps: P.
-      microbatch: s, samples of a row. rows_per_chunk: v, rows side by side. training: static choices of the program.
+      microbatch: samples of a row. packed: its texts share sequences, see `data.packing`.
+      training: static choices of the program.
       persist: a client goes on with its optimizer states instead of starting every local training afresh.
       in_pieces: Stage 2 trains by some steps at a time, between which its optimizer states are kept.
       rate: round -> learning rate. post_rate: learning rate after the last round.
@@ -33,7 +34,7 @@ class EngineSettings:
     local_steps: int
     post_steps: int
     microbatch: int
-    rows_per_chunk: int
+    packed: bool
     training: TrainingSettings
     persist: bool
     rate: Callable[[int], float]

@@ -1,6 +1,6 @@
 """Every client's model on the test split of each of its tasks: batched, compiled, one program per family.
 
-Letters: D shards, E devices of a shard, N rows of a device, s samples of a row, A answer length.
+Letters: D shards, E devices of a shard, N rows of a device, S samples of a row, A answer length.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ import numpy as np
 
 from tap_jax.blocks import Blocks, Stack
 from tap_jax.data.families import Family, offsets
+from tap_jax.data.packing import capacities, pack
+from tap_jax.data.sampling import row_shapes
 from tap_jax.data.store import stored
 from tap_jax.data.text import TaskArrays, WordPiece
 from tap_jax.engine.cohort import Cohort
@@ -30,11 +32,13 @@ class Evaluator:
       engine: of the run.
       tests: task name -> test arrays.
       personal: per client, task name -> ids into its test set; None where all have the whole set.
-      microbatch: s.
+      microbatch: samples of a padded row; packed ones are four times as large as those in training, since nothing is
+        kept for a gradient.
 
     Attributes:
       arrays: family name -> its tests on the device.
       starts: task name -> where its tests start in the family's arrays.
+      shapes: family name -> shapes of its rows.
       sampler: keeps samples; None until `keep_samples` asks for it.
     """
 
@@ -48,12 +52,23 @@ class Evaluator:
         personal: Sequence[Mapping[str, np.ndarray]] | None = None,
         microbatch: int = 50,
     ):
-        self.engine, self.tests, self.personal, self.microbatch = engine, tests, personal, microbatch
+        self.engine, self.tests, self.personal = engine, tests, personal
         self.tokenizer, self.scorer = tokenizer, scorer
         self.arrays = engine.devices.put(stored(engine.families, tests), SHARED)
         self.starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
+        packed = engine.settings.packed
+        self.shapes = row_shapes(
+            engine.families,
+            tests,
+            packed=packed,
+            microbatch=4 * engine.settings.microbatch if packed else microbatch,
+            batch=max(map(len, tests.values())),
+            image_tokens=engine.model.config.image_tokens,
+            answers=False,
+        )
         self._programs = {
-            family.name: Program(predictor(engine, family, tokenizer, scored)) for family in engine.families
+            family.name: Program(predictor(engine, family, self.shapes[family.name], tokenizer, scored))
+            for family in engine.families
         }
         self.sampler: Sampler | None = None
 
@@ -91,7 +106,7 @@ class Evaluator:
         pending = []
         for family in self.engine.families:
             rows = self._rows(cohort, family, wanted)
-            if rows.count.any():
+            if any(one.count.any() for one in rows):
                 values = self._programs[family.name](
                     self.engine.frozen,
                     self.arrays[family.name],
@@ -106,44 +121,50 @@ class Evaluator:
             for task in family.tasks:
                 variants = [v for v, stream in enumerate(family.streams) if stream.task == task]
                 for position, client in enumerate(cohort.clients):
-                    if client not in wanted.get(task.name, ()):
-                        continue
-                    shard, local = divmod(position, cohort.positions)
-                    real = np.arange(rows.client.shape[-1]) < rows.count[shard][:, None]
-                    mine = real & (rows.client[shard] == local) & np.isin(rows.variant[shard], variants)
-                    ids = rows.ids[shard][mine].reshape(-1)
-                    found = values[shard][mine].reshape(len(ids), *values.shape[4:])
-                    at = np.zeros(len(self.tests[task.name]), int)
-                    at[ids[ids >= 0] - self.starts[task.name]] = np.flatnonzero(ids >= 0)
-                    results[int(client), task.name] = found[at[self.ids(int(client), task.name)]]
+                    if client in wanted.get(task.name, ()):
+                        pieces = [_of(one, found, position, cohort, variants) for one, found in zip(rows, values)]
+                        ids, found = map(np.concatenate, zip(*pieces, strict=True))
+                        at = np.zeros(len(self.tests[task.name]), int)
+                        at[ids - self.starts[task.name]] = np.arange(len(ids))
+                        results[int(client), task.name] = found[at[self.ids(int(client), task.name)]]
         return results
 
-    def _rows(self, cohort: Cohort, family: Family, wanted: Mapping[str, set[int]]) -> TestRows:
-        shards = []
-        for clients in cohort.clients.reshape(-1, cohort.positions):
-            rows = []
+    def _rows(self, cohort: Cohort, family: Family, wanted: Mapping[str, set[int]]) -> tuple[TestRows, ...]:
+        shapes, parts = self.shapes[family.name], self.engine.devices.parts
+        tables = tuple(
+            TestRows.empty(cohort.clients.size // cohort.positions, parts, capacity, shape)
+            for capacity, shape in zip(self._capacity(cohort, family), shapes, strict=True)
+        )
+        for shard, clients in enumerate(cohort.clients.reshape(-1, cohort.positions)):
+            added = [0] * len(shapes)
             for position, client in enumerate(clients):
                 for variant, stream in enumerate(family.streams):
-                    if client in wanted.get(stream.task.name, ()):
-                        ids = self.ids(int(client), stream.task.name)
-                        domain = stream.task.domains.index(stream.domain)
-                        mine = self.starts[stream.task.name] + ids[self.tests[stream.task.name].domains[ids] == domain]
-                        rows += [
-                            (position, variant, mine[start : start + self.microbatch])
-                            for start in range(0, len(mine), self.microbatch)
-                        ]
-            shards.append(rows)
-        # One capacity whoever is in the cohort, so that one program serves all.
-        needed = np.zeros(len(self.engine.data), int)
-        for task in family.tasks:
-            most = len(self.tests[task.name]) // self.microbatch + len(task.domains)
-            needed += most * self.engine.partition.task_mask[:, self.engine.tasks.index(task)]
-        most, parts = int(np.sort(needed)[::-1][: cohort.positions].sum()), self.engine.devices.parts
-        table = TestRows.empty(len(shards), parts, max(1, -(-most // parts)), self.microbatch)
-        for shard, rows in enumerate(shards):
-            for n, row in enumerate(rows):
-                table.add(shard, n % parts, *row)
-        return table
+                    if client not in wanted.get(stream.task.name, ()):
+                        continue
+                    test, ids = self.tests[stream.task.name], self.ids(int(client), stream.task.name)
+                    ids = ids[test.domains[ids] == stream.task.domains.index(stream.domain)]
+                    for row in pack(shapes, len(ids), test.text_lengths[ids], np.zeros(len(ids), int)):
+                        mine = self.starts[stream.task.name] + ids[row.samples]
+                        tables[row.size].add(shard, added[row.size] % parts, position, variant, mine, row.text_at)
+                        added[row.size] += 1
+        return tables
+
+    def _capacity(self, cohort: Cohort, family: Family) -> tuple[int, ...]:
+        """Rows of each shape that a device needs at most, whoever is in the cohort, so that one program serves all."""
+        mask, tests = self.engine.partition.task_mask, self.tests
+        sizes = {
+            stream.name: int((tests[stream.task.name].domains == stream.task.domains.index(stream.domain)).sum())
+            for stream in family.streams
+        }
+        clients = [[sizes[s.name] for s in family.streams if mine[self.engine.tasks.index(s.task)]] for mine in mask]
+        found = capacities(
+            clients,
+            self.shapes[family.name],
+            positions=cohort.positions,
+            batch=sum(sizes.values()),
+            multiple=self.engine.devices.parts,
+        )
+        return tuple(rows // self.engine.devices.parts for rows in found)
 
     def score(self, variant: str, client: int, task: Task, predicted: np.ndarray, finite: bool = True) -> list[Row]:
         """Result rows of one client and task; a value is None where training or prediction was not finite."""
@@ -221,3 +242,13 @@ class Evaluator:
             if self.sampler:
                 self.sampler.texts(variant, client, self.engine.tasks[o], values)
         return rows
+
+
+def _of(rows: TestRows, values: np.ndarray, position: int, cohort: Cohort, variants: list[int]):
+    """A client's samples in rows of one shape: (ids int [n], what was found of each [n, ...])."""
+    shard, local = divmod(position, cohort.positions)
+    real = np.arange(rows.client.shape[-1]) < rows.count[shard][:, None]
+    mine = real & (rows.client[shard] == local) & np.isin(rows.variant[shard], variants)
+    ids = rows.ids[shard][mine].reshape(-1)
+    found = values[shard][mine].reshape(len(ids), *values.shape[4:])
+    return ids[ids >= 0], found[ids >= 0]

@@ -1,10 +1,10 @@
 """The function behind every score: the models of a cohort's clients on rows of test samples, per family.
 
-Letters: D shards, E devices of a shard, N rows of a device, s samples of a row, A answer length.
+Letters: D shards, E devices of a shard, N rows of a device, S samples of a row, A answer length.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax import Array
 
 from tap_jax.blocks import Seats, Stack
 from tap_jax.data.families import Family
+from tap_jax.data.packing import RowShape
 from tap_jax.data.store import cut
 from tap_jax.data.text import WordPiece
 from tap_jax.engine.engine import Engine
@@ -24,69 +25,94 @@ from tap_jax.federation import Task
 
 
 class TestRows(struct.PyTreeNode):
-    """Rows of one family: client int32 [N], variant int32 [N], ids int32 [N, s]; `count` of them are real.
+    """Rows of one family and shape: client int32 [N], variant int32 [N], ids int32 [N, S]; `count` of them are real.
 
-    On the host with the axes [D, E] in front; ids of padding are -1.
+    On the host with the axes [D, E] in front; ids of padding are -1. Of packed rows, text_at int32 [N, S] as in
+    `sampling.Table`.
     """
 
     client: Any
     variant: Any
     ids: Any
     count: Any
+    text_at: Any = None
 
     @classmethod
-    def empty(cls, shards: int, parts: int, capacity: int, microbatch: int) -> "TestRows":
+    def empty(cls, shards: int, parts: int, capacity: int, shape: RowShape) -> "TestRows":
         """Room for `capacity` rows on every device; numpy."""
-        shape = shards, parts, capacity
+        axes = shards, parts, capacity
         return cls(
-            np.zeros(shape, np.int32),
-            np.zeros(shape, np.int32),
-            np.full((*shape, microbatch), -1, np.int32),
-            np.zeros(shape[:2], np.int32),
+            np.zeros(axes, np.int32),
+            np.zeros(axes, np.int32),
+            np.full((*axes, shape.samples), -1, np.int32),
+            np.zeros(axes[:2], np.int32),
+            np.full((*axes, shape.samples), shape.texts.total, np.int32) if shape.texts else None,
         )
 
-    def add(self, shard: int, part: int, client: int, variant: int, ids: np.ndarray) -> int:
+    def add(
+        self, shard: int, part: int, client: int, variant: int, ids: np.ndarray, text_at: np.ndarray | None = None
+    ) -> int:
         """Fills the next row of one device -> its number."""
         row = int(self.count[shard, part])
         self.client[shard, part, row], self.variant[shard, part, row] = client, variant
         self.ids[shard, part, row, : len(ids)] = ids
+        if self.text_at is not None:
+            self.text_at[shard, part, row, : len(ids)] = text_at
         self.count[shard, part] += 1
         return row
 
 
-def predictor(engine: Engine, family: Family, tokenizer: WordPiece | None, output: Callable) -> Callable:
-    """(frozen, fields, stack, seats, rows) -> [D, E, N, s, ...]: what `output` makes of a sample, or generated ids."""
+def predictor(
+    engine: Engine, family: Family, shapes: Sequence[RowShape], tokenizer: WordPiece | None, output: Callable
+) -> Callable:
+    """(frozen, fields, stack, seats, rows) -> per shape [D, E, N, S, ...]: what `output` makes of a sample, or answers.
+
+    Args:
+      shapes: of the rows, which are a tuple of one `TestRows` for each.
+    """
     model, table = engine.finished.model, engine.finished.tables[family.name]
-    predict = functools.partial(_predict, output, model, family.tasks[0], table, tokenizer)
+    predict = functools.partial(_predict, output, model, family.tasks[0], table, tuple(shapes), tokenizer)
     return engine.devices.over(predict, (SHARED, SHARED, CLIENTS, CLIENTS, ROWS), out=ROWS)
 
 
 def scored(task: Task, outputs: Array, batch: Mapping[str, Array]) -> Array:
-    """Squared errors or labels of a row's samples, [s]."""
+    """Squared errors or labels of a row's samples, [S]."""
     if task.kind == "image_generation":
         return jnp.square(outputs - batch["images"]).mean((1, 2, 3))
     return jnp.argmax(outputs, -1).astype(jnp.int32)
 
 
 def image(task: Task, outputs: Array, batch: Mapping[str, Array]) -> Array:
-    """The reconstructions themselves, [s, 64, 64, 3]."""
+    """The reconstructions themselves, [S, 64, 64, 3]."""
     return outputs.astype(jnp.float32)
 
 
-def _predict(output, model, task: Task, table, tokenizer, frozen, fields, stack: Stack, seats: Seats, rows: TestRows):
-    """Predictions of every row of a shard, [N, s, ...]; rows past `count` are not computed."""
+def _predict(
+    output, model, task: Task, table, shapes, tokenizer, frozen, fields, stack: Stack, seats: Seats, tests
+) -> tuple[Array, ...]:
+    """Predictions of every row of a shard, per shape [N, S, ...]; rows past `count` are not computed."""
 
-    def one(n):
+    def one(rows: TestRows, shape: RowShape, n):
         parts = take_parts(stack, seats, table, rows.client[n], rows.variant[n])
-        batch = cut(fields, jnp.maximum(rows.ids[n], 0))
+        text_at = None if rows.text_at is None else rows.text_at[n]
+        batch = cut(fields, jnp.maximum(rows.ids[n], 0), shape, text_at)
         vectors = model.represent(frozen, parts, task, batch)
         if task.kind == "text_generation":
             length = batch["answers"].shape[1] - 1
             return model.generate(
-                parts["head"], task, vectors, length=length, start=tokenizer.cls_id, stop=tokenizer.sep_id
+                parts["head"],
+                task,
+                vectors,
+                length=length,
+                start=tokenizer.cls_id,
+                stop=tokenizer.sep_id,
+                wanted=rows.ids[n] >= 0,
             )
         return output(task, model.decode(parts["head"], task, vectors, batch), batch)
 
-    shape = jax.eval_shape(one, jnp.int32(0))
-    out = jnp.zeros((rows.client.shape[0], *shape.shape), shape.dtype)
-    return jax.lax.fori_loop(0, rows.count, lambda n, out: out.at[n].set(one(n)), out)
+    def all_of(rows: TestRows, shape: RowShape) -> Array:
+        like = jax.eval_shape(lambda n: one(rows, shape, n), jnp.int32(0))
+        out = jnp.zeros((rows.client.shape[0], *like.shape), like.dtype)
+        return jax.lax.fori_loop(0, rows.count, lambda n, out: out.at[n].set(one(rows, shape, n)), out)
+
+    return tuple(map(all_of, tests, shapes))

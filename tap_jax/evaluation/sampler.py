@@ -6,6 +6,7 @@ import numpy as np
 from tap_jax.blocks import Stack
 from tap_jax.compiling import compiler_options
 from tap_jax.data.families import Family
+from tap_jax.data.packing import padded
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.parallel import ROWS
 from tap_jax.evaluation.prediction import TestRows, image, predictor
@@ -29,7 +30,9 @@ class Sampler:
         self.engine, self.tests = evaluator.engine, evaluator.tests
         self.samples: list[Sample] = []
         self._painters = {
-            family: jax.jit(predictor(self.engine, family, None, image), compiler_options=compiler_options(once=True))
+            family: jax.jit(
+                predictor(self.engine, family, padded(1), None, image), compiler_options=compiler_options(once=True)
+            )
             for family in self.engine.families
             if family.tasks[0].kind == "image_generation"
         }
@@ -53,9 +56,9 @@ class Sampler:
                     self.evaluator.arrays[family.name],
                     stack,
                     cohort.seats,
-                    self.engine.devices.put(rows, ROWS),
+                    self.engine.devices.put((rows,), ROWS),
                 )
-                painted = to_uint8(self.engine.devices.fetch(painted))
+                painted = to_uint8(self.engine.devices.fetch(painted[0]))
                 for shard, row, client, task, example in kept:
                     target = self.tests[task].images[example]
                     self.samples.append(ImageSample(variant, client, task, example, target, painted[shard, 0, row, 0]))
@@ -64,7 +67,7 @@ class Sampler:
         """One row for each image to keep, on the first device of its shard; (shard, row, client, task, example)."""
         clients = cohort.clients.reshape(-1, cohort.positions)
         capacity = OWNERS * EXAMPLES * len(family.tasks)
-        rows, kept = TestRows.empty(len(clients), self.engine.devices.parts, capacity, 1), []
+        rows, kept = TestRows.empty(len(clients), self.engine.devices.parts, capacity, *padded(1)), []
         for task in family.tasks:
             for client in self._first_owners(task):
                 for shard, position in np.argwhere(clients == client):

@@ -16,8 +16,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, i
 
     Args:
       q, k, v: [..., T, D] (any leading axes), of equal shapes.
-      mask: bool, broadcastable to [..., T], true where a key is real, and padding comes last; None where all are real.
-        What a sample without any real key gets is finite and means nothing.
+      mask: bool. With one axis less than q, broadcastable to [..., T]: true where a key is real, and padding comes last.
+        With as many axes as q, [..., T, T]: true where a query may look at a key, of which each has one at least.
+        None where all are real. What a sample without any real key gets is finite and means nothing.
       heads: number of heads; D must be divisible by it.
       implementation: "einsum" (float32 softmax), or one that `jax.nn.dot_product_attention` knows ("xla", "cudnn");
         "auto" is einsum on CPU, where it is about twice as fast, and "xla" elsewhere. "cudnn" needs an NVIDIA GPU, and
@@ -33,20 +34,22 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, i
     *batch, length, width = q.shape
     split = (*batch, length, heads, width // heads)
     q, k, v = q.reshape(split), k.reshape(split), v.reshape(split)
+    pairs = mask is not None and mask.ndim == len(batch) + 2
     if mask is not None:
-        mask = jnp.broadcast_to(mask, (*batch, length))
+        mask = jnp.broadcast_to(mask, (*batch, length, length) if pairs else (*batch, length))
     if implementation == "einsum":
         scores = jnp.einsum("...qhd,...khd->...hqk", q * (width // heads) ** -0.5, k)
         scores = scores.astype(jnp.float32)
         if mask is not None:
-            scores = jnp.where(mask[..., None, None, :], scores, jnp.finfo(jnp.float32).min)
+            seen = mask[..., None, :, :] if pairs else mask[..., None, None, :]
+            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(q.dtype)
         return jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(*batch, length, width)
     q, k, v = (x.reshape(-1, *split[-3:]) for x in (q, k, v))
-    if implementation == "cudnn":
+    if implementation == "cudnn" and not pairs:
         out = _cudnn(q, k, v, None if mask is None else mask.reshape(-1, length))
     else:
-        mask = None if mask is None else mask.reshape(-1, 1, 1, length)
+        mask = None if mask is None else mask.reshape(-1, 1, length if pairs else 1, length)
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
     return out.reshape(*batch, length, width)
 

@@ -20,6 +20,7 @@ from tap_jax.models.attention import attention
 from tap_jax.models.bottleneck import init_bottleneck, with_bottleneck
 from tap_jax.models.layers import ModelConfig, gelu, layer_norm
 from tap_jax.models.lora import Tree, init_lora, lora, stand_in
+from tap_jax.models.token_layout import TokenLayout
 
 SHARED = "shared"
 MODALITY_TASK = 2  # in `paths`
@@ -164,7 +165,7 @@ def attention_part(
     Args:
       layer: the frozen layer.
       adapters, domain: one block each, without the layer axis: leaves [2, ...]; no adapters: {}.
-      x: [M, D]. mask: bool [B, T]. key: dropout key or None.
+      x: [M, D]. mask: bool [B, T] or [B, T, T], see `attention`. key: dropout key or None.
 
     Returns:
       [M, D].
@@ -193,7 +194,7 @@ def mix(
     Args:
       layer: the frozen layer.
       adapters: LoRA on query and value and, as it may be, a full weight: leaves [2, ...]; {} for none.
-      x, n: [M, D]. inputs: [2, M, D]. mask: bool [B, T]. key: dropout key or None.
+      x, n: [M, D]. inputs: [2, M, D]. mask: bool [B, T] or [B, T, T], see `attention`. key: dropout key or None.
 
     Returns:
       [M, D].
@@ -205,7 +206,7 @@ def mix(
     if adapters:
         projected += lora(inputs, adapters, scale=config.lora_alpha_ratio, rate=config.lora_dropout, key=key)
     q, v = projected
-    tokens = (*mask.shape, x.shape[-1])
+    tokens = (*mask.shape[:2], x.shape[-1])
     q, k, v = (part.reshape(tokens) for part in (q, _dense(n, layer["key"]), v))
     mixed = attention(q, k, v, mask, heads=config.heads, implementation=config.attention)
     return x + _dense(mixed.reshape(x.shape), layer["out"])
@@ -235,7 +236,7 @@ def run_paths(
     parts: Tree,
     x: Array,
     shared: Array,
-    mask: Array,
+    layout: TokenLayout,
     *,
     key: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -245,16 +246,17 @@ def run_paths(
       frozen: backbone weights with a leading axis over MoTE's and then MoME's layers.
       parts: "stage/part" -> the blocks that `roles` names, stacked over paths: leaves [P, L, ...], L the stage's;
         bottleneck adapters may be of any width. Other entries are not read.
-      x, shared: encoder tokens and their shared projection S, [B, T, D]. mask: bool [B, T], padding last.
+      x, shared: encoder tokens and their shared projection S, [B, T, D]. layout: of these tokens, S samples.
       key: dropout key; None in evaluation.
 
     Returns:
-      Path vectors [P, B, D]: the mean over each path's real tokens, in the order of `paths`. And the latent [B, D]
-      that DisentAFL disentangles: the same mean of the modality-task path between the stages.
+      Path vectors [P, S, D]: each sample's mean over its real tokens, paths in the order of `paths`. And the latent
+      [S, D] that DisentAFL disentangles: the same mean of the modality-task path between the stages.
     """
     if config.lora_dropout == 0 or config.bottleneck:
         key = None
     mote_depth, mome_depth = config.backbone_layers
+    mask = layout.mask
 
     def layer(stage, first, index, states, inputs=None):
         weights = jax.tree.map(lambda leaf: leaf[first + index], frozen)
@@ -278,16 +280,9 @@ def run_paths(
     mote, mome = (wrap(functools.partial(layer, *stage)) for stage in (("mote", 0), ("mome", mote_depth)))
     states = mote(0, None, jnp.stack([shared, shared, x]))
     states = _repeat(1, mote_depth, mote, states)
-    latent = token_mean(states[MODALITY_TASK].reshape(*mask.shape, width), mask)
+    latent = layout.mean(states[MODALITY_TASK].reshape(*layout.shape, width))
     states = _repeat(0, mome_depth, mome, states)
-    return token_mean(states.reshape(len(states), *mask.shape, width), mask), latent
-
-
-def token_mean(states: Array, mask: Array) -> Array:
-    """The mean over real tokens, [..., B, T, D] -> [..., B, D], of bool mask [B, T]; 0 where there is none."""
-    weight = mask.astype(states.dtype)
-    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
-    return jnp.einsum("...btd,bt->...bd", states, weight)
+    return layout.mean(states.reshape(len(states), *layout.shape, width)), latent
 
 
 def _repeat(start: int, stop: int, body, states: Array) -> Array:

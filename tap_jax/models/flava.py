@@ -44,21 +44,30 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """tokens int32 [B, T], mask bool [B, T] -> [B, T, D], in `config.dtype`; T <= text_rows, the positions stored.
+    """tokens int32 [B, T], mask as of `attention` -> [B, T, D], in `config.dtype`; T <= text_rows, the positions stored.
 
-    Bottleneck adapters, where there are any, are [text_layers, ...].
+    Positions, int32 [B, T], count from 0 in every sequence, unless they are given, each below text_rows. Bottleneck adapters, where there are any, are [text_layers, ...].
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, mask: Array, adapters: Tree | None = None, *, deterministic: bool) -> Array:
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array,
+        adapters: Tree | None = None,
+        *,
+        positions: Array | None = None,
+        deterministic: bool,
+    ) -> Array:
         c = self.config
         dtype = jnp.dtype(c.dtype)
         words = frozen(self, "words", _normal, (c.vocab, c.width))
-        positions = frozen(self, "positions", stand_in_positions, (c.text_rows, c.width))
+        table = frozen(self, "positions", stand_in_positions, (c.text_rows, c.width))
+        place = table[: tokens.shape[1]] if positions is None else table[positions]
         types = frozen(self, "types", stand_in_positions, (2, c.width))
-        x = (words[tokens] + positions[: tokens.shape[1]] + types[0]).astype(dtype)
+        x = (words[tokens] + place + types[0]).astype(dtype)
         x = FrozenLayerNorm(c.layer_norm_eps, name="embedding_norm")(x)
         x, _ = encoder_layers(c, c.text_layers, deterministic=deterministic)(x, mask, adapters)
         x = FrozenLayerNorm(c.layer_norm_eps, name="norm")(x)

@@ -88,6 +88,11 @@ class ModelConfig:
     dtype: str = "float32"
 
     @property
+    def image_tokens(self) -> int:
+        """T of an image: one for each patch, and the CLS token."""
+        return (self.image_size // self.patch) ** 2 + 1
+
+    @property
     def text_rows(self) -> int:
         """Rows of the text position table: `text_positions`, or else as many as max_text needs.
 

@@ -23,6 +23,7 @@ from tap_jax.models.bottleneck import dual, init_bottleneck
 from tap_jax.models.heads import ClassificationHead, ImageHead, TextHead
 from tap_jax.models.layers import InputAdaptor, ModelConfig, TrainableDense
 from tap_jax.models.lora import Tree
+from tap_jax.models.token_layout import TokenLayout
 
 ENCODERS = {
     "flava": {"image": flava.ImageEncoder, "text": flava.TextEncoder},
@@ -286,6 +287,7 @@ class ServerModel:
         mask: Array | None,
         *,
         adapters: Tree | None = None,
+        positions: Array | None = None,
         key: Array | None = None,
     ) -> Array:
         """Encoder tokens [B, T, D] of images or of word pieces; of images T = 1 + (image_size/patch)².
@@ -294,9 +296,10 @@ class ServerModel:
           modality: "image" or "text".
           frozen: Ŵ as `init` returns it.
           inputs: images float [B, 64, 64, 3] in standardised units, or word pieces int32 [B, T], T <= text_rows.
-          mask: None for images; bool [B, T] for texts, true where a token is real, padding last.
+          mask: None for images; for texts bool [B, T] or [B, T, T], see `attention`.
           block: the trainables "encoder/<modality>".
           adapters: the bottleneck adapters "encoder/<modality>/adapters", where the model has them.
+          positions: of packed texts, int32 [B, T]: each token's place in its own text.
           key: dropout key; None in evaluation.
         """
         return self._encoders[modality].apply(
@@ -304,6 +307,7 @@ class ServerModel:
             inputs,
             mask,
             *(() if adapters is None else (adapters,)),
+            **({} if positions is None else {"positions": positions}),
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
@@ -325,7 +329,8 @@ class ServerModel:
           frozen: Ŵ as `init` returns it, or in the compute type (`to_compute_dtype`).
           parts: as `collect` returns them.
           task: one of the model's.
-          batch: "images" float [B, 64, 64, 3] in standardised units and/or "tokens" int32 [B, T], 0-padded.
+          batch: "images" float [S, 64, 64, 3] in standardised units and/or "tokens" int32 [S, T], 0-padded, or packed
+            as `data.store.cut` lays them out: tokens [B, T] with "text_segments" and "text_positions".
           key: dropout key; None in evaluation.
         """
         return self._represent(frozen, parts, task, batch, key)[0]
@@ -336,20 +341,25 @@ class ServerModel:
         for number, modality in enumerate(task.modalities):
             encoder_key, path_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, number))
             if modality == "image":
-                inputs, mask = batch["images"].astype(self.config.dtype), None
+                inputs, layout = batch["images"].astype(self.config.dtype), None
             else:
-                inputs, mask = batch["tokens"], batch["tokens"] != PAD
+                inputs, layout = batch["tokens"], _text_layout(batch)
             start = f"{modality}/"
             mine = {name.removeprefix(start): part for name, part in parts.items() if name.startswith(start)}
             adapters = mine.get("adapters")
-            x = self.encode(modality, frozen, mine["encoder"], inputs, mask, adapters=adapters, key=encoder_key)
-            mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+            mask, positions = (layout.mask, batch.get("text_positions")) if layout else (None, None)
+            x = self.encode(
+                modality, frozen, mine["encoder"], inputs, mask, adapters=adapters, positions=positions, key=encoder_key
+            )
+            layout = layout or TokenLayout(jnp.ones(x.shape[:2], bool))
             weights = frozen["backbone"]
             if self.config.backbone == "standard":
-                vectors.append(standard.run_stack(self.config, weights, mine["backbone"], x, mask, key=path_key)[None])
+                vectors.append(
+                    standard.run_stack(self.config, weights, mine["backbone"], x, layout, key=path_key)[None]
+                )
                 continue
             shared = self._shared.apply({"params": parts["shared_proj"]}, x)
-            paths, latent = backbone.run_paths(self.config, weights, mine, x, shared, mask, key=path_key)
+            paths, latent = backbone.run_paths(self.config, weights, mine, x, shared, layout, key=path_key)
             vectors.append(paths)
             latents.append(latent.astype(jnp.float32))
         vectors = jnp.concatenate(vectors).swapaxes(0, 1)
@@ -442,6 +452,14 @@ def to_compute_dtype(frozen: Tree, dtype: str) -> Tree:
         return leaf if keep else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, frozen)
+
+
+def _text_layout(batch: Mapping) -> TokenLayout:
+    """Of a batch's texts, padded or packed."""
+    if "text_segments" not in batch:
+        return TokenLayout(batch["tokens"] != PAD)
+    segments = batch["text_segments"]
+    return TokenLayout(segments >= 0, segments, samples=batch["samples"].shape[0])
 
 
 def _fold(key: Array, name: str) -> Array:

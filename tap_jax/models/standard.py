@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tap_jax.models.backbone import expert_part, mix, token_mean
+from tap_jax.models.backbone import expert_part, mix
 from tap_jax.models.bottleneck import init_bottleneck
 from tap_jax.models.layers import ModelConfig, layer_norm
 from tap_jax.models.lora import Tree, init_lora
+from tap_jax.models.token_layout import TokenLayout
 
 BLOCK = "backbone"
 
@@ -41,14 +42,14 @@ def init_block(key: Array, config: ModelConfig) -> Tree:
 
 
 def run_stack(
-    config: ModelConfig, frozen: Tree, adapters: Tree, x: Array, mask: Array, *, key: Array | None = None
+    config: ModelConfig, frozen: Tree, adapters: Tree, x: Array, layout: TokenLayout, *, key: Array | None = None
 ) -> Array:
-    """The mean of the real tokens behind all layers, [B, D]; 0 where there is none.
+    """The mean of each sample's real tokens behind all layers, [S, D]; 0 where there is none.
 
     Args:
       frozen: backbone weights, leaves [L, ...].
       adapters: the block "backbone".
-      x: encoder tokens of one modality [B, T, D]. mask: bool [B, T].
+      x: encoder tokens of one modality [B, T, D]. layout: of these tokens, S samples.
       key: dropout key; None in evaluation.
     """
     if config.lora_dropout == 0 or config.bottleneck:
@@ -59,10 +60,10 @@ def run_stack(
         keys = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, index))
         n = layer_norm(x, weights["norm1"]["scale"], weights["norm1"]["bias"], config.layer_norm_eps)
         both = jnp.broadcast_to(n, (2, *n.shape))
-        x = mix(config, weights, adapter.get("query_value", {}), x, n, both, mask, keys[0])
+        x = mix(config, weights, adapter.get("query_value", {}), x, n, both, layout.mask, keys[0])
         return expert_part(config, weights, adapter, x, keys[1]), None
 
     steps = jnp.arange(sum(config.backbone_layers)), frozen, adapters
     layer = jax.checkpoint(layer) if config.remat else layer
     states, _ = jax.lax.scan(layer, x.reshape(-1, x.shape[-1]), steps)
-    return token_mean(states.reshape(x.shape), mask)
+    return layout.mean(states.reshape(x.shape))

@@ -56,18 +56,20 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """tokens int32 [B, T] -> [B, T, D], in `config.dtype`; T <= text_rows, the positions stored.
 
-    Token by token: the mask bool [B, T] makes no difference, nor does `deterministic`.
+    Positions, int32 [B, T], count from 0 in every sequence, unless they are given, each below text_rows. Token by token:
+    the mask makes no difference, nor does `deterministic`.
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, mask: Array, *, deterministic: bool) -> Array:
+    def __call__(self, tokens: Array, mask: Array, *, positions: Array | None = None, deterministic: bool) -> Array:
         c = self.config
         words = frozen(self, "words", _normal, (c.vocab, c.width))
-        positions = frozen(self, "positions", stand_in_positions, (c.text_rows, c.width))
+        table = frozen(self, "positions", stand_in_positions, (c.text_rows, c.width))
+        place = table[: tokens.shape[1]] if positions is None else table[positions]
         types = frozen(self, "types", stand_in_positions, (2, c.width))
-        x = (words[tokens] + positions[: tokens.shape[1]] + types[0]).astype(c.dtype)
+        x = (words[tokens] + place + types[0]).astype(c.dtype)
         x = FrozenLayerNorm(c.layer_norm_eps, name="embedding_norm")(x)
         return OutputProjection(name="output")(x)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tap_jax.data.families import Family
+from tap_jax.data.packing import RowShape, Sequences, padded
 from tap_jax.data.sampling import ClientData, capacities, draw_plan, hold_out, joined, minibatches, sample_cohort
 from tap_jax.federation import TASKS
 
@@ -17,13 +18,35 @@ STARTS = {"ag_news": 0, "mmlu": 0, "common_gen": 1000}
 def client(rng, sizes):
     streams = {name: rng.choice(1000, size, replace=False) for name, size in sizes.items() if size}
     tokens = {name: rng.integers(1, 9, len(ids)) for name, ids in streams.items()}
-    return ClientData(streams, tokens)
+    text_tokens = {name: rng.integers(1, 30, len(ids)) for name, ids in streams.items()}
+    return ClientData(streams, tokens, text_tokens)
+
+
+PADDED = {family.name: padded(4) for family in FAMILIES}
+PACKED = {
+    family.name: (
+        RowShape(7, Sequences(3, 32), Sequences(2, 16), cost=96),
+        RowShape(3, Sequences(1, 32), Sequences(1, 16), cost=32),
+    )
+    for family in FAMILIES
+}
 
 
 def plan_of(
-    data, clients, *, batch=16, microbatch=4, steps=5, passes=1, purpose="federated", seed=3, round_=2, draw=0, lead=()
+    data,
+    clients,
+    *,
+    batch=16,
+    shapes=PADDED,
+    steps=5,
+    passes=1,
+    purpose="federated",
+    seed=3,
+    round_=2,
+    draw=0,
+    lead=(),
 ):
-    rows = capacities(data, FAMILIES, positions=len(clients), batch=batch, microbatch=microbatch)
+    rows = capacities(data, FAMILIES, shapes, positions=len(clients), batch=batch)
     return draw_plan(
         data,
         np.array(clients),
@@ -32,7 +55,7 @@ def plan_of(
         round_=round_,
         purpose=purpose,
         batch=batch,
-        microbatch=microbatch,
+        shapes=shapes,
         steps=steps,
         capacities=rows,
         starts=STARTS,
@@ -48,15 +71,16 @@ def drawn(plan, position):
     for step in range(len(plan.active)):
         found = []
         for family in FAMILIES:
-            rows = plan.rows[family.name]
-            for n in range(rows.count[step]):
-                if rows.table.client[step, n] == position:
-                    real = rows.table.weights[step, n] > 0
-                    stream = family.streams[rows.table.variant[step, n]]
-                    for id_, weight in zip(
-                        rows.table.ids[step, n][real], rows.table.weights[step, n][real], strict=True
-                    ):
-                        found.append((stream, int(id_) - STARTS[stream.task.name], weight, rows.table.share[step, n]))
+            for rows in plan.rows[family.name]:
+                for n in range(rows.count[step]):
+                    if rows.table.client[step, n] == position:
+                        real = rows.table.weights[step, n] > 0
+                        stream = family.streams[rows.table.variant[step, n]]
+                        for id_, weight in zip(
+                            rows.table.ids[step, n][real], rows.table.weights[step, n][real], strict=True
+                        ):
+                            at = int(id_) - STARTS[stream.task.name]
+                            found.append((stream, at, weight, rows.table.share[step, n]))
         out.append(found)
     return out
 
@@ -72,11 +96,11 @@ sizes = st.fixed_dictionaries(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(sizes, min_size=1, max_size=4), st.integers(0, 10**6))
-def test_a_pass_uses_every_sample_at_most_once_and_weighs_it_as_equation_2(all_sizes, seed):
+@given(st.lists(sizes, min_size=1, max_size=4), st.integers(0, 10**6), st.sampled_from([PADDED, PACKED]))
+def test_a_pass_uses_every_sample_at_most_once_and_weighs_it_as_equation_2(all_sizes, seed, shapes):
     rng = np.random.default_rng(seed)
     data = [client(rng, found) for found in all_sizes]
-    plan = plan_of(data, range(len(data)), steps=20)
+    plan = plan_of(data, range(len(data)), steps=20, shapes=shapes)
     for position, mine in enumerate(data):
         steps = drawn(plan, position)
         used = [(stream.name, id_) for found in steps for stream, id_, *_ in found]
@@ -121,11 +145,11 @@ def test_rows_of_leading_clients_come_first_and_are_counted():
     data = [client(rng, {"ag_news": 40, "common_gen": 20}) for _ in range(3)]
     plain, led = plan_of(data, [0, 1, 2]), plan_of(data, [0, 1, 2], lead={2})
     for family in FAMILIES:
-        rows = led.rows[family.name]
+        (rows,) = led.rows[family.name]
         for step in range(led.steps):
             clients = rows.table.client[step, : rows.count[step]]
             assert (clients[: rows.lead[step]] == 2).all() and (clients[rows.lead[step] :] != 2).all()
-        assert rows.lead.sum() > 0 and not plain.rows[family.name].lead.any()
+        assert rows.lead.sum() > 0 and not plain.rows[family.name][0].lead.any()
     for position in range(3):
         assert drawn(led, position) == drawn(plain, position)
 
@@ -142,7 +166,7 @@ def test_joined_plans_are_both_behind_each_other():
     assert both.steps == max(one.steps, other.steps)
     for position in range(4):
         assert drawn(both, position) == drawn((one, other)[position // 2], position % 2)
-    for rows in both.rows.values():
+    for (rows,) in both.rows.values():
         assert (rows.table.weights[..., 0] > 0).sum(1).tolist() == rows.count.tolist()
         for step, lead in enumerate(rows.lead):
             clients = both.clients[rows.table.client[step, : rows.count[step]]]

@@ -72,7 +72,7 @@ def _torch_losses(experiment, twin, plan, rate):
             parameter.grad = torch.zeros_like(parameter)
         objective = 0
         for family in engine.families:
-            rows, arrays = plan.rows[family.name], jax.device_get(engine.arrays[family.name])
+            (rows,), arrays = plan.rows[family.name], jax.device_get(engine.arrays[family.name])
             for n in range(rows.count[0, step]):
                 row = jax.tree.map(lambda leaf, at=(0, step, n): leaf[at], rows.table)
                 stream = family.streams[row.variant]

@@ -28,7 +28,6 @@ SETTINGS = {
     "post_steps": 2,
     "batch_size": 6,
     "engine.microbatch": 4,
-    "engine.rows_per_chunk": 2,
     "mesh.clients": 2,
     "disentafl.weight": 2.0,
     "optimizer.learning_rate_initial": 5e-5,
@@ -80,9 +79,7 @@ def test_clients_with_one_group_train_as_in_fedavg(experiment, run, tiny):
 def test_a_broken_client_stays_alone(tiny):
     """Rows of padding run with somebody's blocks: what comes of them belongs to nobody's sums."""
     rows = ({"ag_news": 0.5, "mmlu": 0.5}, {"cifar100": 0.08, "ag_news": 0.08})  # client 0 has no image encoder
-    experiment = alive(
-        experiments.build(tiny(rows, SETTINGS | {"cohort_size": 2, "engine.rows_per_chunk": 3, "mesh.clients": 1}))
-    )
+    experiment = alive(experiments.build(tiny(rows, SETTINGS | {"cohort_size": 2, "mesh.clients": 1})))
     healthy, found = experiment.initial_blocks, []
     owned = [{b: healthy[b] for b in experiment.partition.blocks_of(i)} for i in range(2)]
     sick = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), owned[1])

@@ -27,7 +27,7 @@ def experiment(request, tiny):
     """With AdamW afresh at every local training, and with a client's own of before for A1, A0 and heads."""
     fields = {"optimizer.state": request.param}
     if request.param == "persist":  # and on two devices, two rows side by side
-        fields |= {"mesh.clients": 2, "engine.rows_per_chunk": 2}
+        fields |= {"mesh.clients": 2}
     return alive(experiments.build(tiny(ROWS, SETTINGS | fields)))
 
 

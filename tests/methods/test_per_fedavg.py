@@ -31,7 +31,7 @@ def experiment(request, tiny):
     if request.param == "exact":  # second derivatives of the routed backbone compile long
         fields |= {"model.backbone": "standard"}
     else:
-        fields |= {"mesh.clients": 2, "engine.rows_per_chunk": 2}
+        fields |= {"mesh.clients": 2}
     return alive(experiments.build(tiny(ROWS, SETTINGS | fields)))
 
 

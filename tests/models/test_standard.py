@@ -13,6 +13,7 @@ from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.models import checkpoints, standard
 from tap_jax.models.server_model import ServerModel
+from tap_jax.models.token_layout import TokenLayout
 from tests.models import huggingface, reference
 from tests.models.reference import close
 from tests.models.test_server_model import CONFIG, make_batch
@@ -35,7 +36,9 @@ def run(config, frozen, block, x, upstream):
 
     @jax.jit
     def both(block):
-        ours, pullback = jax.vjp(lambda b: standard.run_stack(config, frozen["backbone"], b, x, MASK), block)
+        ours, pullback = jax.vjp(
+            lambda b: standard.run_stack(config, frozen["backbone"], b, x, TokenLayout(MASK)), block
+        )
         return ours, *pullback(upstream)
 
     return both(block)
@@ -156,7 +159,9 @@ def test_dropout_needs_a_key_and_follows_it():
     batch, parts = make_batch(task, np.random.default_rng(7)), model.collect(blocks, task.streams[0])
     # Of the backbone alone: the encoders' is tested with them.
     x = np.random.default_rng(8).standard_normal((2, 5, 12)).astype(np.float32)
-    stack = jax.jit(lambda key, block: standard.run_stack(model.config, frozen["backbone"], block, x, MASK, key=key))
+    stack = jax.jit(
+        lambda key, block: standard.run_stack(model.config, frozen["backbone"], block, x, TokenLayout(MASK), key=key)
+    )
     first, again, other, none = (stack(key, blocks["backbone"]) for key in (*map(jax.random.key, (0, 0, 1)), None))
     assert np.array_equal(first, again) and not np.allclose(first, other) and not np.allclose(first, none)
     for part in blocks["backbone"]:  # each of the three places drops by itself
