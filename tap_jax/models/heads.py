@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from tap_jax.errors import UserError
 from tap_jax.models.layers import gelu
+from tap_jax.token_logits import TokenLogits, float32_product
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": gelu}
 CONDITIONS = ("pooled", "paths")
@@ -304,12 +305,16 @@ class TextHead(nn.Module):
         Returns:
           Logits [B, A, V], float32; those at t depend on ids[:, :t+1] only.
         """
+        return self.factors(condition_vectors, ids, deterministic=deterministic).whole()
+
+    def factors(self, condition_vectors: jax.Array, ids: jax.Array, *, deterministic: bool) -> TokenLogits:
+        """What `__call__` computes, with the projection on the vocabulary left to do."""
         length = ids.shape[1]
         x = self.wte[ids].astype(self.dtype) + self._context(condition_vectors, length)
         x = self.embedding_dropout(x, deterministic=deterministic)
         causal = jnp.tri(length, dtype=bool)
         x, _ = self.block(x, causal, deterministic=deterministic)
-        return self._logits(x)
+        return self._factors(x)
 
     def generate(
         self, condition_vectors: jax.Array, *, length: int, start_id: int, stop_id: int, pad_id: int
@@ -342,7 +347,7 @@ class TextHead(nn.Module):
             t, token, done, answer, cache = carry
             x = head.wte[token][:, None].astype(head.dtype) + lax.dynamic_slice_in_dim(context, t, 1, axis=1)
             x, cache = head.block(x, (slots <= t)[None], deterministic=True, cache=cache, position=t)
-            token = jnp.argmax(head._logits(x)[:, 0], axis=-1).astype(jnp.int32)
+            token = jnp.argmax(head._factors(x).whole()[:, 0], axis=-1).astype(jnp.int32)
             token = jnp.where(done, jnp.int32(pad_id), token)
             answer = lax.dynamic_update_slice_in_dim(answer, token[:, None], t, axis=1)
             return t + 1, token, done | (token == stop_id), answer, cache
@@ -368,10 +373,9 @@ class TextHead(nn.Module):
         conditioning = self.conditioning(position, condition_vectors)
         return conditioning + (position + self.wpe[:length]).astype(self.dtype)[None]
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        """Maps hidden states [B, T, D] to logits [B, T, V], float32."""
-        x = self.ln_f(x.astype(jnp.float32)).astype(self.dtype)
-        return jnp.einsum("btd,dv->btv", x, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
+    def _factors(self, x: jax.Array) -> TokenLogits:
+        """Of the logits of hidden states [B, T, D]."""
+        return TokenLogits(self.ln_f(x.astype(jnp.float32)).astype(self.dtype), self.output)
 
 
 @jax.custom_batching.custom_vmap
@@ -415,7 +419,7 @@ def _split_heads(x: jax.Array, heads: int) -> jax.Array:
 def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
     """Scaled products of query [B, T, heads, d] and keys [B, S, heads, d]: [B, heads, T, S], float32."""
     scale = query.shape[-1] ** -0.5
-    return scale * jnp.einsum("bthd,bshd->bhts", query, keys, preferred_element_type=jnp.float32)
+    return scale * float32_product("bthd,bshd->bhts", query, keys)
 
 
 def _read(weights: jax.Array, values: jax.Array) -> jax.Array:
