@@ -170,7 +170,7 @@ def teaching_loss(config: ConfigDict, model: ServerModel) -> Callable[[Row, Arra
         def taught(outputs):
             divergence = distillation_loss(
                 row.task.kind,
-                jax.lax.stop_gradient(model.apply(row.frozen, row.take(teacher), row.task, row.batch)),
+                jax.lax.stop_gradient(model.forward(row.frozen, row.take(teacher), row.task, row.batch)[0]),
                 outputs,
                 row.batch,
                 temperature=distillation.temperature,
@@ -189,7 +189,7 @@ def adapter_divergence(config: ConfigDict, model: ServerModel) -> Callable[[Row,
 
     def divergence(row: Row, outputs, first, second):
         parts = model.dual(row.take(first), row.take(second))
-        guide = jax.lax.stop_gradient(model.apply(row.frozen, parts, row.task, row.batch, key=row.key))
+        guide = jax.lax.stop_gradient(model.forward(row.frozen, parts, row.task, row.batch, key=row.key)[0])
         kl = distillation_loss(row.task.kind, guide, outputs, row.batch, image_loss=config.distillation.image_loss)
         return config.feddat.weight * weighted(row, kl)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from tap_jax.data import sampling
 from tap_jax.data.federated import ClientData
+from tap_jax.token_logits import whole
 
 torch.set_num_threads(1)  # tiny tensors
 MEAN, STD = np.array([0.5071, 0.4865, 0.4409]), np.array([0.2673, 0.2564, 0.2762])  # spec 6
@@ -360,8 +361,12 @@ def minibatches(
 
 @functools.lru_cache
 def _forward(model, task):
+    def outputs(frozen, parts, batch):
+        z, latents = model.forward(frozen, parts, task, batch)
+        return whole(z), latents
+
     def forward(frozen, parts, batch):
-        return jax.vjp(lambda parts: model.forward(frozen, parts, task, batch), parts)
+        return jax.vjp(lambda parts: outputs(frozen, parts, batch), parts)
 
     return jax.jit(forward)
 

@@ -189,7 +189,7 @@ def capacities(
     batch: int,
     multiple: int = 1,
 ) -> dict[str, tuple[int, ...]]:
-    """Family name -> N of each shape, rows that one step of any `positions` clients can need; see `packing.capacities`."""
+    """Family name -> N of each shape: rows that one step of any `positions` clients can need (`packing.capacities`)."""
     return {
         family.name: packing.capacities(
             [[len(mine.streams[s.name]) for s in family.streams if s.name in mine.streams] for mine in data],

@@ -33,9 +33,10 @@ def cut(
 ) -> dict[str, Array]:
     """The samples `ids` [S] of a family; images as float32 [S, 64, 64, 3] in standardised units.
 
-    In a packed row, "samples" is `ids`, texts are "tokens" [B, T] with "text_segments", the sample that each token is of (-1: of none), and
-    "text_positions", its place in that sample's text. Of answers, "answers" [B, T] are the tokens that are read and
-    "targets" [B, T] those to be predicted, with "answer_segments", "answer_positions", and "answer_lengths" [S].
+    In a packed row "samples" is `ids`. Texts are "tokens" [B, T] with "text_segments", the sample that each token is of
+    (-1: of none), and "text_positions", its place in that sample's text. Of answers, "answers" [B, T] are the tokens
+    that are read and "targets" [B, T] those to be predicted, with "answer_segments", "answer_positions", and
+    "answer_lengths" [S].
 
     Args:
       shape: of the row; None: padded.

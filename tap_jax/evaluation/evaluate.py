@@ -122,7 +122,9 @@ class Evaluator:
                 variants = [v for v, stream in enumerate(family.streams) if stream.task == task]
                 for position, client in enumerate(cohort.clients):
                     if client in wanted.get(task.name, ()):
-                        pieces = [_of(one, found, position, cohort, variants) for one, found in zip(rows, values)]
+                        pieces = [
+                            _of(one, found, position, cohort, variants) for one, found in zip(rows, values, strict=True)
+                        ]
                         ids, found = map(np.concatenate, zip(*pieces, strict=True))
                         at = np.zeros(len(self.tests[task.name]), int)
                         at[ids - self.starts[task.name]] = np.arange(len(ids))

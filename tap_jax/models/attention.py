@@ -16,7 +16,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, i
 
     Args:
       q, k, v: [..., T, D] (any leading axes), of equal shapes.
-      mask: bool. With one axis less than q, broadcastable to [..., T]: true where a key is real, and padding comes last.
+      mask: bool. With one axis less than q, broadcastable to [..., T]: true where a key is real, padding last.
         With as many axes as q, [..., T, T]: true where a query may look at a key, of which each has one at least.
         None where all are real. What a sample without any real key gets is finite and means nothing.
       heads: number of heads; D must be divisible by it.

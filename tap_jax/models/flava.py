@@ -44,9 +44,10 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """tokens int32 [B, T], mask as of `attention` -> [B, T, D], in `config.dtype`; T <= text_rows, the positions stored.
+    """tokens int32 [B, T], mask as of `attention` -> [B, T, D], in `config.dtype`; T <= text_rows.
 
-    Positions, int32 [B, T], count from 0 in every sequence, unless they are given, each below text_rows. Bottleneck adapters, where there are any, are [text_layers, ...].
+    Positions, int32 [B, T], count from 0 in every sequence, unless they are given, each below text_rows.
+    Bottleneck adapters, where there are any, are [text_layers, ...].
     """
 
     config: ModelConfig

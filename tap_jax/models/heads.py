@@ -21,6 +21,8 @@ from jax.typing import DTypeLike
 
 from tap_jax.errors import UserError
 from tap_jax.models.layers import gelu
+from tap_jax.models.token_layout import same_segment
+from tap_jax.token_logits import TokenLogits, float32_product
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": gelu}
 CONDITIONS = ("pooled", "paths")
@@ -216,7 +218,7 @@ class GPT2Block(nn.Module):
 
         Args:
           x: [B, T, D].
-          mask: bool [T, S], true where token t may look at key s.
+          mask: bool [T, S] or [B, T, S], true where token t may look at key s.
           deterministic: no dropout.
           cache: keys and values so far, each [B, S, heads, D / heads]; None: those of x alone, S = T.
           position: where in the cache the keys and values of x go.
@@ -236,7 +238,8 @@ class GPT2Block(nn.Module):
         if cache is not None:
             keys = lax.dynamic_update_slice_in_dim(cache[0], keys, position, axis=1)
             values = lax.dynamic_update_slice_in_dim(cache[1], values, position, axis=1)
-        scores = jnp.where(mask[None, None], _scores(query, keys), jnp.finfo(jnp.float32).min)
+        mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        scores = jnp.where(mask, _scores(query, keys), jnp.finfo(jnp.float32).min)
         attended = _read(dropout(nn.softmax(scores)), values)
         x = x + dropout(dense(attended, width, "attn_c_proj", _gpt2_residual_init))
 
@@ -304,15 +307,45 @@ class TextHead(nn.Module):
         Returns:
           Logits [B, A, V], float32; those at t depend on ids[:, :t+1] only.
         """
+        return self.factors(condition_vectors, ids, deterministic=deterministic).whole()
+
+    def factors(
+        self,
+        condition_vectors: jax.Array,
+        ids: jax.Array,
+        *,
+        deterministic: bool,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> TokenLogits:
+        """What `__call__` computes, with the projection on the vocabulary left to do.
+
+        Args:
+          condition_vectors, ids, deterministic: as of `__call__`; condition vectors of S samples, where several answers
+            share a sequence.
+          segments, positions: int [B, A] of packed answers: the sample that each token is of (-1: of none), and its
+            place in that sample's answer.
+        """
         length = ids.shape[1]
-        x = self.wte[ids].astype(self.dtype) + self._context(condition_vectors, length)
-        x = self.embedding_dropout(x, deterministic=deterministic)
-        causal = jnp.tri(length, dtype=bool)
-        x, _ = self.block(x, causal, deterministic=deterministic)
-        return self._logits(x)
+        mask = jnp.tri(length, dtype=bool)
+        if segments is None:
+            context = self._context(condition_vectors, length)
+        else:
+            context = self._packed_context(condition_vectors, segments, positions)
+            mask = mask & same_segment(segments)
+        x = self.embedding_dropout(self.wte[ids].astype(self.dtype) + context, deterministic=deterministic)
+        x, _ = self.block(x, mask, deterministic=deterministic)
+        return self._factors(x)
 
     def generate(
-        self, condition_vectors: jax.Array, *, length: int, start_id: int, stop_id: int, pad_id: int
+        self,
+        condition_vectors: jax.Array,
+        *,
+        length: int,
+        start_id: int,
+        stop_id: int,
+        pad_id: int,
+        wanted: jax.Array | None = None,
     ) -> jax.Array:
         """Decodes greedily, one position of work per token, until every sequence has stopped.
 
@@ -322,6 +355,7 @@ class TextHead(nn.Module):
           start_id: token that opens the answer; it is not returned.
           stop_id: token that ends it; it is returned.
           pad_id: what follows the stop token.
+          wanted: bool [B], the samples whose answers are; others end at once. None: all.
 
         Returns:
           ids [B, length], int32; a sequence that has not stopped by then is cut off.
@@ -342,7 +376,7 @@ class TextHead(nn.Module):
             t, token, done, answer, cache = carry
             x = head.wte[token][:, None].astype(head.dtype) + lax.dynamic_slice_in_dim(context, t, 1, axis=1)
             x, cache = head.block(x, (slots <= t)[None], deterministic=True, cache=cache, position=t)
-            token = jnp.argmax(head._logits(x)[:, 0], axis=-1).astype(jnp.int32)
+            token = jnp.argmax(head._factors(x).whole()[:, 0], axis=-1).astype(jnp.int32)
             token = jnp.where(done, jnp.int32(pad_id), token)
             answer = lax.dynamic_update_slice_in_dim(answer, token[:, None], t, axis=1)
             return t + 1, token, done | (token == stop_id), answer, cache
@@ -350,7 +384,7 @@ class TextHead(nn.Module):
         start = (
             jnp.int32(0),
             jnp.full(batch, start_id, jnp.int32),
-            jnp.zeros(batch, bool),
+            jnp.zeros(batch, bool) if wanted is None else ~wanted,
             jnp.full((batch, length), pad_id, jnp.int32),
             (empty, empty),
         )
@@ -362,16 +396,27 @@ class TextHead(nn.Module):
             raise UserError(
                 f"model.max_answer: {self.max_length}, too few for answers of {length} tokens; shorten them or raise it"
             )
-        if self.condition == "pooled":
-            condition_vectors = condition_vectors.mean(axis=1, keepdims=True)
         position = self.position[:length]
-        conditioning = self.conditioning(position, condition_vectors)
+        conditioning = self._conditioning(condition_vectors, position)
         return conditioning + (position + self.wpe[:length]).astype(self.dtype)[None]
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        """Maps hidden states [B, T, D] to logits [B, T, V], float32."""
-        x = self.ln_f(x.astype(jnp.float32)).astype(self.dtype)
-        return jnp.einsum("btd,dv->btv", x, self.output.astype(self.dtype), preferred_element_type=jnp.float32)
+    def _packed_context(self, condition_vectors: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
+        """The same for packed answers, token by token: [B, A, D]."""
+        length = min(self.max_length, segments.shape[1])
+        position = self.position[:length]
+        conditioning = self._conditioning(condition_vectors, position)  # [S, length or 1, D]
+        at = positions if conditioning.shape[1] > 1 else 0
+        return conditioning[jnp.maximum(segments, 0), at] + (position + self.wpe[:length]).astype(self.dtype)[positions]
+
+    def _conditioning(self, condition_vectors: jax.Array, position: jax.Array) -> jax.Array:
+        """What each position reads of its sample's vectors [B, P, D]: [B, A, D], or [B, 1, D] for all positions."""
+        if self.condition == "pooled":
+            condition_vectors = condition_vectors.mean(axis=1, keepdims=True)
+        return self.conditioning(position, condition_vectors)
+
+    def _factors(self, x: jax.Array) -> TokenLogits:
+        """Of the logits of hidden states [B, T, D]."""
+        return TokenLogits(self.ln_f(x.astype(jnp.float32)).astype(self.dtype), self.output)
 
 
 @jax.custom_batching.custom_vmap
@@ -415,7 +460,7 @@ def _split_heads(x: jax.Array, heads: int) -> jax.Array:
 def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
     """Scaled products of query [B, T, heads, d] and keys [B, S, heads, d]: [B, heads, T, S], float32."""
     scale = query.shape[-1] ** -0.5
-    return scale * jnp.einsum("bthd,bshd->bhts", query, keys, preferred_element_type=jnp.float32)
+    return scale * float32_product("bthd,bshd->bhts", query, keys)
 
 
 def _read(weights: jax.Array, values: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from tap_jax.models.heads import ClassificationHead, ImageHead, TextHead
 from tap_jax.models.layers import InputAdaptor, ModelConfig, TrainableDense
 from tap_jax.models.lora import Tree
 from tap_jax.models.token_layout import TokenLayout
+from tap_jax.token_logits import TokenLogits, whole
 
 ENCODERS = {
     "flava": {"image": flava.ImageEncoder, "text": flava.TextEncoder},
@@ -381,11 +382,19 @@ class ServerModel:
         Raises:
           UserError: A - 1 is above `config.max_answer`.
         """
-        module = self._heads[task.head]
+        return whole(self._decode(head, task, vectors, batch, key))
+
+    def _decode(self, head: Tree, task: Task, vectors: Array, batch: Mapping, key: Array | None) -> Array | TokenLogits:
+        """What `decode` returns; of text the factors of it."""
+        module, params = self._heads[task.head], {"params": head}
         kwargs = {"deterministic": key is None, "rngs": None if key is None else {"dropout": key}}
         if isinstance(module, TextHead):
-            return module.apply({"params": head}, self._condition(vectors), batch["answers"][:, :-1], **kwargs)
-        return module.apply({"params": head}, vectors.mean(1), **kwargs)
+            ids = batch["answers"][:, :-1]
+            if "answer_segments" in batch:
+                ids = batch["answers"]
+                kwargs |= {"segments": batch["answer_segments"], "positions": batch["answer_positions"]}
+            return module.apply(params, self._condition(vectors), ids, method="factors", **kwargs)
+        return module.apply(params, vectors.mean(1), **kwargs)
 
     def apply(self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None) -> Array:
         """`decode` of `represent`: the whole forward pass of a task, with dropout where a key is given.
@@ -397,22 +406,33 @@ class ServerModel:
           batch: what `represent` and `decode` read.
           key: dropout key; None in evaluation.
         """
-        return self.forward(frozen, parts, task, batch, key=key)[0]
+        return whole(self.forward(frozen, parts, task, batch, key=key)[0])
 
     def forward(
         self, frozen: Tree, parts: Tree, task: Task, batch: Mapping, *, key: Array | None = None
-    ) -> tuple[Array, Array]:
-        """(what `apply` returns, latents), the latents that DisentAFL disentangles.
+    ) -> tuple[Array | TokenLogits, Array]:
+        """(outputs, latents), as training wants them; the latents are those that DisentAFL disentangles.
 
         Returns:
-          The outputs, and float32 [|modalities|, B, D]: the mean over real tokens of each modality's modality-task
-          path between the MoTE and the MoME stage. The standard backbone has no such place: [0, B, D].
+          What `apply` returns, but of text generation the logits' factors. And float32 [|modalities|, B, D]: the mean
+          over real tokens of each modality's modality-task path between the MoTE and the MoME stage. The standard
+          backbone has no such place: [0, B, D].
         """
         first, second = (None, None) if key is None else jax.random.split(key)
         vectors, latents = self._represent(frozen, parts, task, batch, first)
-        return self.decode(parts["head"], task, vectors, batch, key=second), latents
+        return self._decode(parts["head"], task, vectors, batch, second), latents
 
-    def generate(self, head: Tree, task: Task, vectors: Array, *, length: int, start: int, stop: int) -> Array:
+    def generate(
+        self,
+        head: Tree,
+        task: Task,
+        vectors: Array,
+        *,
+        length: int,
+        start: int,
+        stop: int,
+        wanted: Array | None = None,
+    ) -> Array:
         """Greedy answers int32 [B, length] from path vectors [B, P, D], for a task of text generation.
 
         An answer ends with `stop`, behind which it is 0, or is cut off at `length`; `start`, which opens it, is left
@@ -422,6 +442,7 @@ class ServerModel:
           head: the block "head/<task.head>".
           length: word pieces, <= `config.max_answer`.
           start, stop: ids of the tokens that open and end an answer.
+          wanted: bool [B], whose answers are; what others get means nothing. None: all.
 
         Raises:
           UserError: length is above `config.max_answer`.
@@ -433,6 +454,7 @@ class ServerModel:
             start_id=start,
             stop_id=stop,
             pad_id=PAD,
+            wanted=wanted,
             method="generate",
         )
 

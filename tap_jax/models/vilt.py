@@ -56,8 +56,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """tokens int32 [B, T] -> [B, T, D], in `config.dtype`; T <= text_rows, the positions stored.
 
-    Positions, int32 [B, T], count from 0 in every sequence, unless they are given, each below text_rows. Token by token:
-    the mask makes no difference, nor does `deterministic`.
+    Positions, int32 [B, T], count from 0 in every sequence, unless they are given, each below text_rows.
+    Token by token: the mask makes no difference, nor does `deterministic`.
     """
 
     config: ModelConfig

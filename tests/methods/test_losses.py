@@ -73,7 +73,7 @@ def test_images_may_be_compared_by_mean_squares():
 
 def test_the_configuration_says_how_a_teacher_teaches():
     """Equation 6's second term: each field of `distillation` reaches it. The teacher's blocks are its outputs here."""
-    model = types.SimpleNamespace(apply=lambda frozen, blocks, task, batch: blocks)
+    model = types.SimpleNamespace(forward=lambda frozen, blocks, task, batch: (blocks, None))
     config = default_config()
     config.distillation.update(temperature=2.0, temperature_power=1.0, image_loss="mse")
     config.distillation.weights.update(text_classification=3.0, image_generation=5.0)

@@ -13,6 +13,7 @@ from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
+from tap_jax.token_logits import whole
 from tests import oracle
 from tests.models import reference
 
@@ -55,7 +56,8 @@ def decode(model, task):
 @functools.lru_cache
 def forward(model, stream):
     def run(frozen, blocks, batch, key=None):
-        return model.forward(frozen, model.collect(blocks, stream), stream.task, batch, key=key)
+        z, latents = model.forward(frozen, model.collect(blocks, stream), stream.task, batch, key=key)
+        return whole(z), latents
 
     return jax.jit(run)
 
