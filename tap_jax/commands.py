@@ -90,12 +90,18 @@ def export(workdir: str, client: str, format: str, out: str, model: str, variant
     print(f"in {out}: {', '.join(files)}", flush=True)
 
 
-def describe(config: ConfigDict) -> None:
-    """`tap-jax describe`."""
+def describe(config: ConfigDict, plans: int) -> None:
+    """`tap-jax describe`.
+
+    Raises:
+      UserError: a negative number of plans, or data that cannot be read for them.
+    """
+    if plans < 0:
+        raise UserError(f"plans: {plans}; use a number of rounds such as 200, or 0 for none")
     startup.start_jax(config)
     from tap_jax.describe import describe
 
-    print(describe(config), end="", flush=True)
+    print(describe(config, plans=plans), end="", flush=True)
 
 
 def bench(
@@ -246,8 +252,12 @@ _ALL = (
     Command(
         "describe",
         describe,
-        (_CONFIG, _REGISTER),
-        "parameters (Table 7), who owns which block, memory plan, FLOPs; reads no data",
+        (
+            _CONFIG,
+            Flag("plans", "N", "draw the plans of N rounds from the run's data, and say how much work is useful", 0),
+            _REGISTER,
+        ),
+        "parameters (Table 7), who owns which block, memory plan, FLOPs; reads data for --plans only",
         "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
         "Example: tap-jax describe --config=configs/flava.py",
     ),

@@ -10,24 +10,30 @@ import numpy as np
 from tap_jax import assembly, blocks
 from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
+from tap_jax.experiment import read_data, training_data
 from tap_jax.headline import devices_named
 from tap_jax.models.accounting import account, counted_in_paper, shapes
 from tap_jax.models.server_model import ServerModel
 from tap_jax.outline import Outline, block_sizes, outline
 from tap_jax.planned_memory import MIB, data_bytes, mesh, plan
 from tap_jax.step_cost import gradients_per_step, longest, task_flops
+from tap_jax.useful_share import measure, report
 
 
-def describe(config: ConfigDict) -> str:
+def describe(config: ConfigDict, *, plans: int = 0) -> str:
     """The text of `tap-jax describe`.
 
     Args:
+      plans: rounds whose plans are drawn from the run's data, to measure the useful share of the arithmetic; 0: none,
+        and no data are read.
       config: of any kind that `experiment.build` takes. `mesh.clients` and `mesh.data` may ask for more devices than
         there are here.
     """
     found = outline(config)
     parts = [_head(found), _paper(found), _patterns(found), _stored(found), _map(found), _memory(found)]
     parts.append(_flops(found))
+    if plans:
+        parts.append(_useful(found, plans))
     return "\n\n".join(parts) + "\n"
 
 
@@ -188,6 +194,22 @@ def _flops(found: Outline) -> str:
         + f"\nFor texts and answers as long as the model takes them{gradients}. A minibatch of {config.batch_size}:"
         f" {min(totals):,.3g} to {max(totals):,.3g} x 10^12."
     )
+
+
+def _useful(found: Outline, plans: int) -> str:
+    """How much of the arithmetic is for samples and tokens that are there."""
+    config, federation = found.config, found.federation
+    data = read_data(config, federation, found.model.tasks)
+    shares = measure(
+        found.model,
+        federation,
+        data,
+        training_data(config, data)[0],
+        assembly.engine_settings(config, len(federation.clients)),
+        personal=config.method == "tap",
+        plans=plans,
+    )
+    return "\n".join([f"Plans of {plans} rounds and of the last phases", *report(shares)])
 
 
 def _columns(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:

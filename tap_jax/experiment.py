@@ -22,7 +22,7 @@ from tap_jax.blocks import PRIVATE, Blocks, Partition
 from tap_jax.config import ConfigDict
 from tap_jax.data import federated
 from tap_jax.data.federated import FederatedData
-from tap_jax.data.sampling import hold_out
+from tap_jax.data.sampling import ClientData, hold_out
 from tap_jax.engine import parallel, rounds
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.engine import Engine
@@ -282,24 +282,7 @@ def build(
         scorer_of(config, tasks)
     notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config))
     pretrained = pretrained_weights(config, tasks)
-    data = federated.build(
-        federation,
-        tasks,
-        root=config.data.root,
-        seed=config.seed,
-        vocab=config.model.vocab,
-        max_text=config.model.max_text,
-        max_answer=config.model.max_answer,
-        tokenizer=config.data.tokenizer,
-        sizes={"train": config.data.train_size, "test": config.data.test_size},
-        image_classes=config.data.image_classes,
-        folders=dict(config.data.folders),
-        cache_dir=configuration.data_cache(config),
-        split=config.federation.split,
-        alpha=config.federation.alpha,
-        parts=config.federation.parts,
-        personal_test=config.data.test_split == "personal",
-    )
+    data = read_data(config, federation, tasks)
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
     model = ServerModel(assembly.model_config(config, vocab=vocab), tasks)
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
@@ -314,10 +297,7 @@ def build(
         own = model.init_adapters(jax.random.fold_in(jax.random.key(config.seed), 1))
         initial = {**initial, **{PRIVATE + name: tree for name, tree in own.items()}}
     like = blocks_like(model)
-    clients, held_out = data.clients, ()
-    if config.data.held_out:
-        cut = [hold_out(mine, config.data.held_out, config.seed, k) for k, mine in enumerate(clients)]
-        clients, held_out = zip(*cut, strict=True)
+    clients, held_out = training_data(config, data)
     finished = assembly.finished_model(model)
     method = method or assembly.method_of(config, model, variants, criterion)
     engine = Engine(
@@ -346,6 +326,40 @@ def build(
         jax.device_get(dict(initial)),
         notes,
     )
+
+
+def read_data(config: ConfigDict, federation: Federation, tasks: Sequence[Task]) -> FederatedData:
+    """The data that a configuration names, dealt out to the federation's clients.
+
+    Raises:
+      UserError: they cannot be read or used.
+    """
+    return federated.build(
+        federation,
+        tasks,
+        root=config.data.root,
+        seed=config.seed,
+        vocab=config.model.vocab,
+        max_text=config.model.max_text,
+        max_answer=config.model.max_answer,
+        tokenizer=config.data.tokenizer,
+        sizes={"train": config.data.train_size, "test": config.data.test_size},
+        image_classes=config.data.image_classes,
+        folders=dict(config.data.folders),
+        cache_dir=configuration.data_cache(config),
+        split=config.federation.split,
+        alpha=config.federation.alpha,
+        parts=config.federation.parts,
+        personal_test=config.data.test_split == "personal",
+    )
+
+
+def training_data(config: ConfigDict, data: FederatedData) -> tuple[tuple[ClientData, ...], tuple[ClientData, ...]]:
+    """(What each client trains on, what is held out of it); nothing is where `data.held_out` is 0."""
+    if not config.data.held_out:
+        return data.clients, ()
+    cut = [hold_out(mine, config.data.held_out, config.seed, k) for k, mine in enumerate(data.clients)]
+    return tuple(zip(*cut, strict=True))
 
 
 def blocks_like(model: ServerModel) -> Blocks:

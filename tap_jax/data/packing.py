@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 SEQUENCE = 128  # tokens that a packed sequence has at least, as far as whole texts fit into it
-SIZES = (1.0, 1 / 8)  # of rows, as parts of the largest
-ROOM = 1.1  # room for answers, and for texts beside images, above what the mean sample needs
+SIZES = (1.0, 1 / 4)  # of rows, as parts of the largest
+ROOM = 1.1  # for answers, and for texts beside images, above what so many samples need on average
+DENSE = 1.05  # tokens of packed sequences over those of the texts in them, about
 
 
 class Sequences(NamedTuple):
@@ -85,8 +86,8 @@ def packed(
 ) -> tuple[RowShape, ...]:
     """The shapes of packed rows, largest first.
 
-    The largest has `microbatch` images or, of texts alone, microbatch · 128 tokens, but no more than the samples of a
-    minibatch need.
+    The largest has room for `microbatch` images, for more where that is less than microbatch · 128 tokens, or of texts
+    alone for so many tokens; but for no more than the samples of a minibatch need.
 
     Args:
       texts, answers: of the family's training samples.
@@ -96,21 +97,30 @@ def packed(
     """
     width, answer_width = _width(texts.longest), _width(answers.longest)
 
+    if image_tokens:
+        room = max(microbatch, microbatch * SEQUENCE // image_tokens)
+        samples = batch / math.ceil(batch / room)  # a whole minibatch fills its rows evenly
+    else:
+        tokens = DENSE * batch * texts.mean
+        tokens /= math.ceil(tokens / (microbatch * SEQUENCE))
+        samples = tokens / texts.mean
+
     def shape(part: float) -> RowShape:
+        expected = max(1.0, part * samples)
         if image_tokens:
-            samples = max(1, round(part * min(microbatch, batch)))
-            count = math.ceil(ROOM * samples * texts.mean / width) if width else 0
+            room = math.ceil(expected)
+            count = math.ceil(ROOM * expected * texts.mean / width) if width else 0
         else:
-            count = max(1, round(part * min(microbatch * SEQUENCE, ROOM * batch * texts.mean) / width))
+            count = max(1, round(expected * texts.mean / width))
             # Twice as many as of mean length: a stream of the family may have shorter ones.
-            samples = min(batch, math.ceil(2 * count * width / texts.mean))
-        expected = samples if image_tokens else min(batch, count * width / texts.mean)
+            room = min(batch, math.ceil(2 * count * width / texts.mean))
+            expected = min(batch, count * width / texts.mean)
         answer_count = max(1, math.ceil(ROOM * expected * answers.mean / answer_width)) if answer_width else 0
         return RowShape(
-            samples,
+            room,
             Sequences(count, width) if width else None,
             Sequences(answer_count, answer_width) if answer_width else None,
-            cost=samples * image_tokens + count * width,
+            cost=room * image_tokens + count * width,
         )
 
     return tuple(dict.fromkeys(shape(part) for part in SIZES))

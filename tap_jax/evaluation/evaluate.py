@@ -10,7 +10,7 @@ import numpy as np
 
 from tap_jax.blocks import Blocks, Stack
 from tap_jax.data.families import Family, offsets
-from tap_jax.data.packing import capacities, pack
+from tap_jax.data.packing import RowShape, capacities, pack
 from tap_jax.data.sampling import row_shapes
 from tap_jax.data.store import stored
 from tap_jax.data.text import TaskArrays, WordPiece
@@ -18,11 +18,14 @@ from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.parallel import ROWS, SHARED
 from tap_jax.engine.programs import Program, abstract
+from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.metrics import TextScorer, accuracy
 from tap_jax.evaluation.prediction import TestRows, predictor, scored
 from tap_jax.evaluation.sampler import Sampler
 from tap_jax.evaluation.scores import Row
 from tap_jax.federation import Task
+
+PADDED_ROW = 50  # samples of a padded row
 
 
 class Evaluator:
@@ -32,8 +35,6 @@ class Evaluator:
       engine: of the run.
       tests: task name -> test arrays.
       personal: per client, task name -> ids into its test set; None where all have the whole set.
-      microbatch: samples of a padded row; packed ones are four times as large as those in training, since nothing is
-        kept for a gradient.
 
     Attributes:
       arrays: family name -> its tests on the device.
@@ -50,22 +51,12 @@ class Evaluator:
         tokenizer: WordPiece | None,
         scorer: TextScorer | None,
         personal: Sequence[Mapping[str, np.ndarray]] | None = None,
-        microbatch: int = 50,
     ):
         self.engine, self.tests, self.personal = engine, tests, personal
         self.tokenizer, self.scorer = tokenizer, scorer
         self.arrays = engine.devices.put(stored(engine.families, tests), SHARED)
         self.starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
-        packed = engine.settings.packed
-        self.shapes = row_shapes(
-            engine.families,
-            tests,
-            packed=packed,
-            microbatch=4 * engine.settings.microbatch if packed else microbatch,
-            batch=max(map(len, tests.values())),
-            image_tokens=engine.model.config.image_tokens,
-            answers=False,
-        )
+        self.shapes = test_shapes(engine.families, tests, engine.settings, engine.model.config.image_tokens)
         self._programs = {
             family.name: Program(predictor(engine, family, self.shapes[family.name], tokenizer, scored))
             for family in engine.families
@@ -244,6 +235,21 @@ class Evaluator:
             if self.sampler:
                 self.sampler.texts(variant, client, self.engine.tasks[o], values)
         return rows
+
+
+def test_shapes(
+    families: Sequence[Family], tests: Mapping[str, TaskArrays], settings: EngineSettings, image_tokens: int
+) -> dict[str, tuple[RowShape, ...]]:
+    """Family name -> shapes of its rows; packed ones are larger than in training, as no gradient needs their tokens."""
+    return row_shapes(
+        families,
+        tests,
+        packed=settings.packed,
+        microbatch=4 * settings.microbatch if settings.packed else PADDED_ROW,
+        batch=max(map(len, tests.values())),
+        image_tokens=image_tokens,
+        answers=False,
+    )
 
 
 def _of(rows: TestRows, values: np.ndarray, position: int, cohort: Cohort, variants: list[int]):

@@ -72,8 +72,8 @@ def test_shapes_follow_the_lengths(texts, answers, image_tokens):
     if image_tokens:
         assert large.samples == 32 and large.texts.total >= 32 * texts.mean
     else:
-        assert large.texts.total <= 32 * packing.SEQUENCE
-        assert large.texts.total <= packing.ROOM * 128 * texts.mean + large.texts.tokens
+        assert large.texts.total <= 32 * packing.SEQUENCE + large.texts.tokens
+        assert large.texts.total <= packing.DENSE * 128 * texts.mean + large.texts.tokens
 
 
 def test_widths():
