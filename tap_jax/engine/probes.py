@@ -58,7 +58,7 @@ class Probes:
 
         data = [only(mine) for mine in self.engine.data]
         rows = cohort.shape.rows
-        plan = self._plan(cohort, data, "probe", cohort.round, settings.batch, settings.microbatch, rows)
+        plan = self._plan(cohort, data, "probe", cohort.rounds, settings.batch, settings.microbatch, rows)
         return self._gradient(*self._inputs(cohort, stack, plan))
 
     def inner(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
@@ -78,9 +78,9 @@ class Probes:
         sizes = {"batch": batch, "microbatch": self.engine.settings.microbatch}
         together = self.engine.settings.rows_per_chunk * self.engine.devices.parts
         rows = capacities(held, self.engine.families, positions=cohort.positions, multiple=together, **sizes)
-        return self._plan(cohort, held, "held_out", 0, *sizes.values(), rows)
+        return self._plan(cohort, held, "held_out", np.zeros_like(cohort.rounds), *sizes.values(), rows)
 
-    def _plan(self, cohort, data: Sequence[ClientData], purpose, round_, batch, microbatch, rows) -> Plan:
+    def _plan(self, cohort, data: Sequence[ClientData], purpose, rounds, batch, microbatch, rows) -> Plan:
         """One minibatch of every client, with the shard axis and the axis of draws; on the devices."""
         shards = [
             draw_plan(
@@ -88,7 +88,7 @@ class Probes:
                 clients,
                 self.engine.families,
                 seed=self.engine.settings.seed,
-                round_=round_,
+                round_=of,
                 purpose=purpose,
                 batch=batch,
                 microbatch=microbatch,
@@ -97,7 +97,7 @@ class Probes:
                 starts=self.engine.starts,
                 passes=None,
             )
-            for clients in cohort.table
+            for clients, of in zip(cohort.table, rounds, strict=True)
         ]
         shards = [plan.replace(rows=jax.tree.map(lambda leaf: leaf[None], plan.rows)) for plan in shards]
         return self.engine.placed(jax.tree.map(lambda *x: np.stack(x), *shards))
