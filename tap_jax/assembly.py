@@ -251,7 +251,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         seed=config.seed,
         screening=Screening(config.screening.max_norm, config.screening.on_broken == "stop"),
         privacy=Privacy(**config.privacy) if config.privacy.noise_multiplier else None,
-        pipelined=config.rounds if config.engine.pipeline_rounds else 0,
+        window=max(1, config.engine.window),
         in_pieces=config.method == "tap" and bool(config.distillation.patience),
     )
 

@@ -31,7 +31,7 @@ from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.evaluation.metrics import TextScorer, text_scorer
 from tap_jax.evaluation.scores import Row
 from tap_jax.federation import Federation, Task
-from tap_jax.methods.base import Method, State
+from tap_jax.methods.base import Method, SplitRound, State
 from tap_jax.methods.criteria import Criterion
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
@@ -131,6 +131,13 @@ class Experiment:
         """
         return rounds.play_round(self.engine, self.method, state, clients)
 
+    def window(self, state: State) -> tuple[State, list[dict]]:
+        """The rounds up to the end of a window (`engine.window`) or of the run -> (new state, a line of each).
+
+        The lines are those of `round`, which plays one round by itself whatever the window.
+        """
+        return rounds.play_window(self.engine, self.method, state, self.config.rounds)
+
     def finish(self, state: State) -> Finished:
         """Stage 2 and the other variants' last phases, over all clients in passes.
 
@@ -160,9 +167,11 @@ class Experiment:
         """Starts compiling all that a whole run needs, in the background; optional."""
         cohort = self.engine.cohort(range(self.engine.settings.cohort_size), 0)
         everyone = self.engine.passes(0)[0]
-        self.engine.pipeline.prepare(cohort)  # first, where there is one: rounds begin with it
+        most = range(self.engine.settings.window_clients(len(self.federation.clients)))
         # A teacher comes after the last round, to as many clients as then train at once.
         cohort.prepare(guided=cohort.positions == everyone.positions or not self.engine.rule.also_alone)
+        if len(most) > len(cohort.given):
+            self.engine.cohort(most, [0] * len(most)).prepare(guided=False)
         everyone.prepare()
         self.evaluator.prepare(everyone)
 
@@ -276,7 +285,7 @@ def build(
     tasks = assembly.tasks_of(config, federation)
     variants = tuple(variants) if method else configuration.variants_of(config)
     settings = assembly.engine_settings(config, len(federation.clients))
-    devices = parallel.devices(**config.mesh, cohort=settings.together)
+    devices = parallel.devices(**config.mesh, cohort=settings.cohort_size)
     # What cannot be had or does not fit is said before the data are read.
     if config.metrics.bertscore_model != "auto":
         scorer_of(config, tasks)
@@ -300,6 +309,8 @@ def build(
     clients, held_out = training_data(config, data)
     finished = assembly.finished_model(model)
     method = method or assembly.method_of(config, model, variants, criterion)
+    if settings.window > 1 and not isinstance(method.round, SplitRound):
+        raise UserError("engine.window: the method's round is not a SplitRound, so no part of it can wait; use 0")
     engine = Engine(
         model,
         partition,

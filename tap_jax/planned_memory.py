@@ -62,7 +62,7 @@ def mesh(config: ConfigDict, settings: EngineSettings) -> tuple[int, int]:
     asked = (config.mesh.clients or 1, config.mesh.data or 1)
     if asked[0] * asked[1] > len(jax.devices()):
         return asked
-    here = parallel.devices(**config.mesh, cohort=settings.together)
+    here = parallel.devices(**config.mesh, cohort=settings.cohort_size)
     return here.shards, here.parts
 
 

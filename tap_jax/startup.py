@@ -87,9 +87,7 @@ def cpu_devices(config: ConfigDict, processes: distributed.Processes | None = No
     share = 1 if processes is None else processes.count or distributed.count_of_cluster()
     if config.mesh.clients:
         return -(-config.mesh.clients * (config.mesh.data or 1) // share)
-    # `EngineSettings.together`, which cannot be asked: it takes a JAX that has started.
-    together = config.cohort_size * (2 if config.engine.pipeline_rounds else 1)
-    return min(cores, -(-together // share)) * (config.mesh.data or 1)
+    return min(cores, -(-config.cohort_size // share)) * (config.mesh.data or 1)
 
 
 def cache_folder(config: ConfigDict) -> str | None:

@@ -192,10 +192,10 @@ def default_config() -> ConfigDict:
     # clients, whose checkpoints then hold tables in the place of a million arrays.
     engine.host_gigabytes = 0.0
     engine.attention = "auto"  # ⚙ by platform, on GPUs by a trial | "einsum" | "xla" | "cudnn" (NVIDIA, bfloat16)
-    # ⚙ train the next round's W̃ beside this round's X, which do not depend on each other, in one program: twice the
-    # clients at once, and twice the memory. Meant for rounds of fewer clients than there are devices, to which
-    # mesh.clients = 0 then gives both rounds' clients. Only with method "tap" and optimizer.state "fresh".
-    engine.pipeline_rounds = False
+    # ⚙ rounds of a window, whose X wait for its end, where the clients of all of them train together: up to so many
+    # times cohort_size at once, with as many times the memory. Checkpoints are of the ends of windows. 0 or 1: no round
+    # waits. Only with method "tap".
+    engine.window = 0
     engine.remat = False  # ⚙ recompute activations: less memory, about a third more time
     return config
 
@@ -208,8 +208,8 @@ NEUTRAL_FIELDS = (
     "engine.attention",
     "engine.clients_per_pass",
     "engine.host_gigabytes",
-    "engine.pipeline_rounds",
     "engine.remat",
+    "engine.window",
     "mesh.clients",
     "mesh.data",
     "mesh.parallel",

@@ -17,8 +17,7 @@ _MAY_BE_ZERO = (
     "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients", "mesh.data", "model.text_positions",
     "optimizer.learning_rate_initial", "optimizer.warmup_rounds", "optimizer.weight_decay", "optimizer.clip_norm",
     "federation.parts", "data.train_size", "data.test_size", "data.image_classes", "distillation.patience",
-    "engine.microbatch", "engine.clients_per_pass",
-    "engine.host_gigabytes",
+    "engine.microbatch", "engine.clients_per_pass", "engine.host_gigabytes", "engine.window",
     "screening.max_norm", "privacy.noise_multiplier",
 )  # fmt: skip
 _FRACTIONS = ("data.held_out", "model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
@@ -84,15 +83,8 @@ def _check_privacy(config: ConfigDict) -> None:
 
 def _check_method(config: ConfigDict) -> None:
     """What goes with the method, its criterion and its backbone."""
-    if config.engine.pipeline_rounds and config.method != "tap":
-        raise UserError(
-            f"engine.pipeline_rounds: method '{config.method}' trains nothing beside the server's blocks; use False"
-        )
-    if config.engine.pipeline_rounds and config.optimizer.state == "persist":
-        raise UserError(
-            "engine.pipeline_rounds: the next round's W̃ cannot start before this round's optimizer states are there;"
-            " use False, or optimizer.state='fresh'"
-        )
+    if config.engine.window > 1 and config.method != "tap":
+        raise UserError(f"engine.window: method '{config.method}' trains nothing that can wait for later rounds; use 0")
     if config.model.backbone == "standard" and config.method == "disentafl":
         raise UserError("model.backbone: 'disentafl' compares what the routed backbone's stacks put out; use 'routed'")
     if config.replacement.criterion == "gradient" and config.replacement.margin == "relative":

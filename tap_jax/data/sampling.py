@@ -230,47 +230,13 @@ def share_out(plan: Plan, parts: int) -> Plan:
     return Plan(rows={name: tuple(map(rows, found)) for name, found in plan.rows.items()}, **same)
 
 
-def joined(one: Plan, other: Plan) -> Plan:
-    """Two plans of as many steps as one: positions and rows of the other behind those of the first.
-
-    Args:
-      one, other: leaves with any common leading axes; both begin with the same step.
-
-    Returns:
-      K and N are the sums of theirs. Leading clients' rows of both come before the others of both.
-    """
-    positions = one.clients.shape[-1]
-
-    def rows(mine: Rows, theirs: Rows) -> Rows:
-        axis, kinds = mine.count.ndim, []
-        for found in (mine, theirs):
-            number = np.arange(found.table.client.shape[axis])
-            kinds.append((number >= found.lead[..., None]).astype(int) + (number >= found.count[..., None]))
-        order = np.argsort(np.concatenate(kinds, axis), axis=axis, kind="stable")
-
-        def behind(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-            both = np.concatenate([x, y], axis)
-            return np.take_along_axis(both, order.reshape(*order.shape, *(1,) * (both.ndim - order.ndim)), axis)
-
-        table = jax.tree.map(behind, mine.table, theirs.table.replace(client=theirs.table.client + positions))
-        return Rows(table, mine.count + theirs.count, mine.lead + theirs.lead)
-
-    return Plan(
-        rows={name: tuple(map(rows, found, other.rows[name])) for name, found in one.rows.items()},
-        clients=np.concatenate([one.clients, other.clients], -1),
-        active=np.concatenate([one.active, other.active], -1),
-        first=one.first,
-        steps=np.maximum(one.steps, other.steps),
-    )
-
-
 def draw_plan(
     data: Sequence[ClientData],
     clients: np.ndarray,
     families: Sequence[Family],
     *,
     seed: int,
-    round_: int,
+    round_: int | Sequence[int] | np.ndarray,
     purpose: str,
     batch: int,
     shapes: Mapping[str, Sequence[RowShape]],
@@ -288,7 +254,8 @@ def draw_plan(
       data: of all clients of the federation.
       clients: int [K], client numbers, -1 for an empty position.
       families: of all tasks of the federation, in order.
-      seed, round_, purpose: with the client's number and `draw` they determine its minibatches; see `generator`.
+      seed, round_, purpose: with the client's number and `draw` they determine its minibatches; see `generator`. The
+        round may be given for every position, [K].
       batch: samples of a client's minibatch.
       shapes: family name -> shapes of its rows.
       steps: at most so many are taken; fewer where `passes` over a client's samples are over before.
@@ -299,7 +266,7 @@ def draw_plan(
       draw: number of the draw, where a step takes several independent ones.
       lead: client numbers whose rows come first.
     """
-    length = steps if length is None else length
+    length, rounds = steps if length is None else length, np.broadcast_to(round_, len(clients))
     rows = {
         family.name: tuple(map(_empty, shapes[family.name], capacities[family.name], itertools.repeat(length)))
         for family in families
@@ -314,7 +281,7 @@ def draw_plan(
         if not mine.streams:
             continue
         pool = _Pool.of(mine)
-        rng = generator(seed, round_, client, purpose, draw)
+        rng = generator(seed, int(rounds[position]), client, purpose, draw)
         drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, passes=passes)
         for step, chosen in enumerate(drawn):
             active[step, position] = True

@@ -20,8 +20,8 @@ from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition, Seats, Stack
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
-from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan, joined, share_out
-from tap_jax.engine import parallel, pipelining
+from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan, share_out
+from tap_jax.engine import parallel
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
 from tap_jax.engine.programs import abstract
@@ -54,11 +54,6 @@ class Phase(NamedTuple):
     rate: np.ndarray
     key: Array
 
-    def beside(self, other: "Phase") -> "Phase":
-        """Both as one, the other's positions behind those of this one."""
-        rate, key = np.concatenate([self.rate, other.rate], 1), jnp.concatenate([self.key, other.key], 1)
-        return Phase(joined(self.plan, other.plan), rate, key)
-
 
 class Cohort:
     """See `methods.base.Cohort`; made by `Engine.cohort` and `Engine.passes`."""
@@ -67,13 +62,12 @@ class Cohort:
         self,
         engine: "Engine",
         clients: Sequence[int],
-        round_: int,
+        round_: int | Sequence[int],
         *,
         size: int,
         moments: Mapping | None = None,
-        following: Sequence[int] | None = None,
     ):
-        self.engine, self.round, self.following = engine, round_, following
+        self.engine, self.round = engine, round_ if np.ndim(round_) == 0 else tuple(round_)
         self._before, self._moments = moments or {}, {}
         self.given, self._trained = tuple(clients), False
         self.verdicts: list[Verdicts] = []
@@ -84,16 +78,22 @@ class Cohort:
             shards=engine.devices.shards,
             positions=self.shape.positions,
         )
-        if engine.settings.pipelined and round_ % 2:
-            # Rounds that follow each other train together: the one's least loaded shard is the other's most.
-            table = table[::-1]
         self.clients = table.reshape(-1)
+        self.rounds = np.full(table.shape, round_ if self.of_one_round else min(round_))
+        if not self.of_one_round:
+            for client, number in zip(clients, round_, strict=True):
+                self.rounds[table == client] = number
         owned = engine.partition.owned[table] & (table >= 0)[..., None]
         self.shard_seats = [blocks.seat(engine.partition, mine, self.shape.slots) for mine in owned]
         self.positions = self.shape.positions
         self.table, self._owned = table, owned.reshape(len(self.clients), -1)
         self.seats: Seats = engine.devices.put(jax.tree.map(lambda *x: np.stack(x), *self.shard_seats), CLIENTS)
         self.flat_seats: Seats = flatten_seats(self.shard_seats)
+
+    @property
+    def of_one_round(self) -> bool:
+        """Whether all clients are of the same round, as but in windows they are."""
+        return np.ndim(self.round) == 0
 
     def broadcast(self, server: Stack) -> Stack:
         """W̃[i] for every client, [D, G, n]."""
@@ -171,13 +171,13 @@ class Cohort:
         left_out = np.isin(np.arange(self.clients.size), list(without)).reshape(self.table.shape)
         table = np.where(left_out, -1, self.table)
 
-        def one(clients, draw):
+        def one(clients, rounds, draw):
             return draw_plan(
                 engine.data,
                 clients,
                 engine.families,
                 seed=settings.seed,
-                round_=self.round,
+                round_=rounds,
                 purpose=purpose,
                 batch=settings.batch,
                 shapes=engine.shapes,
@@ -191,8 +191,8 @@ class Cohort:
             )
 
         shards = []
-        for clients in table:
-            drawn = [one(clients, draw) for draw in range(engine.rule.draws)]
+        for clients, rounds in zip(table, self.rounds, strict=True):
+            drawn = [one(clients, rounds, draw) for draw in range(engine.rule.draws)]
             shards.append(drawn[0].replace(rows=jax.tree.map(lambda *x: np.stack(x), *(plan.rows for plan in drawn))))
         return jax.tree.map(lambda *x: np.stack(x), *shards)
 
@@ -206,7 +206,6 @@ class Cohort:
         teacher: Stack | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
-        ahead: Stack | None = None,
         goes_on: bool = True,
     ) -> tuple[Stack, Losses]:
         """Local training -> (stack, `Losses` [P, O]); see `methods.base.Cohort`.
@@ -215,12 +214,8 @@ class Cohort:
           goes_on: a later call begins where `steps` end; else no optimizer states are kept for it.
         """
         engine, phase = self.engine, self.phase(purpose, post=post, idle=idle)
-        alone = ahead is None or post or teacher is not None or steps is not None
-        beside = not alone and engine.pipeline.reaches(self)
-        if not post:
-            self.begin((0, purpose), *[(1, pipelining.PURPOSE)] * beside)
-        if beside:
-            return engine.pipeline.train_both(self, stack, phase, ahead)
+        if not post and self.of_one_round and not self._trained:
+            engine.begins, self._trained = purpose, True
         if steps is not None:
             plan = phase.plan
             first, last = np.full_like(plan.first, steps[0]), np.minimum(plan.steps, steps[1])
@@ -231,31 +226,22 @@ class Cohort:
             self._moments[purpose if post else chain or purpose] = after
         return stack, losses
 
-    def train_federated(self, server: Stack) -> tuple[Stack, Losses]:
-        """See `methods.base.Cohort`."""
-        if self.engine.pipeline.runs:
-            return self.engine.pipeline.federated(self, server)
-        return self.train(self.broadcast(server), "federated")
-
-    def begin(self, *parts: tuple[int, str]) -> None:
-        """Notes of what a training is, if it is the round's first: of each part, how many rounds ahead, and purpose."""
-        if not self._trained:
-            self.engine.begins = parts
-        self._trained = True
-
     def phase(self, purpose: str, *, post: bool = False, idle: np.ndarray | None = None) -> "Phase":
         """A local training of this (seed, round, purpose); its plan is drawn now, unless it has been."""
         settings = self.engine.settings
-        key = jax.random.fold_in(jax.random.key(settings.seed), self.round)
-        key = jax.random.fold_in(key, PURPOSES.index(purpose))
-        rate = np.float32(settings.post_rate if post else settings.rate(self.round))
+        seed, number = jax.random.key(settings.seed), PURPOSES.index(purpose)
+        rounds, place = np.unique(self.rounds, return_inverse=True)
+        place = place.reshape(self.table.shape)
+        key = jnp.stack([jax.random.fold_in(jax.random.fold_in(seed, t), number) for t in rounds.tolist()])[place]
+        rates = [settings.post_rate if post else settings.rate(t) for t in rounds.tolist()]
+        rate = np.array(rates, np.float32)[place]
         drawn = self.engine._drawn.pop((self.round, purpose, self.given), None)
         if drawn and not post and idle is None:
             plan = drawn.result()
         else:
             plan = self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
         plan = share_out(plan, self.engine.devices.parts)
-        return Phase(plan, np.full(self.table.shape, rate), jnp.broadcast_to(key, self.table.shape))
+        return Phase(plan, rate, key)
 
     def _remembered(self, purpose: str, chain: str | None, steps: tuple[int, int] | None) -> Stack | None:
         """The optimizer states with which a training goes on, or None where it starts afresh and leaves none."""
@@ -327,7 +313,12 @@ class Cohort:
         """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly; or with noise, see `engine.privacy`.
 
         What screening found is added to `verdicts`.
+
+        Raises:
+          ValueError: the clients are of several rounds, or privacy is accounted for already.
         """
+        if not self.of_one_round:
+            raise ValueError("clients of several rounds have no aggregate")
         samples = np.array([self.engine.data[k].samples if k >= 0 else 0 for k in self.clients], np.float32)
         if self.engine.settings.aggregation == "uniform":
             samples = (samples > 0).astype(np.float32)

@@ -23,11 +23,11 @@ from tap_jax.engine.cohort import Cohort, Phase, Shape, shape_of
 from tap_jax.engine.local_training import Losses, local_training
 from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED, Devices
-from tap_jax.engine.pipelining import Pipeline
 from tap_jax.engine.privacy import expected_owners
 from tap_jax.engine.probes import Probes
 from tap_jax.engine.programs import Program
 from tap_jax.engine.settings import EngineSettings
+from tap_jax.engine.windows import regroup
 from tap_jax.federation import Task
 from tap_jax.methods.base import LocalRule
 
@@ -101,7 +101,7 @@ class Engine:
         mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
         self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
         self._blank: dict[tuple, Stack] = {}
-        self.begins: tuple[tuple[int, str], ...] = ()  # see `Cohort.begin`; of the last round
+        self.begins: str | None = None  # purpose of the first training of the cohort before
         self._drawn: dict[tuple, concurrent.futures.Future] = {}
         self._replaceable = partition.replaceable(settings.scope)
         self._work = [
@@ -127,8 +127,8 @@ class Engine:
             stacks.aggregate, settings.screening, settings.privacy, expected, self.server_seats
         )
         self._aggregate = jax.jit(aggregate, out_shardings=self.shared)
+        self._regroup = jax.jit(regroup, donate_argnums=(0,), out_shardings=self.by_client)
         self._replace = jax.jit(stacks.replace, donate_argnums=(0,), out_shardings=self.by_client)
-        self.pipeline = Pipeline(self)
 
     def _tabled(self, model, like: Blocks) -> BlockTables:
         tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
@@ -148,18 +148,19 @@ class Engine:
     def cohort(
         self,
         clients: Sequence[int],
-        round_: int,
+        round_: int | Sequence[int],
         moments: Mapping | None = None,
-        following: Sequence[int] | None = None,
     ) -> Cohort:
         """The clients of round `round_` (0-based).
 
         Args:
+          clients: all different; more than a round has where they are of a window.
+          round_: one for all, or each client's own.
           moments: as in `State`, where optimizer states persist.
-          following: the clients of the next round, where that is known.
         """
-        size = self.settings.cohort_size
-        return Cohort(self, clients, round_, size=size, moments=moments, following=following)
+        settings = self.settings
+        size = settings.cohort_size if len(clients) <= settings.cohort_size else settings.window_clients(len(self.data))
+        return Cohort(self, clients, round_, size=size, moments=moments)
 
     def draw_ahead(self, round_: int) -> None:
         """Draws the plans with which a round of the clients drawn for it will begin, beside what runs now.
@@ -168,10 +169,9 @@ class Engine:
         was drawn ahead changes nothing.
         """
         kept = {key: plan for key, plan in self._drawn.items() if abs(key[0] - round_) <= 1}
-        for later, purpose in self.begins:
-            key = (round_ + later, purpose, self.drawn(round_ + later))
-            if key not in kept:
-                kept[key] = _DRAWING.submit(self._draw, *key)
+        key = round_, self.begins, self.drawn(round_)
+        if self.begins and key not in kept:
+            kept[key] = _DRAWING.submit(self._draw, *key)
         self._drawn = kept
 
     def _draw(self, round_: int, purpose: str, clients: Sequence[int]) -> Plan:
@@ -187,7 +187,6 @@ class Engine:
 
     def passes(self, round_: int, moments: Mapping | None = None) -> list[Cohort]:
         """All clients, `clients_per_pass` at a time."""
-        self.pipeline.forget()
         size, everyone = self.settings.clients_per_pass, range(len(self.data))
         return [Cohort(self, everyone[i : i + size], round_, size=size, moments=moments) for i in everyone[::size]]
 

@@ -15,7 +15,7 @@ from tap_jax.engine.cohort import keeps_place
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.methods.base import Method
 
-ROUND, LAST = "round", "after the last"
+ROUND, WINDOW, LAST = "round", "end of a window", "after the last"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,27 +87,30 @@ def memory_plan(
     server = int(sizes.sum())
     row = max(_row_bytes(model.roles(stream), like) for stream in model.streams)
 
-    def phase(clients: int, last: bool) -> PhaseMemory:
-        positions = -(-clients // shards)
+    def stack_of(positions: int) -> int:
         slots = partition.capacities(partition.owned, positions)
-        stack = sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
-        rounds = 2 if settings.pipelined and not last else 1
-        trained = rounds * stack
-        found = {"blocks in training": trained, "their gradients": trained, "AdamW's two moments": 2 * trained}
+        return sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
+
+    def phase(name: str, clients: int) -> PhaseMemory:
+        positions, last = -(-clients // shards), name == LAST
+        stack = stack_of(positions)
+        found = {"blocks in training": stack, "their gradients": stack, "AdamW's two moments": 2 * stack}
         if settings.persist or settings.in_pieces and last:
-            found["optimizer states as they were before"] = 2 * trained
-        if method.margins and not last:
-            # The last personal chain trains after the aggregation, any others before it.
-            if len(method.margins) > 1 and rounds == 1 and stack > server:
-                found["federated blocks"] = stack
-            else:
-                found["server's blocks of the next round"] = server
-        # Two cohorts together never have a teacher; other chains of the same rounds train by themselves.
-        alone = rounds == 1 or len(method.chains) > 1
-        if keeps_place(method.rule, stack) and alone or last and method.rule.guided:
+            found["optimizer states as they were before"] = 2 * stack
+        if settings.window > 1 and not last:
+            # A client that is drawn in every round of the window has its W̃ of the last one there until then.
+            found["server's blocks before the window"] = server
+            found["federated blocks of other rounds, at most"] = (settings.window - 1) * stack_of(
+                -(-settings.cohort_size // shards)
+            )
+        elif method.margins and not last:
+            found["server's blocks of the next round"] = server
+        if len(method.margins) > 1 and name == (WINDOW if settings.window > 1 else ROUND):
+            found["federated blocks"] = stack  # until the last personal chain trains
+        if keeps_place(method.rule, stack) or last and method.rule.guided:
             found["teacher's blocks"] = stack
         found["one row's blocks and gradients"] = 2 * row
-        return PhaseMemory(rounds * positions, found)
+        return PhaseMemory(positions, found)
 
     owned = int((partition.owned @ sizes).sum())
     mine = int((partition.owned @ (sizes * np.isin(partition.names, partition.chained))).sum())
@@ -122,8 +125,9 @@ def memory_plan(
     return MemoryPlan(
         devices=shards * parts,
         always={"frozen weights": frozen, "server's blocks": server, **known},
-        phases={ROUND: phase(settings.cohort_size, False)}
-        | ({LAST: phase(settings.clients_per_pass, True)} if after else {}),
+        phases={ROUND: phase(ROUND, settings.cohort_size)}
+        | ({WINDOW: phase(WINDOW, settings.window_clients(len(partition.owned)))} if settings.window > 1 else {})
+        | ({LAST: phase(LAST, settings.clients_per_pass)} if after else {}),
         host=({} if on_disk else stored)
         | ({name.replace(", at", " as read, at"): size for name, size in known.items()}),
         disk=stored if on_disk else {},

@@ -51,7 +51,7 @@ class Probes:
         """Stacks [D, G, n]."""
         names = {stream.name for stream in task.streams}
         data = [mine.only(names) for mine in self.engine.data]
-        plan = self._plan(cohort, data, "probe", cohort.round, self.engine.settings.batch, cohort.shape.rows)
+        plan = self._plan(cohort, data, "probe", cohort.rounds, self.engine.settings.batch, cohort.shape.rows)
         return self._gradient(*self._inputs(cohort, stack, plan))
 
     def inner(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
@@ -76,9 +76,9 @@ class Probes:
             batch=batch,
             multiple=self.engine.devices.parts,
         )
-        return self._plan(cohort, held, "held_out", 0, batch, rows)
+        return self._plan(cohort, held, "held_out", np.zeros_like(cohort.rounds), batch, rows)
 
-    def _plan(self, cohort, data: Sequence[ClientData], purpose, round_, batch, rows) -> Plan:
+    def _plan(self, cohort, data: Sequence[ClientData], purpose, rounds, batch, rows) -> Plan:
         """One minibatch of every client, with the shard axis and the axis of draws; on the devices."""
         shards = [
             draw_plan(
@@ -86,7 +86,7 @@ class Probes:
                 clients,
                 self.engine.families,
                 seed=self.engine.settings.seed,
-                round_=round_,
+                round_=of,
                 purpose=purpose,
                 batch=batch,
                 shapes=self.engine.shapes,
@@ -95,7 +95,7 @@ class Probes:
                 starts=self.engine.starts,
                 passes=None,
             )
-            for clients in cohort.table
+            for clients, of in zip(cohort.table, rounds, strict=True)
         ]
         shards = [plan.replace(rows=jax.tree.map(lambda leaf: leaf[None], plan.rows)) for plan in shards]
         return self.engine.placed(jax.tree.map(lambda *x: np.stack(x), *shards))

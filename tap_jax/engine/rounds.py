@@ -19,8 +19,9 @@ from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.privacy import epsilon
 from tap_jax.engine.screening import describe, dropped, norms
+from tap_jax.engine.windows import play_parts
 from tap_jax.errors import Preempted, UserError
-from tap_jax.methods.base import Method, State, put_rows
+from tap_jax.methods.base import Method, SplitRound, State, put_rows
 from tap_jax.whole_files import write_file
 
 LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
@@ -99,22 +100,68 @@ def play_round(
         _check_clients(clients, settings.cohort_size, len(engine.data))
     if clients is not None and settings.privacy:
         raise ValueError("privacy is accounted for cohorts that are drawn; leave clients out")
-    following = None
-    if clients is None:  # else nobody knows who comes next
-        clients, following = engine.drawn(state.round), engine.drawn(state.round + 1)
+    if clients is None:
+        clients = engine.drawn(state.round)
         engine.draw_ahead(state.round + 1)
-    cohort = engine.cohort(clients, state.round, state.moments, following)
+    cohort = engine.cohort(clients, state.round, state.moments)
     after, metrics = method.round(cohort, state)
-    seen = np.asarray(metrics["seen"])
-    after = after.replace(moments=cohort.moments(), seen=put_rows(state.seen, cohort.clients, seen, where=seen))
+    after = _kept(cohort, after)
     line = _line(engine, cohort, state.round, metrics)
-    if settings.screening.stop and line.get("dropped"):
-        found = ", ".join(map(describe, line["dropped"]))
+    return after.replace(seen=_seen(state.seen, cohort, metrics)), line
+
+
+def play_window(
+    engine: Engine, method: Method, state: State, rounds: int, stop: Callable[[], bool] = lambda: False
+) -> tuple[State, list[dict]] | None:
+    """The rounds to the end of a window, or to the end of the run: that of `play_round` is a window by itself.
+
+    Windows end where the rounds done are a multiple of `settings.window`, whatever round they begin with.
+
+    Args:
+      rounds: of the run.
+      stop: asked between the parts of a window.
+
+    Returns:
+      The new state and the lines of `play_round`; None where `stop` said yes, and nothing has come of the window.
+
+    Raises:
+      UserError: see `play_round`.
+    """
+    window, first = engine.settings.window, int(state.round)
+    last = max(first + 1, min(rounds, (first // window + 1) * window))
+    if last - first == 1 or not isinstance(method.round, SplitRound):
+        state, line = play_round(engine, method, state)
+        return state, [line]
+    drawn = [engine.drawn(round_) for round_ in range(first, last)]
+    found = play_parts(engine, method.round, state, drawn, _kept, stop)
+    if found is None:
+        return None
+    state, played = found
+    seen = state.seen
+    for cohort, metrics in played:
+        seen = _seen(seen, cohort, metrics)
+    return state.replace(seen=seen), [_line(engine, cohort, cohort.round, metrics) for cohort, metrics in played]
+
+
+def _kept(cohort: Cohort, state: State) -> State:
+    """The state after a part of a cohort's round, with what the cohort keeps itself.
+
+    Raises:
+      UserError: an update was dropped, and `screening.on_broken` is "stop".
+    """
+    if cohort.engine.settings.screening.stop and (broken := dropped(cohort.verdicts, cohort.clients)):
+        found = ", ".join(map(describe, broken))
         raise UserError(
-            f"screening.on_broken: 'stop', and round {state.round + 1} has a broken update: {found}; look at the"
+            f"screening.on_broken: 'stop', and round {cohort.round + 1} has a broken update: {found}; look at the"
             " client's data and optimizer.learning_rate, or call train again with 'drop' to go on without it"
         )
-    return after, line
+    return state.replace(moments=cohort.moments())
+
+
+def _seen(before: np.ndarray, cohort: Cohort, metrics: Mapping) -> np.ndarray:
+    """`State.seen` after a round."""
+    seen = np.asarray(metrics["seen"])
+    return put_rows(before, cohort.clients, seen, where=seen)
 
 
 def _check_clients(clients: Sequence[int], most: int, total: int) -> None:
@@ -186,20 +233,27 @@ def run_rounds(
 ) -> State:
     """Plays rounds until `rounds` are done; a line per round goes to metrics.jsonl, the state to checkpoints/.
 
-    Checkpoints are written while the next rounds are played; when this returns or raises, none is under way. Of
+    Checkpoints are of the ends of windows: the first one at or after every `every` rounds. They are written while the
+    next rounds are played; when this returns or raises, none is under way. Of
     several processes the first one writes.
 
     Args:
       state: the initial state, or what `resume` returned.
       every: rounds between checkpoints; 0 for one at the end only.
       progress: called with every line.
-      stop: asked before every round; where it says yes in some process, the state is saved and all of them stop.
+      stop: asked before every round, and in windows of several (`play_window`) before their personal parts; where it
+        says yes in some process, the state is saved and all of them stop. A window that is not done by then is played
+        again by whoever goes on.
 
     Raises:
       Preempted: `stop` said so.
       UserError: a checkpoint could not be written.
     """
     path, saved = workdir / "metrics.jsonl", state.round
+
+    def asked() -> bool:
+        return any_says(stop())
+
     metadata = {"config": config_hash, "numerics": engine.numerics}
     if jax.process_index() == 0:
         # Lines of rounds that an interrupted run had played past its last checkpoint will be played again.
@@ -212,7 +266,8 @@ def run_rounds(
             store.commit(state, 0)
             checkpoints.save(0, state, metadata)
         while state.round < rounds:
-            if any_says(stop()):
+            started = time.monotonic()
+            if asked() or (found := play_window(engine, method, state, rounds, asked)) is None:
                 if state.round > saved:
                     store.commit(state, state.round)
                     checkpoints.save(state.round, state, metadata)
@@ -222,13 +277,15 @@ def run_rounds(
                     if state.round
                     else "stopped before the first round; the same command starts again"
                 )
-            started = time.monotonic()
-            state, line = play_round(engine, method, state)
-            line["seconds"] = round(time.monotonic() - started, 4)
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
-            stream.flush()
-            progress(line)
-            if state.round == rounds or (every and state.round % every == 0):
+            before, (state, lines) = int(state.round), found
+            del found
+            seconds = (time.monotonic() - started) / len(lines)
+            for line in lines:
+                line["seconds"] = round(seconds, 4)
+                stream.write(json.dumps(line, allow_nan=False) + "\n")
+                stream.flush()
+                progress(line)
+            if state.round == rounds or (every and state.round // every > before // every):
                 store.commit(state, state.round)
                 checkpoints.save(state.round, state, metadata)
                 store.release(state, checkpoints.steps())

@@ -24,8 +24,7 @@ class EngineSettings:
       scope: of a replacement, see `Partition.replaceable`.
       seed: of every draw.
       screening: of the clients' updates. privacy: of the aggregate; None: it is exact.
-      pipelined: rounds of the run, where the personal training of each goes together with the federated training of
-        the next (`engine.pipelining`); 0: it does not.
+      window: rounds whose personal trainings are played together (`engine.windows`); 1: each round by itself.
     """
 
     cohort_size: int
@@ -44,10 +43,9 @@ class EngineSettings:
     seed: int
     screening: Screening = Screening()
     privacy: Privacy | None = None
-    pipelined: int = 0
+    window: int = 1
     in_pieces: bool = False
 
-    @property
-    def together(self) -> int:
-        """Clients that train at once in a round, at most."""
-        return self.cohort_size * (2 if self.pipelined else 1)
+    def window_clients(self, clients: int) -> int:
+        """How many of a federation's clients a window's personal training takes at once, at most."""
+        return min(clients, self.window * self.cohort_size)

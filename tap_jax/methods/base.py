@@ -235,7 +235,6 @@ class Cohort(Protocol):
         teacher: Stack | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
-        ahead: Stack | None = None,
     ) -> tuple[Stack, "Losses"]:
         """Local training -> (stack, Losses): τ steps of the round, or P steps after the last one.
 
@@ -243,13 +242,6 @@ class Cohort(Protocol):
         (default: what the purpose says). The stack given is consumed, the teacher is not; for a TAP-like rule the loss
         is equation 6 where there is one. `steps`: only those from the first to before the second; where the first is
         not 0, the optimizer goes on from the call before. `idle`, bool [P]: positions that take none of them.
-        `ahead`: the server's blocks after this round, from which the engine may train the next one's W̃ beside this.
-        """
-
-    def train_federated(self, server: Stack) -> tuple[Stack, "Losses"]:
-        """W̃[i] of every client, trained from the server's blocks: `broadcast`, then `train` with "federated".
-
-        Where `train` was given these blocks as `ahead` in the round before, that may be done already.
         """
 
     def aggregate(self, server: Stack, stack: Stack, losses: "Losses") -> Stack:
@@ -283,6 +275,43 @@ class Cohort(Protocol):
         """Inner products of two stacks per client and block, float32 [P, R]."""
 
 
+class Trained(NamedTuple):
+    """What a round's federated part hands to its personal part.
+
+    Attributes:
+      federated: W̃[i] of every client after its local training, [D, G, n].
+      losses: of that training, [P, O].
+    """
+
+    federated: Stack
+    losses: "Losses"
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRound:
+    """A round in two parts, of which the second gives nothing to the server; a `Method.round`.
+
+    Where `engine.window` is more than 1, the engine plays the federated parts of several rounds first, and then their
+    personal parts with the clients of all these rounds together. A client that is drawn more than once takes part in
+    several personal parts, one after the other in the order of its rounds.
+
+    Attributes:
+      federated: (cohort, state) -> (state, `Trained`). The state's round and server's blocks are new; of all else, the
+        method may read only what the personal part does not write.
+      personal: (cohort, state, `Trained`) -> (state, metrics). The cohort's clients may be of different rounds. It
+        writes clients' chains and rows of the state's tables; it neither reads nor writes the server's blocks or the
+        round. Metrics are those of `Method.round`. Who calls it keeps no reference to its `Trained`.
+    """
+
+    federated: Callable[[Cohort, State], tuple[State, Trained]]
+    personal: Callable[[Cohort, State, Trained], tuple[State, dict[str, Any]]]
+
+    def __call__(self, cohort: Cohort, state: State) -> tuple[State, dict[str, Any]]:
+        """The whole round."""
+        state, *trained = self.federated(cohort, state)
+        return self.personal(cohort, state, trained.pop())
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A federated algorithm.
@@ -290,7 +319,8 @@ class Method:
     Attributes:
       chains: names of the per-client chains that the state must carry.
       round: (cohort, state) -> (state, metrics). Metrics are tables [P, O]: "seen", and of "federated_loss",
-        "personal_loss" and "local_loss" those that the method has; "replaced" maps variants to such tables.
+        "personal_loss" and "local_loss" those that the method has; "replaced" maps variants to such tables. A
+        `SplitRound` where a part of it may be deferred.
       finish: (cohort, state, variants) yields (variant, client -> blocks), for one pass over some clients after the
         last round. It leaves out variants whose models are the server's blocks.
       rule: how clients train locally.

@@ -11,7 +11,8 @@ for t = 0..T-1:
   aggregate per block; send every client its blocks
 for every c_i: train W̃[i] for P iterations (teacher); train X[i] for P iterations on eq. 6
 
-W̃ does not depend on X, so one run serves several margins: each has its own X, h^(p) and R beside the one W̃.
+W̃ does not depend on X. So one run serves several margins: each has its own X, h^(p) and R beside the one W̃. And what
+follows "send W̃[i]" may wait until the W̃ of some more rounds are trained (`methods.base.SplitRound`).
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jax import Array
 from tap_jax.blocks import Stack
 from tap_jax.federation import Task
 from tap_jax.methods import local
-from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State, put_rows, take_rows
+from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, SplitRound, State, Trained, put_rows, take_rows
 from tap_jax.methods.criteria import Criterion, Evidence, loss, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
 from tap_jax.methods.fedavg import still_finite
@@ -75,27 +76,34 @@ def tap(
     last = list(chains)[-1]
     with_local = bool({"local", "tap-stage2"} & set(variants))
 
-    def replaced(cohort: Cohort, state: State, chain: str, federated: Stack, losses) -> tuple[Stack, Array]:
-        """Equations 3 and 4 for one personal chain, given W̃[i] after its local training -> (X, R)."""
+    def federated(cohort: Cohort, state: State) -> tuple[State, Trained]:
+        """W̃[i] of every client, and what the server makes of them."""
+        trained = Trained(*cohort.train(cohort.broadcast(state.server), "federated"))
+        server = cohort.aggregate(state.server, trained.federated, trained.losses)
+        return state.replace(round=state.round + 1, server=server), trained
+
+    def replaced(cohort: Cohort, state: State, chain: str, trained: Trained) -> tuple[Stack, Array]:
+        """Equations 3 and 4 for one personal chain -> (X, R)."""
+        losses = trained.losses
         h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[chain], cohort.clients)
         margin = margins[chains[chain]]
         if replacement.relative:
             margin = relative_margin(margin, h_l, take_rows(state.local_loss, cohort.clients))
         personal = cohort.load(state.chains[chain])
-        evidence = Evidence(cohort, federated, personal, h_l, h_p, margin, losses.seen, tuple(tasks))
+        evidence = Evidence(cohort, trained.federated, personal, h_l, h_p, margin, losses.seen, tuple(tasks))
         indicator = replacement.criterion(evidence)
         never = np.isposinf(h_p)
         if replacement.first == "keep":
             indicator = indicator & ~never
         else:  # whatever the criterion; by equation 3 it follows from h^(p) = +inf
             indicator = indicator | (losses.seen & never & jnp.isfinite(h_l))
-        return cohort.replace(personal, federated, indicator), indicator
+        return cohort.replace(personal, trained.federated, indicator), indicator
 
     def train_personal(
-        cohort: Cohort, state: State, chain: str, personal: Stack, indicator: Array, ahead: Stack | None
+        cohort: Cohort, state: State, chain: str, personal: Stack, indicator: Array
     ) -> tuple[State, Array]:
         """The rest of Stage 1 of one personal chain -> (state, its losses)."""
-        personal, own = cohort.train(personal, "personal", chain=chain, ahead=ahead)
+        personal, own = cohort.train(personal, "personal", chain=chain)
         count = take_rows(state.replacements[chain], cohort.clients) + np.asarray(indicator)
         h_p = put_rows(state.personal_loss[chain], cohort.clients, own.mean(replacement.history), own.seen)
         return state.replace(
@@ -105,23 +113,19 @@ def tap(
             finite=still_finite(cohort, state, chain, own),
         ), own.mean()
 
-    def tap_round(cohort: Cohort, state: State) -> tuple[State, dict]:
-        federated, losses = cohort.train_federated(state.server)
+    def personal(cohort: Cohort, state: State, trained: Trained) -> tuple[State, dict]:
+        """X[i] of every client, of all margins, given W̃[i] after its local training."""
+        losses, after = trained.losses, state
         metrics = {"federated_loss": losses.mean(), "seen": losses.seen, "replaced": {}}
-        after, server = state, None
         for chain, variant in chains.items():
-            personal, indicator = replaced(cohort, after, chain, federated, losses)
+            stack, indicator = replaced(cohort, after, chain, trained)
             if chain == last:
-                # The server does not wait for X: W̃[i] need not be kept any longer, and the next round's may be trained.
-                server = cohort.aggregate(state.server, federated, losses)
-                del federated
-            after, mean = train_personal(cohort, after, chain, personal, indicator, server)
+                del trained  # W̃[i] need not be kept while the last X trains
+            after, mean = train_personal(cohort, after, chain, stack, indicator)
             metrics["replaced"][variant] = indicator
             if chain == CHAIN:
                 metrics["personal_loss"] = mean
         after = after.replace(
-            round=state.round + 1,
-            server=server,
             local_loss=put_rows(state.local_loss, cohort.clients, losses.mean(replacement.history), losses.seen),
             finite=still_finite(cohort, after, "federated", losses),
         )
@@ -154,4 +158,4 @@ def tap(
             yield "fedavg+2p", cohort.unload(cohort.train(teacher, "post_again", post=True)[0])
 
     carried = (*chains, local.CHAIN) if with_local else tuple(chains)
-    return Method(carried, tap_round, finish, rule, margins=chains)
+    return Method(carried, SplitRound(federated, personal), finish, rule, margins=chains)
