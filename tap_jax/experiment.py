@@ -278,7 +278,7 @@ def build(
     settings = assembly.engine_settings(config, len(federation.clients))
     devices = parallel.devices(**config.mesh, cohort=settings.together)
     # What cannot be had or does not fit is said before the data are read.
-    if config.metrics.bertscore_model != "auto":
+    if config.metrics.bertscore_model != "auto" or config.metrics.device != "auto":
         scorer_of(config, tasks)
     notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config))
     pretrained = pretrained_weights(config, tasks)
@@ -376,4 +376,5 @@ def scorer_of(config: ConfigDict, tasks: Sequence[Task]) -> TextScorer | None:
     """The scorer of generated text; None where no task generates any."""
     if all(task.kind != "text_generation" for task in tasks):
         return None
-    return _text_scorer(config.metrics.bertscore_model, config.metrics.bertscore_layer)
+    metrics = config.metrics
+    return _text_scorer(metrics.bertscore_model, metrics.bertscore_layer, device=metrics.device)
