@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -146,15 +146,25 @@ class Experiment:
         clients = range(len(self.federation.clients))
         return Finished(state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants})
 
-    def finish_in_passes(self, state: State) -> Iterator[tuple[Cohort, str, dict[int, Blocks]]]:
+    def finish_in_passes(
+        self, state: State, tell: Callable[[str], None] = lambda text: None
+    ) -> Iterator[tuple[Cohort, str, dict[int, Blocks]]]:
         """`finish` for `clients_per_pass` clients at a time, so that nobody need hold all models at once.
+
+        Args:
+          tell: gets a few words before each training.
 
         Yields:
           (the cohort, variant, client number -> blocks on the host); variants of the server's blocks are left out.
         """
-        for cohort in self.engine.passes(int(state.round), state.moments):
+        cohorts = self.engine.passes(int(state.round), state.moments)
+        for number, cohort in enumerate(cohorts, 1):
+            name = f"last phase, client batch {number}/{len(cohorts)}: training"
+            tell(name)
             for variant, models in self.method.finish(cohort, state, self.variants):
                 yield cohort, variant, models
+                del models
+                tell(name)
 
     def prepare(self) -> None:
         """Starts compiling all that a whole run needs, in the background; optional."""

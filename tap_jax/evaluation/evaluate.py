@@ -3,7 +3,7 @@
 Letters: D shards, E devices of a shard, N rows of a device, s samples of a row, A answer length.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -30,12 +30,14 @@ class Evaluator:
       engine: of the run.
       tests: task name -> test arrays.
       personal: per client, task name -> ids into its test set; None where all have the whole set.
-      microbatch: s.
+      microbatch: the largest s; a family's is no larger than its tests need.
 
     Attributes:
       arrays: family name -> its tests on the device.
+      sizes: family name -> s.
       starts: task name -> where its tests start in the family's arrays.
       sampler: keeps samples; None until `keep_samples` asks for it.
+      tell: gets a few words before anything that may take long.
     """
 
     def __init__(
@@ -48,14 +50,16 @@ class Evaluator:
         personal: Sequence[Mapping[str, np.ndarray]] | None = None,
         microbatch: int = 50,
     ):
-        self.engine, self.tests, self.personal, self.microbatch = engine, tests, personal, microbatch
+        self.engine, self.tests, self.personal = engine, tests, personal
         self.tokenizer, self.scorer = tokenizer, scorer
         self.arrays = engine.devices.put(stored(engine.families, tests), SHARED)
         self.starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
         self._programs = {
             family.name: Program(predictor(engine, family, tokenizer, scored)) for family in engine.families
         }
+        self.sizes = {family.name: self._row_size(family, microbatch) for family in engine.families}
         self.sampler: Sampler | None = None
+        self.tell: Callable[[str], None] = lambda text: None
 
     def keep_samples(self, variant: str) -> None:
         """From now on keeps samples of what this variant generates, in `sampler.samples`."""
@@ -77,13 +81,27 @@ class Evaluator:
         """int64 [.], the client's test samples of a task."""
         return np.arange(len(self.tests[task])) if self.personal is None else self.personal[client][task]
 
+    def _row_size(self, family: Family, most: int) -> int:
+        """As few rows as `most` samples in each allow, and no more samples in a row than that takes.
+
+        All samples of a row are computed, real or not.
+        """
+        mask, largest = self.engine.partition.task_mask, 1
+        for task in family.tasks:
+            owners = np.flatnonzero(mask[:, self.engine.tasks.index(task)])
+            for client in owners[: None if self.personal else 1]:
+                domains = self.tests[task.name].domains[self.ids(int(client), task.name)]
+                largest = max(largest, int(np.bincount(domains, minlength=1).max()))
+        return -(-largest // -(-largest // most))
+
     def predict(
-        self, cohort: Cohort, stack: Stack, wanted: Mapping[str, set[int]]
+        self, cohort: Cohort, stack: Stack, wanted: Mapping[str, set[int]], name: str = "the model"
     ) -> dict[tuple[int, str], np.ndarray]:
         """Predictions of the cohort's clients.
 
         Args:
           wanted: task name -> clients to predict for.
+          name: what `tell` calls the models.
 
         Returns:
           (client, task) -> labels int32 [n]; mean squared errors float32 [n]; or generated ids int32 [n, A-1].
@@ -92,6 +110,9 @@ class Evaluator:
         for family in self.engine.families:
             rows = self._rows(cohort, family, wanted)
             if rows.count.any():
+                clients = set().union(*(wanted.get(task.name, ()) for task in family.tasks))
+                tasks = ", ".join(task.name for task in family.tasks if wanted.get(task.name))
+                self.tell(f"{name}: predictions for {tasks}, {_clients(clients & set(cohort.clients.tolist()))}")
                 values = self._programs[family.name](
                     self.engine.frozen,
                     self.arrays[family.name],
@@ -99,6 +120,8 @@ class Evaluator:
                     cohort.seats,
                     self.engine.devices.put(rows, ROWS),
                 )
+                if jax.default_backend() == "cpu":  # which would run all families side by side, each with its memory
+                    jax.block_until_ready(values)
                 pending.append((family, rows, values))
         results = {}
         for family, rows, values in pending:
@@ -119,7 +142,7 @@ class Evaluator:
         return results
 
     def _rows(self, cohort: Cohort, family: Family, wanted: Mapping[str, set[int]]) -> TestRows:
-        shards = []
+        shards, size = [], self.sizes[family.name]
         for clients in cohort.clients.reshape(-1, cohort.positions):
             rows = []
             for position, client in enumerate(clients):
@@ -128,18 +151,15 @@ class Evaluator:
                         ids = self.ids(int(client), stream.task.name)
                         domain = stream.task.domains.index(stream.domain)
                         mine = self.starts[stream.task.name] + ids[self.tests[stream.task.name].domains[ids] == domain]
-                        rows += [
-                            (position, variant, mine[start : start + self.microbatch])
-                            for start in range(0, len(mine), self.microbatch)
-                        ]
+                        rows += [(position, variant, mine[start : start + size]) for start in range(0, len(mine), size)]
             shards.append(rows)
         # One capacity whoever is in the cohort, so that one program serves all.
         needed = np.zeros(len(self.engine.data), int)
         for task in family.tasks:
-            most = len(self.tests[task.name]) // self.microbatch + len(task.domains)
+            most = len(self.tests[task.name]) // size + len(task.domains)
             needed += most * self.engine.partition.task_mask[:, self.engine.tasks.index(task)]
         most, parts = int(np.sort(needed)[::-1][: cohort.positions].sum()), self.engine.devices.parts
-        table = TestRows.empty(len(shards), parts, max(1, -(-most // parts)), self.microbatch)
+        table = TestRows.empty(len(shards), parts, max(1, -(-most // parts)), size)
         for shard, rows in enumerate(shards):
             for n, row in enumerate(rows):
                 table.add(shard, n % parts, *row)
@@ -154,6 +174,7 @@ class Evaluator:
             values = {"mse": float(np.mean(predicted, dtype=np.float64))}
         else:
             texts = self.tokenizer.decode(predicted)
+            self.tell(f"{variant}: scores of {len(texts)} texts of {task.name}, client {client}")
             scores = self.scorer.score(texts, [test.references[i] for i in ids])
             values = {name: float(np.mean(value)) for name, value in scores.items()}
         return [
@@ -182,7 +203,7 @@ class Evaluator:
         stack = cohort.load(models, like=self.engine.finished.like)
         if self.sampler:
             self.sampler.images(variant, cohort, stack)
-        return self._score_all(variant, self.predict(cohort, stack, wanted), finite)
+        return self._score_all(variant, self.predict(cohort, stack, wanted, variant), finite)
 
     def evaluate_server(
         self, variant: str, server: Stack, finite: np.ndarray | None = None, seen: np.ndarray | None = None
@@ -207,7 +228,7 @@ class Evaluator:
                 stack = cohort.broadcast(server)
                 if self.sampler:
                     self.sampler.images(variant, cohort, stack)
-                rows += self._score_all(variant, self.predict(cohort, stack, present), finite)
+                rows += self._score_all(variant, self.predict(cohort, stack, present, variant), finite)
         if self.personal is None:
             rows = [Row({**row, "client": int(k)}) for row in rows for k in owners[row["task"]]]
         return rows
@@ -221,3 +242,10 @@ class Evaluator:
             if self.sampler:
                 self.sampler.texts(variant, client, self.engine.tasks[o], values)
         return rows
+
+
+def _clients(numbers: Collection[int]) -> str:
+    """In words: "client 3", "clients 3, 13", "30 clients"."""
+    if len(numbers) > 4:
+        return f"{len(numbers)} clients"
+    return f"client{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"
