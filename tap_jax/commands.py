@@ -29,6 +29,7 @@ def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: in
 
     with terminal.Terminal(config.rounds) as screen, preemption.Preemption() as asked_to:
         screen.say("reading data, building the model")
+        screen.doing("reading data, building the model")
         reporter = _reporter(screen, headline, begin=asked_to.arm)
         rows = runs.run(config, workdir, reporter, stop=lambda: asked_to.stop)
         _finish(screen, rows, pathlib.Path(workdir))
@@ -45,6 +46,7 @@ def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: i
 
     with terminal.Terminal(config.rounds) as screen:
         screen.say("reading data, building the model")
+        screen.doing("reading data, building the model")
         rows = runs.evaluate(folder, _reporter(screen, evaluation_headline))
         _finish(screen, rows, folder)
 
@@ -149,12 +151,13 @@ def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]], begi
         begin()
         screen.begin(done)
 
-    return Reporter(screen.say, screen.progress, built, begins, screen.last, screen.scored)
+    return Reporter(screen.say, screen.progress, built, begins, screen.last, screen.scored, doing=screen.doing)
 
 
 def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
     from tap_jax.evaluation.tables import text_table
 
+    screen.doing("")
     screen.say("")
     screen.say(text_table(rows, terminal.columns()))
     files = ("results.json", "report.md", "report.html", "metrics.jsonl", "config.json")

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -153,15 +153,25 @@ class Experiment:
         clients = range(len(self.federation.clients))
         return Finished(state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants})
 
-    def finish_in_passes(self, state: State) -> Iterator[tuple[Cohort, str, dict[int, Blocks]]]:
+    def finish_in_passes(
+        self, state: State, tell: Callable[[str], None] = lambda text: None
+    ) -> Iterator[tuple[Cohort, str, dict[int, Blocks]]]:
         """`finish` for `clients_per_pass` clients at a time, so that nobody need hold all models at once.
+
+        Args:
+          tell: gets a few words before each training.
 
         Yields:
           (the cohort, variant, client number -> blocks on the host); variants of the server's blocks are left out.
         """
-        for cohort in self.engine.passes(int(state.round), state.moments):
+        cohorts = self.engine.passes(int(state.round), state.moments)
+        for number, cohort in enumerate(cohorts, 1):
+            name = f"last phase, client batch {number}/{len(cohorts)}: training"
+            tell(name)
             for variant, models in self.method.finish(cohort, state, self.variants):
                 yield cohort, variant, models
+                del models
+                tell(name)
 
     def prepare(self) -> None:
         """Starts compiling all that a whole run needs, in the background; optional."""
@@ -287,7 +297,7 @@ def build(
     settings = assembly.engine_settings(config, len(federation.clients))
     devices = parallel.devices(**config.mesh, cohort=settings.cohort_size)
     # What cannot be had or does not fit is said before the data are read.
-    if config.metrics.bertscore_model != "auto":
+    if config.metrics.bertscore_model != "auto" or config.metrics.device != "auto":
         scorer_of(config, tasks)
     notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config))
     pretrained = pretrained_weights(config, tasks)
@@ -401,4 +411,5 @@ def scorer_of(config: ConfigDict, tasks: Sequence[Task]) -> TextScorer | None:
     """The scorer of generated text; None where no task generates any."""
     if all(task.kind != "text_generation" for task in tasks):
         return None
-    return _text_scorer(config.metrics.bertscore_model, config.metrics.bertscore_layer)
+    metrics = config.metrics
+    return _text_scorer(metrics.bertscore_model, metrics.bertscore_layer, device=metrics.device)

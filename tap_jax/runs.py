@@ -24,7 +24,7 @@ from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
 from tap_jax.engine.agreement import any_says, in_step
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.memory import peak_memory
+from tap_jax.engine.memory import give_back_memory, peak_memory
 from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.engine.privacy import spent
 from tap_jax.engine.screening import totals
@@ -53,6 +53,7 @@ class Reporter:
         or once where it is the server's blocks.
       scored: gets the variant, each time.
       writers: of one's own, beside those of `config.writers`; closed at the end.
+      doing: gets a few words on what begins, where that may take long: before the rounds and after them.
     """
 
     say: Callable[[str], None] = lambda line: None
@@ -62,6 +63,7 @@ class Reporter:
     last: Callable[[Mapping[str, int]], None] = lambda times: None
     scored: Callable[[str], None] = lambda variant: None
     writers: Sequence[Writer] = ()
+    doing: Callable[[str], None] = lambda text: None
 
 
 def run(
@@ -154,6 +156,7 @@ def _play(
     """`run` from the first round on; takes the state out of `begun`."""
     config, writes = experiment.config, jax.process_index() == 0
     experiment.evaluator.keep_samples(experiment.variants[0])
+    experiment.evaluator.tell = reporter.doing
     experiment.prepare()
     built = time.monotonic()
     margins = tuple(experiment.method.margins.values())
@@ -178,10 +181,11 @@ def _play(
         stop=stop,
     )
     trained = time.monotonic()
+    give_back_memory()
     _announce(experiment, reporter)
     rows: list[Row] = []
     stage2, since = 0.0, trained
-    for cohort, variant, mine in experiment.finish_in_passes(state):
+    for cohort, variant, mine in experiment.finish_in_passes(state, reporter.doing):
         if variant == "tap":  # the first of a pass: teacher and student have trained since the one before (Table 7)
             stage2 += time.monotonic() - since
         for client, found in mine.items() if writes else ():
@@ -189,6 +193,7 @@ def _play(
         rows += experiment.evaluate_cohort(variant, cohort, mine, state)
         reporter.scored(variant)
         _stop_here(stop)
+        del mine  # or it would stay while the next models are trained
         since = time.monotonic()
     for variant in experiment.variants:
         if variant in configuration.SERVER_VARIANTS:
@@ -196,6 +201,7 @@ def _play(
             reporter.scored(variant)
             _stop_here(stop)
     rows = experiment.in_order(rows)
+    reporter.doing("writing results and report")
     if not writes:
         return rows
     means = {"/".join(("score", s["variant"], s["task"], s["metric"])): s["mean"] for s in summarise(rows)}
@@ -292,6 +298,7 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
     if state is None:
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
     _announce(experiment, reporter)
+    experiment.evaluator.tell = reporter.doing
     rows = []
     for variant in experiment.variants:
         if variant in configuration.SERVER_VARIANTS:

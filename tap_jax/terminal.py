@@ -16,6 +16,7 @@ from tqdm import tqdm
 # how long the others take.
 PLAIN_LINES = 20
 LAST_LINES = 10  # after the last round
+SILENCE = 8.0  # seconds without a line after which a run says what it is at, before the second round and after the last
 
 
 class Terminal:
@@ -36,12 +37,18 @@ class Terminal:
         self._first: tuple[int, float] | None = None  # rounds done after the first of this process, and the time then
         self._scored = self._total = self._warm = 0  # how often, of how often; after how often nothing compiles
         self._since = 0.0  # the time then
+        self._doing: tuple[str, float] | None = None  # what is going on, and since when
+        self._said = self._clock()  # when a line was printed last
+        self._talks = threading.RLock()  # a signal may want to say something while a line is printed
+        self._talker: threading.Thread | None = None
+        self._ended = False
 
     def __enter__(self) -> "Terminal":
         return self
 
     def __exit__(self, *_) -> None:
         self._close()
+        self._doing, self._ended = None, True
 
     @property
     def seconds(self) -> float:
@@ -52,19 +59,49 @@ class Terminal:
         """Lines on stdout, above the bar if there is one; where somebody watches, they are broken between words."""
         if self._draw:
             text = "\n".join(_broken(line, columns()) for line in text.split("\n"))
+        with self._talks:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._said = self._clock()
         if self._bar is None:
             print(text, flush=True)
         else:
             tqdm.write(text, file=sys.stdout)
 
+    def doing(self, text: str) -> None:
+        """What begins now, "" for nothing slow: it stands behind the bar, or is said where all is silent for long."""
+        self._doing = (text, self._clock()) if text else None
+        if self._draw:
+            if self._bar is not None and text:
+                self._bar.set_postfix_str(text[: max(0, self._room)], refresh=False)
+        elif text and self._talker is None:
+            self._talker = threading.Thread(target=self._talk, daemon=True)
+            self._talker.start()
+
+    def _talk(self) -> None:
+        while not self._ended:
+            time.sleep(0.5)
+            with self._talks:
+                self.after_silence()
+
+    def after_silence(self) -> None:
+        """Says what is going on, if nothing has been said for too long."""
+        doing, now = self._doing, self._clock()
+        if doing and now - self._said >= SILENCE:
+            self._print(f"  {doing[0]}, for {short(now - doing[1])}")
+
     def begin(self, done: int) -> None:
         """Before the first round of this process; so many are done."""
         if done < self.rounds:
             self._open("rounds", done, self.rounds, "the first compiles")
+            if not self._draw:
+                self.doing(f"round {done + 1}/{self.rounds}, the first of this process: compiling and training")
 
     def progress(self, line: dict) -> None:
         """A line of metrics.jsonl, after its round."""
         done, now = line["round"] + 1, self._clock()
+        self.doing("")
         if line.get("dropped") and not self._told:
             self._told = True
             found = ", ".join(f"client {entry['client']} ({entry['why']})" for entry in line["dropped"])

@@ -307,7 +307,9 @@ def _evaluation(
     costs: Costs, federation: Federation, data: FederatedData, settings: EngineSettings, found: Sequence[Family]
 ) -> dict[str, Share]:
     """Of one variant's models on their test sets; answers of the references' lengths, as if all were read at once."""
-    shapes = test_shapes(found, data.test, settings, costs.model.config.image_tokens)
+    shapes = test_shapes(
+        found, data.test, settings, image_tokens=costs.model.config.image_tokens, personal=data.personal_tests
+    )
     measured, total = Measure(costs, found, shapes, data.test), {}
     for family in found:
         for task in family.tasks:

@@ -74,6 +74,14 @@ def picture(color):
     return {"bytes": stream.getvalue(), "path": None}
 
 
+def test_a_device_for_bertscore_that_is_not_there(refused):
+    refused(
+        r"metrics\.device: PyTorch has no device 'cuda:77' .*use 'auto' or 'cpu'",
+        "--config.metrics.device=cuda:77",
+        rows=({"common_gen": 0.5}, {"common_gen": 0.5}),
+    )
+
+
 def test_unknown_config_key(refused):
     refused("rouns: unknown field; did you mean 'rounds'", "--config.rouns=3")
     refused("model.widht: unknown field; did you mean 'model.width'", "--config.model.widht=3")

@@ -83,6 +83,27 @@ def test_one_pass_has_no_estimate_and_many_have_few_lines(capsys):
     assert len(capsys.readouterr().out.splitlines()) <= terminal.LAST_LINES
 
 
+def test_a_run_that_is_silent_says_what_it_is_at(capsys):
+    clock = Clock()
+    with terminal.Terminal(2, bar=False, clock=clock) as screen:
+        screen.begin(0)
+        for seconds in (3.0, 6.0, 1.0, 8.0):
+            clock.now += seconds
+            screen.after_silence()
+        first = "  round 1/2, the first of this process: compiling and training, for "
+        assert capsys.readouterr().out.splitlines() == [f"{first}9 s", f"{first}18 s"]
+        screen.progress(line(0))
+        clock.now += 60
+        screen.after_silence()  # how long a round takes is known by now
+        screen.doing("tap: scores of 9 texts of vqa, client 3")
+        screen.after_silence()
+        clock.now += 2
+        screen.doing("")
+        screen.after_silence()
+        lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines == ["  tap: scores of 9 texts of vqa, client 3, for 0 s"]
+
+
 # --- where somebody does -------------------------------------------------------------------------------------------
 
 RUN = """if True:

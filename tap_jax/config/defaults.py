@@ -170,6 +170,9 @@ def default_config() -> ConfigDict:
     # and token_f1 in its place | hub id | folder
     metrics.bertscore_model = "auto"
     metrics.bertscore_layer = 9  # ⚙ clipped to the model's depth
+    # Where BERTScore's BERT runs: "auto" is the GPU where PyTorch sees one, else the CPU | "cpu" | "cuda" | "cuda:1" |
+    # another device of PyTorch's. It takes about 3 GB of what XLA_PYTHON_CLIENT_MEM_FRACTION leaves to it.
+    metrics.device = "auto"
 
     # --- How it runs: no effect on results beyond rounding, but for compute_dtype, microbatch and packing ---------
     config.compute_dtype = "auto"  # ⚙ bfloat16 on GPU and TPU, else float32 | "float32" | "bfloat16"
@@ -213,6 +216,7 @@ NEUTRAL_FIELDS = (
     "mesh.clients",
     "mesh.data",
     "mesh.parallel",
+    "metrics.device",
     "screening.on_broken",
     "writers",
 )

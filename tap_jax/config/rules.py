@@ -23,7 +23,7 @@ _MAY_BE_ZERO = (
 _FRACTIONS = ("data.held_out", "model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)
 _ANY_NUMBER = ("distillation.temperature_power",)
 _MOST_CLIENTS = 1_000_000  # of a federation; a table of many more would not fit into memory
-_NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model")
+_NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model", "metrics.device")
 
 
 def validate(config: ConfigDict) -> None:

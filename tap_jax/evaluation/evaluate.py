@@ -3,14 +3,14 @@
 Letters: D shards, E devices of a shard, N rows of a device, S samples of a row, A answer length.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from tap_jax.blocks import Blocks, Stack
 from tap_jax.data.families import Family, offsets
-from tap_jax.data.packing import RowShape, capacities, pack
+from tap_jax.data.packing import RowShape, capacities, pack, padded
 from tap_jax.data.sampling import row_shapes
 from tap_jax.data.store import stored
 from tap_jax.data.text import TaskArrays, WordPiece
@@ -35,12 +35,14 @@ class Evaluator:
       engine: of the run.
       tests: task name -> test arrays.
       personal: per client, task name -> ids into its test set; None where all have the whole set.
+      microbatch: samples of a padded row at most; a family's has no more than its tests need.
 
     Attributes:
       arrays: family name -> its tests on the device.
       starts: task name -> where its tests start in the family's arrays.
       shapes: family name -> shapes of its rows.
       sampler: keeps samples; None until `keep_samples` asks for it.
+      tell: gets a few words before anything that may take long.
     """
 
     def __init__(
@@ -51,17 +53,26 @@ class Evaluator:
         tokenizer: WordPiece | None,
         scorer: TextScorer | None,
         personal: Sequence[Mapping[str, np.ndarray]] | None = None,
+        microbatch: int = PADDED_ROW,
     ):
         self.engine, self.tests, self.personal = engine, tests, personal
         self.tokenizer, self.scorer = tokenizer, scorer
         self.arrays = engine.devices.put(stored(engine.families, tests), SHARED)
         self.starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
-        self.shapes = test_shapes(engine.families, tests, engine.settings, engine.model.config.image_tokens)
+        self.shapes = test_shapes(
+            engine.families,
+            tests,
+            engine.settings,
+            image_tokens=engine.model.config.image_tokens,
+            personal=personal,
+            microbatch=microbatch,
+        )
         self._programs = {
             family.name: Program(predictor(engine, family, self.shapes[family.name], tokenizer, scored))
             for family in engine.families
         }
         self.sampler: Sampler | None = None
+        self.tell: Callable[[str], None] = lambda text: None
 
     def keep_samples(self, variant: str) -> None:
         """From now on keeps samples of what this variant generates, in `sampler.samples`."""
@@ -84,12 +95,13 @@ class Evaluator:
         return np.arange(len(self.tests[task])) if self.personal is None else self.personal[client][task]
 
     def predict(
-        self, cohort: Cohort, stack: Stack, wanted: Mapping[str, set[int]]
+        self, cohort: Cohort, stack: Stack, wanted: Mapping[str, set[int]], name: str = "the model"
     ) -> dict[tuple[int, str], np.ndarray]:
         """Predictions of the cohort's clients.
 
         Args:
           wanted: task name -> clients to predict for.
+          name: what `tell` calls the models.
 
         Returns:
           (client, task) -> labels int32 [n]; mean squared errors float32 [n]; or generated ids int32 [n, A-1].
@@ -98,6 +110,9 @@ class Evaluator:
         for family in self.engine.families:
             rows = self._rows(cohort, family, wanted)
             if any(one.count.any() for one in rows):
+                clients = set().union(*(wanted.get(task.name, ()) for task in family.tasks))
+                tasks = ", ".join(task.name for task in family.tasks if wanted.get(task.name))
+                self.tell(f"{name}: predictions for {tasks}, {_clients(clients & set(cohort.clients.tolist()))}")
                 values = self._programs[family.name](
                     self.engine.frozen,
                     self.arrays[family.name],
@@ -105,6 +120,8 @@ class Evaluator:
                     cohort.seats,
                     self.engine.devices.put(rows, ROWS),
                 )
+                if jax.default_backend() == "cpu":  # which would run all families side by side, each with its memory
+                    jax.block_until_ready(values)
                 pending.append((family, rows, values))
         results = {}
         for family, rows, values in pending:
@@ -168,6 +185,7 @@ class Evaluator:
             values = {"mse": float(np.mean(predicted, dtype=np.float64))}
         else:
             texts = self.tokenizer.decode(predicted)
+            self.tell(f"{variant}: scores of {len(texts)} texts of {task.name}, client {client}")
             scores = self.scorer.score(texts, [test.references[i] for i in ids])
             values = {name: float(np.mean(value)) for name, value in scores.items()}
         return [
@@ -196,7 +214,7 @@ class Evaluator:
         stack = cohort.load(models, like=self.engine.finished.like)
         if self.sampler:
             self.sampler.images(variant, cohort, stack)
-        return self._score_all(variant, self.predict(cohort, stack, wanted), finite)
+        return self._score_all(variant, self.predict(cohort, stack, wanted, variant), finite)
 
     def evaluate_server(
         self, variant: str, server: Stack, finite: np.ndarray | None = None, seen: np.ndarray | None = None
@@ -221,7 +239,7 @@ class Evaluator:
                 stack = cohort.broadcast(server)
                 if self.sampler:
                     self.sampler.images(variant, cohort, stack)
-                rows += self._score_all(variant, self.predict(cohort, stack, present), finite)
+                rows += self._score_all(variant, self.predict(cohort, stack, present, variant), finite)
         if self.personal is None:
             rows = [Row({**row, "client": int(k)}) for row in rows for k in owners[row["task"]]]
         return rows
@@ -238,18 +256,45 @@ class Evaluator:
 
 
 def test_shapes(
-    families: Sequence[Family], tests: Mapping[str, TaskArrays], settings: EngineSettings, image_tokens: int
+    families: Sequence[Family],
+    tests: Mapping[str, TaskArrays],
+    settings: EngineSettings,
+    *,
+    image_tokens: int,
+    personal: Sequence[Mapping[str, np.ndarray]] | None = None,
+    microbatch: int = PADDED_ROW,
 ) -> dict[str, tuple[RowShape, ...]]:
-    """Family name -> shapes of its rows; packed ones are larger than in training, as no gradient needs their tokens."""
+    """Family name -> shapes of its rows; packed ones are larger than in training, as no gradient needs their tokens.
+
+    Args:
+      personal, microbatch: see `Evaluator`.
+    """
+    if not settings.packed:
+        return {family.name: padded(_row_size(family, tests, personal, microbatch)) for family in families}
     return row_shapes(
         families,
         tests,
-        packed=settings.packed,
-        microbatch=4 * settings.microbatch if settings.packed else PADDED_ROW,
+        packed=True,
+        microbatch=4 * settings.microbatch,
         batch=max(map(len, tests.values())),
         image_tokens=image_tokens,
         answers=False,
     )
+
+
+def _row_size(
+    family: Family, tests: Mapping[str, TaskArrays], personal: Sequence[Mapping[str, np.ndarray]] | None, most: int
+) -> int:
+    """As few rows as `most` samples in each allow, and no more samples in a row than that takes.
+
+    All samples of a row are computed, real or not.
+    """
+    largest = 1
+    for task in family.tasks:
+        domains = tests[task.name].domains
+        parts = [domains] if personal is None else [domains[mine[task.name]] for mine in personal if task.name in mine]
+        largest = max(largest, *(int(np.bincount(part, minlength=1).max()) for part in parts))
+    return -(-largest // -(-largest // most))
 
 
 def _of(rows: TestRows, values: np.ndarray, position: int, cohort: Cohort, variants: list[int]):
@@ -260,3 +305,10 @@ def _of(rows: TestRows, values: np.ndarray, position: int, cohort: Cohort, varia
     ids = rows.ids[shard][mine].reshape(-1)
     found = values[shard][mine].reshape(len(ids), *values.shape[4:])
     return ids[ids >= 0], found[ids >= 0]
+
+
+def _clients(numbers: Collection[int]) -> str:
+    """In words: "client 3", "clients 3, 13", "30 clients"."""
+    if len(numbers) > 4:
+        return f"{len(numbers)} clients"
+    return f"client{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"

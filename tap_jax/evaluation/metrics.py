@@ -14,7 +14,7 @@ import io
 import json
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from tap_jax.errors import UserError
+from tap_jax.evaluation.bertscore import bert_scores, torch_device
 
 Pair = tuple[str, tuple[str, ...]]  # a candidate and its references
 
@@ -29,7 +30,6 @@ PAPER_MODEL, PAPER_LAYER = "bert-base-uncased", 9
 PAPER_REPOS = (PAPER_MODEL, f"google-bert/{PAPER_MODEL}")  # the hub's old and new address of one model
 DEBIAN_WORDNET = Path("/usr/share/wordnet")  # where the package wordnet-base puts WordNet 3.0
 NETWORK_TIMEOUT = 3.0  # seconds to wait for the hub before giving up
-_PAIRS = 64  # (candidate, reference) pairs scored at a time
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -92,7 +92,7 @@ class TextScorer:
 
 
 def text_scorer(
-    bertscore_model: str = "auto", bertscore_layer: int = PAPER_LAYER, *, device: str = "cpu"
+    bertscore_model: str = "auto", bertscore_layer: int = PAPER_LAYER, *, device: str = "auto"
 ) -> TextScorer:
     """The scorer of generated text: BERTScore and METEOR, or what this machine has of them.
 
@@ -106,12 +106,13 @@ def text_scorer(
         if it is not in the cache.
       bertscore_layer: hidden layer whose embeddings are compared, 1 = after the first; a shallower model (MiniLM
         has six) takes its last, and its note says so.
-      device: torch device of the BERT.
+      device: of the BERT: "auto" is the GPU where PyTorch sees one, else the CPU; or a torch device.
 
     Raises:
-      UserError: `bertscore_model` cannot be had or is no encoder, or `bertscore_layer` is below 1.
+      UserError: `bertscore_model` cannot be had or is no encoder, `bertscore_layer` is below 1, or PyTorch has no such
+        `device`.
     """
-    return TextScorer((_bert_metric(bertscore_model, bertscore_layer, device), _meteor_metric()))
+    return TextScorer((_bert_metric(bertscore_model, bertscore_layer, torch_device(device)), _meteor_metric()))
 
 
 # --- BERTScore -------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def _bert_metric(model: str, layer: int, device: str) -> TextMetric:
         name += f"_layer{layer}"
     if name != "bertscore":
         note = f"{note}{name} uses {hub_id}, layer {layer}; not comparable with the paper's BERTScore"
-    return TextMetric(name, functools.partial(_bert_scores, folder=folder, layer=layer, device=device), note)
+    return TextMetric(name, functools.partial(bert_scores, folder=folder, layer=layer, device=device), note)
 
 
 def _complete(folder: Path) -> bool:
@@ -218,56 +219,6 @@ def _layers(folder: Path) -> int:
     return layers
 
 
-@functools.lru_cache(maxsize=1)
-def _load_bert(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
-    """(model cut after `layer`, tokenizer); bert-score's own loader takes any path with "t5" in it for a T5."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # it would list every weight of the layers above
-    logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(folder, num_hidden_layers=layer, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, config=config, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    # Saved tokenizers may claim a length of 1e30, and bert-score truncates at what they claim.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512))
-    return model.float().to(device).eval(), tokenizer
-
-
-def _bert_scores(pairs: Sequence[Pair], *, folder: Path, layer: int, device: str) -> list[float]:
-    """BERTScore F1 x100 of each pair, the best over its references; texts without a word score 0.
-
-    The arithmetic is bert-score's. The batches are made here: bert-score keeps every embedding at once, orders
-    equally long sentences by Python's per-process string hash, which shows in the last digits, and fails on
-    empty texts under transformers 5.
-    """
-    from bert_score.utils import get_bert_embedding, greedy_cos_idf
-
-    distinct = {(candidate, text) for candidate, texts in pairs for text in texts if candidate.strip() and text.strip()}
-    flat = sorted(distinct, key=lambda pair: (len(pair[0]), pair))  # alike lengths and one candidate's pairs together
-    found: dict[tuple[str, str], float] = {}
-    if flat:
-        model, tokenizer = _load_bert(folder, layer, device)
-        weights = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0.0, tokenizer.cls_token_id: 0.0})
-        embed = functools.partial(
-            get_bert_embedding, model=model, tokenizer=tokenizer, idf_dict=weights, device=device
-        )  # texts -> (embeddings [B, T, D], mask [B, T], token weights [B, T])
-    for start in range(0, len(flat), _PAIRS):
-        batch = flat[start : start + _PAIRS]
-        candidates = {text: row for row, text in enumerate(dict.fromkeys(candidate for candidate, _ in batch))}
-        rows = [candidates[candidate] for candidate, _ in batch]
-        ours = (array[rows] for array in embed(list(candidates)))
-        _, _, f1 = greedy_cos_idf(*embed([text for _, text in batch]), *ours)
-        found.update(zip(batch, (100.0 * value for value in f1.tolist()), strict=True))
-    return [max(found.get((candidate, text), 0.0) for text in texts) for candidate, texts in pairs]
-
-
 def _token_metric(reason: str) -> TextMetric:
     return TextMetric("token_f1", _token_f1_scores, f"token_f1 takes the place of BERTScore: {reason}")
 
@@ -303,10 +254,29 @@ def _meteor_scores(pairs: Sequence[Pair], *, wordnet: Any) -> list[float]:
     """METEOR x100 with nltk's parameters, on lower-case words split on white space; the best over the references."""
     from nltk.translate.meteor_score import meteor_score
 
+    words = _meteor_words(wordnet)
     return [
-        100.0 * meteor_score([text.lower().split() for text in texts], candidate.lower().split(), wordnet=wordnet)
+        100.0
+        * meteor_score(
+            [text.lower().split() for text in texts], candidate.lower().split(), stemmer=words, wordnet=words
+        )
         for candidate, texts in pairs
     ]
+
+
+@functools.lru_cache(maxsize=4)
+def _meteor_words(wordnet: Any) -> "_Words":
+    return _Words(wordnet)
+
+
+class _Words:
+    """Stems and synonyms, looked up once for each word: that is most of METEOR's time."""
+
+    def __init__(self, wordnet: Any):
+        from nltk.stem.porter import PorterStemmer
+
+        self.stem = functools.cache(PorterStemmer().stem)
+        self.synsets = functools.cache(wordnet.synsets)
 
 
 class _NoWordNet:

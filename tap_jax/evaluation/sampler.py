@@ -51,6 +51,7 @@ class Sampler:
         for family, painter in self._painters.items() if variant == self.variant else ():
             rows, kept = self._rows(cohort, family)
             if kept:
+                self.evaluator.tell(f"{variant}: images for samples/")
                 painted = painter(
                     self.engine.frozen,
                     self.evaluator.arrays[family.name],

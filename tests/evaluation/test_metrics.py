@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tap_jax.errors import UserError
-from tap_jax.evaluation import metrics
+from tap_jax.evaluation import bertscore, metrics
 
 CANDIDATES = ["a man eats", "the automobile is quick", "yes", "hello there hello"]
 REFERENCES = [["a man is eating food", "someone eats"], ["the car is fast"], ["no", "yes"], ["goodbye"]]
@@ -109,6 +109,92 @@ def test_bertscore_keeps_its_value_beside_other_samples(no_hub, no_wordnet):
     scores = metrics.text_scorer().score([*many, *CANDIDATES], [*([text, "a"] for text in many), *REFERENCES])
     np.testing.assert_allclose(scores["bertscore_minilm"][50], alone[0], atol=1e-3)
     np.testing.assert_allclose(scores["bertscore_minilm"][:50], 100, atol=1e-3)
+
+
+@needs_minilm
+def test_bertscore_of_a_pair_is_that_of_the_package_alone(no_hub, no_wordnet):
+    """In a batch of other lengths the package lets words match padding, which moves scores by hundredths."""
+    bert_score = pytest.importorskip("bert_score")
+    folder = str(metrics._minilm_folder())
+    pairs = [("zz ! q 7", "the car is fast"), ("a", "the automobile of the man is quick and red"), ("?", ";")]
+    scores = metrics.text_scorer(device="cpu").score(
+        [candidate for candidate, _ in pairs], [[reference] for _, reference in pairs]
+    )["bertscore_minilm"]
+    for (candidate, reference), score in zip(pairs, scores, strict=True):
+        _, _, alone = bert_score.score([candidate], [reference], model_type=folder, num_layers=6, device="cpu")
+        np.testing.assert_allclose(score, 100 * alone.numpy()[0], atol=1e-4)
+
+
+@needs_minilm
+@pytest.mark.parametrize("tokens", [1, 40, 4096])
+def test_every_text_goes_through_the_bert_once(no_hub, no_wordnet, monkeypatch, tokens):
+    pytest.importorskip("bert_score")
+    expected = metrics.text_scorer(device="cpu").score(CANDIDATES, REFERENCES)["bertscore_minilm"]
+    embedded = []
+    embed = bertscore._Bert._embed
+    monkeypatch.setattr(bertscore._Bert, "_embed", lambda self, texts: embedded.extend(texts) or embed(self, texts))
+    monkeypatch.setitem(bertscore.TOKENS, "cpu", tokens)
+    bertscore._bert.cache_clear()
+    scorer = metrics.text_scorer(device="cpu")
+    np.testing.assert_allclose(scorer.score(CANDIDATES, REFERENCES)["bertscore_minilm"], expected, atol=1e-4)
+    references = {text for texts in REFERENCES for text in texts}
+    assert sorted(embedded) == sorted([*CANDIDATES, *references])
+    # Another client's answers to the same tests: its answers alone are new.
+    embedded.clear()
+    scorer.score(["a man drinks"] * len(REFERENCES), REFERENCES)
+    assert embedded == ["a man drinks"]
+    bertscore._bert.cache_clear()
+
+
+@needs_minilm
+def test_references_beyond_what_is_kept_are_embedded_again(no_hub, no_wordnet, monkeypatch):
+    pytest.importorskip("bert_score")
+    monkeypatch.setattr(bertscore, "KEPT_BYTES", 1)
+    bertscore._bert.cache_clear()
+    scorer = metrics.text_scorer(device="cpu")
+    first = scorer.score(["a b"], [["c d"]])["bertscore_minilm"]
+    assert scorer.score(["a b"], [["c d", "e f"]])["bertscore_minilm"] >= first
+    assert len(bertscore._bert(metrics._minilm_folder(), 6, "cpu")._kept) == 1
+    bertscore._bert.cache_clear()
+
+
+@needs_minilm
+def test_a_device_without_memory_leaves_it_to_the_cpu(no_hub, no_wordnet, monkeypatch, caplog):
+    torch = pytest.importorskip("torch")
+    expected = metrics.text_scorer(device="cpu").score(CANDIDATES, REFERENCES)["bertscore_minilm"]
+    devices, load = [], bertscore.load_bert
+
+    def full(folder, layer, device):
+        devices.append(device)
+        if device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return load(folder, layer, device)
+
+    monkeypatch.setattr(bertscore, "load_bert", full)
+    monkeypatch.setattr(bertscore, "_FULL", set())
+    monkeypatch.setattr(metrics, "torch_device", lambda name: name)
+    bertscore._bert.cache_clear()
+    scorer = metrics.text_scorer(device="cuda")
+    np.testing.assert_allclose(scorer.score(CANDIDATES, REFERENCES)["bertscore_minilm"], expected, atol=1e-4)
+    assert "metrics.device: BERTScore goes on on the CPU" in caplog.text and "Tried to allocate" not in caplog.text
+    scorer.score(["another"], [["one"]])
+    assert devices == ["cuda", "cpu"]
+    bertscore._bert.cache_clear()
+
+
+def test_the_device_is_the_gpu_where_there_is_one(monkeypatch):
+    torch = pytest.importorskip("torch")
+    for there, found in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert (bertscore.torch_device("auto"), bertscore.torch_device("cpu")) == (found, "cpu")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert bertscore.torch_device("auto") == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "gpu", "meta", "cpu:x"])
+def test_a_device_that_pytorch_lacks_is_named(device):
+    with pytest.raises(UserError, match=rf"metrics\.device: PyTorch has no device '{device}' \(.+use 'auto' or 'cpu'"):
+        metrics.text_scorer(device=device)
 
 
 @needs_minilm
@@ -255,6 +341,37 @@ def test_without_wordnet_meteor_says_so(no_wordnet, monkeypatch):
         1 - 0.5,  # all three, each its own chunk
     ]
     np.testing.assert_allclose(scores, 100 * np.array(by_hand), rtol=1e-12)
+
+
+def test_words_looked_up_once_score_the_same():
+    """Oracle: nltk with a stemmer and a WordNet that look everything up."""
+    from nltk.translate.meteor_score import meteor_score
+
+    class Synset:
+        def __init__(self, *names):
+            self.names = names
+
+        def lemmas(self):
+            return [type("Lemma", (), {"name": lambda self, name=name: name})() for name in self.names]
+
+    class WordNet:
+        asked = 0
+
+        def synsets(self, word):
+            self.asked += 1
+            return {"automobile": [Synset("car", "motor_car")], "quick": [Synset("fast"), Synset("speedy")]}.get(
+                word, []
+            )
+
+    wordnet = WordNet()
+    pairs = [(candidate, tuple(texts)) for candidate, texts in zip(CANDIDATES, REFERENCES, strict=True)]
+    expected = [
+        100 * meteor_score([text.split() for text in texts], candidate.split(), wordnet=WordNet())
+        for candidate, texts in pairs
+    ]
+    assert metrics._meteor_scores(pairs, wordnet=wordnet) == expected and expected[1] > 60
+    asked = wordnet.asked
+    assert metrics._meteor_scores(pairs, wordnet=wordnet) == expected and wordnet.asked == asked
 
 
 def test_a_damaged_wordnet_is_named_in_the_note(tmp_path, monkeypatch):

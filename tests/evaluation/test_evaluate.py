@@ -1,0 +1,74 @@
+"""Rows of test samples are as large as the tests need, and the evaluator says what it is at."""
+
+import numpy as np
+import pytest
+
+from tap_jax.blocks import take
+from tap_jax.evaluation.evaluate import Evaluator
+from tap_jax.experiment import build
+
+ROWS = ({"fashion_mnist": 0.5}, {"fashion_mnist": 0.5, "common_gen": 1.0})
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny):
+    return build(tiny(ROWS, {"data.test_size": 9}))
+
+
+def evaluator(experiment, most):
+    data = experiment.data
+    return Evaluator(
+        experiment.engine,
+        data.test,
+        tokenizer=data.tokenizer,
+        scorer=experiment.scorer,
+        personal=data.personal_tests,
+        microbatch=most,
+    )
+
+
+def scores(experiment, found):
+    blocks, partition = experiment.initial_blocks, experiment.partition
+    return [
+        row
+        for cohort in experiment.engine.passes(0)
+        for row in found.evaluate(
+            "tap", cohort, {int(k): take(blocks, partition.blocks_of(k)) for k in cohort.clients if k >= 0}
+        )
+    ]
+
+
+@pytest.mark.parametrize(("most", "size"), [(50, 9), (9, 9), (8, 5), (4, 3), (1, 1)])
+def test_a_row_is_as_large_as_the_tests_need(experiment, most, size):
+    assert {shape.samples for (shape,) in evaluator(experiment, most).shapes.values()} == {size}
+
+
+def test_scores_do_not_depend_on_the_rows(experiment):
+    wide, narrow = (scores(experiment, evaluator(experiment, most)) for most in (50, 4))
+    assert [row | {"value": 0} for row in wide] == [row | {"value": 0} for row in narrow]
+    values = [[row["value"] for row in rows] for rows in (wide, narrow)]
+    np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+def test_scores_do_not_depend_on_packing(tiny, experiment):
+    packed = build(tiny(ROWS, {"data.test_size": 9, "engine.packing": "on", "engine.microbatch": 1}))
+    assert any(len(shapes) > 1 for shapes in packed.evaluator.shapes.values())
+    values = [[row["value"] for row in scores(run, run.evaluator)] for run in (experiment, packed)]
+    np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+def test_with_personal_tests_the_largest_share_decides(tiny):
+    experiment = build(tiny(ROWS, {"data.test_size": 20, "data.test_split": "personal"}))
+    found = evaluator(experiment, 50)
+    shares = [mine["fashion_mnist"] for mine in experiment.data.personal_tests]
+    family = next(f.name for f in experiment.engine.families if f.tasks[0].name == "fashion_mnist")
+    assert found.shapes[family][0].samples == max(map(len, shares)) < 20
+    assert all(np.isfinite(row["value"]) for row in scores(experiment, found))
+
+
+def test_what_may_take_long_is_told(experiment):
+    found, told = evaluator(experiment, 50), []
+    found.tell = told.append
+    scores(experiment, found)
+    assert "tap: predictions for fashion_mnist, clients 0, 1" in told
+    assert told[-1] == "tap: scores of 9 texts of common_gen, client 1"
