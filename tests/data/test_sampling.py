@@ -1,12 +1,11 @@
 """Plans: every drawn sample once, weights and shares as in equation 2, pure functions of their seeds."""
 
-import jax
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tap_jax.data.families import Family
-from tap_jax.data.sampling import ClientData, capacities, draw_plan, hold_out, joined, minibatches, sample_cohort
+from tap_jax.data.sampling import ClientData, capacities, draw_plan, hold_out, minibatches, sample_cohort
 from tap_jax.federation import TASKS
 
 NEWS, MMLU, GEN = TASKS["ag_news"], TASKS["mmlu"], TASKS["common_gen"]
@@ -130,23 +129,14 @@ def test_rows_of_leading_clients_come_first_and_are_counted():
         assert drawn(led, position) == drawn(plain, position)
 
 
-def test_joined_plans_are_both_behind_each_other():
-    """Positions and rows of the second behind those of the first, but leading clients' before all others."""
+def test_positions_of_several_rounds():
+    """Each draws what it draws in its own round."""
     rng = np.random.default_rng(0)
     data = [client(rng, {"ag_news": n, "common_gen": 30 - n}) for n in (5, 11, 25)]
-    one, other = plan_of(data, [0, 1], lead={1}), plan_of(data, [1, 2], purpose="personal", round_=3, lead={1})
-    both = joined(*(jax.tree.map(lambda leaf: np.stack([leaf, leaf]), plan) for plan in (one, other)))
-    both = jax.tree.map(lambda leaf: leaf[1], both)
-    assert both.clients.tolist() == [0, 1, 1, 2]
-    assert both.active.tolist() == np.hstack((one.active, other.active)).tolist()
-    assert both.steps == max(one.steps, other.steps)
-    for position in range(4):
-        assert drawn(both, position) == drawn((one, other)[position // 2], position % 2)
-    for rows in both.rows.values():
-        assert (rows.table.weights[..., 0] > 0).sum(1).tolist() == rows.count.tolist()
-        for step, lead in enumerate(rows.lead):
-            clients = both.clients[rows.table.client[step, : rows.count[step]]]
-            assert (clients[:lead] == 1).all() and not (clients[lead:] == 1).any()
+    mixed = plan_of(data, [2, 0, 1], round_=np.array([7, 2, 3]))
+    for position, (number, round_) in enumerate(((2, 7), (0, 2), (1, 3))):
+        assert drawn(mixed, position) == drawn(plan_of(data, [number], round_=round_), 0)
+        assert drawn(mixed, position) != drawn(plan_of(data, [number], round_=round_ + 1), 0)
 
 
 @settings(max_examples=40, deadline=None)
