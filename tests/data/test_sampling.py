@@ -153,6 +153,16 @@ def test_rows_of_leading_clients_come_first_and_are_counted():
         assert drawn(led, position) == drawn(plain, position)
 
 
+def test_positions_of_several_rounds():
+    """Each draws what it draws in its own round."""
+    rng = np.random.default_rng(0)
+    data = [client(rng, {"ag_news": n, "common_gen": 30 - n}) for n in (5, 11, 25)]
+    mixed = plan_of(data, [2, 0, 1], round_=np.array([7, 2, 3]))
+    for position, (number, round_) in enumerate(((2, 7), (0, 2), (1, 3))):
+        assert drawn(mixed, position) == drawn(plan_of(data, [number], round_=round_), 0)
+        assert drawn(mixed, position) != drawn(plan_of(data, [number], round_=round_ + 1), 0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.floats(0, 0.99), st.integers(0, 10**6))
 def test_what_is_held_out_is_not_trained_on(sizes, part, seed):

@@ -72,16 +72,6 @@ def without_windows(experiment):
         experiment.engine.settings = settings
 
 
-def with_window(experiment, window):
-    settings = experiment.engine.settings
-    experiment.engine.settings = dataclasses.replace(settings, window=window)
-    experiment.engine.shape_of.cache_clear()
-    try:
-        return play(experiment)
-    finally:
-        experiment.engine.settings = settings
-
-
 @pytest.fixture(scope="module")
 def experiment(tiny):
     return experiments.build(tiny(ROWS, WINDOW_OF_3))
@@ -121,3 +111,161 @@ def test_as_one_round_after_the_other(experiment, expected, monkeypatch):
         parts += [len(clients) for clients in part]
         parts += [size for wave in windows.waves(part) for size in 3 * [len(wave)]]  # two margins and the local chain
     assert trained == parts
+
+
+def test_two_programs_for_everything(experiment, monkeypatch):
+    """Those that were made ready at the start: of a round's clients, and of a window's."""
+
+    def compile_now(*args):
+        raise AssertionError("not made ready")
+
+    experiment.prepare()
+    monkeypatch.setattr(experiment.engine._train, "_jitted", compile_now)
+    play(experiment)
+
+
+@pytest.mark.parametrize("mesh", [{"mesh.clients": 0}, {"mesh.clients": 4}], ids=["2 x 4", "4 x 1"])
+def test_over_devices(tiny, expected, mesh):
+    """Left to itself the mesh is for the clients of a round; with more of it those of a window fill it."""
+    built = experiments.build(tiny(ROWS, WINDOW_OF_3 | mesh))
+    assert (built.engine.devices.shards, built.engine.devices.parts) == ((4, 1) if mesh["mesh.clients"] else (2, 4))
+    same(play(built), expected)
+
+
+def test_where_optimizer_states_persist(tiny):
+    """Those of W̃ go on from round to round, those of X from wave to wave."""
+    built = experiments.build(tiny(ROWS, WINDOW_OF_3 | {"optimizer.state": "persist", "margins": 0.01}))
+    same(play(built), without_windows(built))
+
+
+def run(experiment, folder, rounds=FIELDS["rounds"], *, every=1, stop=lambda: False, state=None):
+    """-> (the last state, the lines that were shown)."""
+    folder.mkdir(exist_ok=True)
+    shown, checkpoints = [], Checkpoints(folder / "checkpoints")
+    state = state or experiment.init(folder)
+    state = run_rounds(
+        experiment.engine,
+        experiment.method,
+        resume(checkpoints, state) or state,
+        rounds=rounds,
+        workdir=folder,
+        every=every,
+        config_hash="",
+        checkpoints=checkpoints,
+        progress=shown.append,
+        stop=stop,
+    )
+    return state, shown
+
+
+def bits(state):
+    return jax.device_get(state.replace(server=dict(state.server)))
+
+
+def lines_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_resumed_at_a_windows_end(experiment, expected, tmp_path):
+    whole, shown = run(experiment, tmp_path / "whole", every=0)
+    assert [line["round"] for line in shown] == list(range(FIELDS["rounds"]))
+    assert lines_of(tmp_path / "whole") == [{k: v for k, v in line.items() if k != "seconds"} for line in shown]
+    assert Checkpoints(tmp_path / "whole" / "checkpoints").steps() == [5]
+    # Asked in the midst of the second window: that one is dropped.
+    asked = []
+
+    def stop():
+        asked.append(True)
+        return len(asked) == 7
+
+    with pytest.raises(Preempted, match="stopped after round 3 of 5, which is saved"):
+        run(experiment, tmp_path / "run", every=0, stop=stop)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")[:3]
+    state, _ = run(experiment, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, bits(state), bits(whole))
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    # From a state in the midst of a window it is played to that window's end.
+    state, line = experiment.round(experiment.init())
+    state, lines = play(experiment, state)
+    same((state, [line, *lines]), expected)
+
+
+def test_a_run_stopped_in_its_first_window_begins_again(experiment, tmp_path):
+    asked = []
+
+    def stop():
+        asked.append(True)
+        return len(asked) > 3
+
+    with pytest.raises(Preempted, match="stopped before the first round; the same command starts again"):
+        run(experiment, tmp_path, stop=stop)
+    assert len(asked) == 4 and Checkpoints(tmp_path / "checkpoints").steps() == [] and lines_of(tmp_path) == []
+
+
+def test_checkpoints_are_of_the_ends_of_windows(experiment, tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *args: (saved.append(step), save(self, step, *args)))
+
+    def without_training(engine, method, state, rounds, stop):
+        last = min(rounds, state.round // 3 * 3 + 3)
+        return state.replace(round=last), [{"round": t} for t in range(state.round, last)]
+
+    monkeypatch.setattr("tap_jax.engine.rounds.play_window", without_training)
+    for every, steps in ((4, [6, 9, 12, 16]), (2, [3, 6, 9, 12, 15, 16]), (6, [6, 12, 16]), (0, [16])):
+        saved.clear()
+        run(experiment, tmp_path / str(every), 16, every=every)
+        assert saved == steps, every
+
+
+def test_personal_blocks_in_a_store(tiny, experiment, expected, tmp_path):
+    built = experiments.build(tiny(ROWS, WINDOW_OF_3 | {"engine.host_gigabytes": 1e-9}))
+    state, lines = run(built, tmp_path)
+    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    same((state.replace(server=built.engine.server_blocks(state.server)), lines), expected)
+    assert (tmp_path / "store").is_dir()
+
+
+def test_broken_updates_stop_the_run(tiny):
+    built = experiments.build(
+        tiny(ROWS, WINDOW_OF_3 | {"screening.on_broken": "stop", "screening.max_norm": 1e-9, "margins": 0.01})
+    )
+    with pytest.raises(UserError, match="screening.on_broken: 'stop', and round 1 has a broken update: client "):
+        built.window(built.init())
+
+
+def test_what_does_not_go_with_it_is_refused(tiny):
+    config = override(default_config(), {"engine.window": 4})
+    validate(config)
+    assert config_hash(config) == config_hash(default_config())
+    for fields, message in (
+        ({"method": "fedavg"}, "engine.window: method 'fedavg' trains nothing that can wait for later rounds; use 0"),
+        ({"engine.window": -1}, "engine.window: -1"),
+        ({"engine.window": 1.5}, "engine.window: 1.5"),
+    ):
+        with pytest.raises(UserError) as error:
+            validate(override(config, fields))
+        assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    own = Method((), round=lambda cohort, state: (state, {}), finish=lambda cohort, state, variants: iter(()))
+    with pytest.raises(UserError, match="engine.window: the method's round is not a SplitRound"):
+        experiments.build(tiny(ROWS, WINDOW_OF_3), method=own, variants=("own",))
+    assert experiments.build(tiny(ROWS, FIELDS | {"engine.window": 1}), method=own, variants=("own",))
+
+
+def test_clients_of_several_rounds_have_no_aggregate(experiment):
+    cohort, state = experiment.engine.cohort((0, 1), (0, 1)), experiment.init()
+    stack, losses = cohort.train(cohort.broadcast(state.server), "federated")
+    with pytest.raises(ValueError, match="clients of several rounds have no aggregate"):
+        cohort.aggregate(state.server, stack, losses)
+
+
+def test_memory_is_planned_for_the_clients_of_a_window(tiny):
+    plain, windowed = (plan(outline(tiny(ROWS, fields | {"margins": 0.01}))) for fields in (FIELDS, WINDOW_OF_3))
+    assert windowed.phases[LAST] == plain.phases[LAST] and WINDOW not in plain.phases
+    one, window = windowed.phases[ROUND], windowed.phases[WINDOW]
+    assert (one.clients, window.clients) == (2, 4), "no more than the federation has"
+    assert one.parts["blocks in training"] == plain.phases[ROUND].parts["blocks in training"]
+    assert one.parts["federated blocks of other rounds, at most"] == 2 * one.parts["blocks in training"]
+    assert window.parts["blocks in training"] > one.parts["blocks in training"]
+    assert windowed.on_device(WINDOW) > windowed.on_device(ROUND) > plain.on_device(ROUND)
