@@ -1,13 +1,22 @@
 """Rounds in windows: the numbers of one round after the other, whatever happens in between."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
+from tap_jax.config import config_hash, default_config, override, validate
 from tap_jax.engine import windows
+from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.memory_plan import LAST, ROUND, WINDOW
+from tap_jax.engine.rounds import resume, run_rounds
+from tap_jax.errors import Preempted, UserError
+from tap_jax.methods.base import Method
+from tap_jax.outline import outline
+from tap_jax.planned_memory import plan
 from tests.trajectories import difference
 
 # Clients with different blocks; one runs out of data. Both tasks are of one family, so that there is less to compile.
