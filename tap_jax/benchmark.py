@@ -27,6 +27,7 @@ from tap_jax.experiment import Experiment
 from tap_jax.flops import Flops
 from tap_jax.methods.base import State
 from tap_jax.step_cost import gradients_per_step, peak_tflops, steps_cost, task_costs
+from tap_jax.useful_share import Costs, Measure, Share
 
 REPEATS = 5
 RIVALS = ("torch", "torch-fused")
@@ -48,11 +49,11 @@ def bench(
       say: gets a line before each slow part.
 
     Returns:
-      client_steps_per_s, samples_per_s (median of `REPEATS` runs); tflops and mfu of what the algorithm needs, null
-      where the method's steps or the device's peak are not known; flops_per_client_step, and what rematerialisation
-      does again; compile_s (the first run less a median one); peak_bytes (of the fullest device, or of this process's
-      host memory where devices do not tell, see `peak_of`); what `_rounds` and `_turns` find, else null; and what was
-      run.
+      client_steps_per_s, samples_per_s (median of `REPEATS` runs); tflops and mfu of what the algorithm needs for the
+      real samples and tokens, null where the method's steps or the device's peak are not known; flops_per_client_step,
+      and what rematerialisation does again; useful_share, see `tap_jax.useful_share`; compile_s (the first run less a
+      median one); peak_bytes (of the fullest device, or of this process's host memory where devices do not tell, see
+      `peak_of`); what `_rounds` and `_turns` find, else null; and what was run.
 
     Raises:
       UserError: what `experiment.build` objects to, or arguments that do not go together.
@@ -88,6 +89,7 @@ def bench(
         "client_steps_per_s": _short(taken / median),
         "samples_per_s": _short(samples / median),
         **_speed(run, todo, widths, median, taken),
+        "useful_share": _short(_useful_share(run, cohort)),
         "compile_s": _short(max(0.0, first - median)),
         "peak_bytes": peak[f"peak_{peak_of}_bytes"],
         "peak_of": peak_of,
@@ -164,16 +166,29 @@ def _speed(run: Experiment, todo: Sequence[Steps], widths: Mapping, seconds: flo
     if gradients is None:
         return dict.fromkeys(("tflops", "mfu", "flops_per_client_step", "recomputed_flops_per_client_step"))
     # Where a step takes several gradients, each has a minibatch of its own; they are alike.
-    costs = task_costs(run.model, widths)
-    flops = sum((steps_cost(costs, mine) for mine in todo), Flops()) * gradients
-    tflops = flops.total / seconds / 1e12
+    costs, padded = Costs(run.model, "gradient"), task_costs(run.model, widths)
+    useful = gradients * sum(costs.batch(batch.stream.task, batch.fields) for mine in todo for s in mine for batch in s)
+    again = gradients * sum((steps_cost(padded, mine) for mine in todo), Flops()).recomputed
+    tflops = useful / seconds / 1e12
     peak = peak_tflops(jax.devices()[0].device_kind, run.model.config.dtype)
     return {
         "tflops": _short(tflops),
         "mfu": None if peak is None else _short(tflops / (peak * run.engine.devices.size)),
-        "flops_per_client_step": round(flops.total / steps),
-        "recomputed_flops_per_client_step": round(flops.recomputed / steps),
+        "flops_per_client_step": round(useful / steps),
+        "recomputed_flops_per_client_step": round(again / steps),
     }
+
+
+def _useful_share(run: Experiment, cohort: Cohort) -> float:
+    """Of the minibatches that `_train` draws."""
+    engine, total = run.engine, Share()
+    measured = Measure(Costs(run.model, "gradient"), engine.families, engine.shapes, run.data.train)
+    drawn = cohort.plan("post", post=True)
+    for shard in range(engine.devices.shards):
+        plan = jax.tree.map(lambda leaf, at=shard: leaf[at], drawn)
+        plan = plan.replace(rows=jax.tree.map(lambda leaf: leaf[0], plan.rows))
+        total = sum(measured.plan(plan).values(), total)
+    return total.share
 
 
 # --- rounds and Stage 2 --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tap_jax.data.federated import FederatedData
 from tap_jax.data.packing import RowShape, pack
 from tap_jax.data.sampling import ClientData, Plan, Rows, capacities, draw_plan, row_shapes, sample_cohort
 from tap_jax.data.store import cut
-from tap_jax.data.text import TaskArrays
+from tap_jax.data.text import PAD, TaskArrays
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.evaluate import test_shapes
 from tap_jax.federation import Federation, Task
@@ -110,6 +110,16 @@ class Costs:
 
         found = count(outcome, parts, self._frozen, batch)
         return found.total if self.work == "gradient" else found.forward
+
+    def batch(self, task: Task, fields: Mapping[str, np.ndarray]) -> float:
+        """Of the samples of a task, each by itself and at its own length; their fields are padded."""
+        cost, samples = self.task(task), len(next(iter(fields.values())))
+        total = samples * cost.sample
+        if "tokens" in fields:
+            total += float(cost.texts((fields["tokens"] != PAD).sum(1)).sum())
+        if "answers" in fields:
+            total += float(cost.answers((fields["answers"] != PAD).sum(1) - 1).sum())
+        return total
 
     def generates(self, task: Task) -> bool:
         """Whether the task's answers are generated."""

@@ -239,7 +239,7 @@ def test_argument_and_overrides_change_fields(tmp_path):
         (FLAVA, {"rounds": 5.5}, "rounds: 5.5 is of type float"),
         (FLAVA, {"model": 3}, "model: is a section, not a value; model has: attention_rank, .*, width$"),
         (FLAVA, {"model": "vilt"}, "model: is a section, not a value; did you mean model.name=vilt[?]$"),
-        (FLAVA + ":engine=auto", {}, "engine: is a section, not a value; did you mean engine.attention=auto"),
+        (FLAVA + ":engine=auto", {}, "engine: is a section, not a value; did you mean engine.packing=auto or engine."),
         (FLAVA + ":rounds", {}, "'rounds' is no key=value"),
     ],
 )

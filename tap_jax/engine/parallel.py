@@ -2,8 +2,9 @@
 
 The mesh has the axes "clients" (D shards of the cohort) and "data" (E devices that share out the rows of one shard's
 minibatches and add up their gradients). Whatever belongs to clients has a leading axis [D, ...]; rows have [D, E, ...];
-what all share is replicated. The same function runs as it is on one device (where `vmap` puts rows side by side),
-under `pmap` over the clients, or under `shard_map` over both axes and several processes.
+what all share is replicated. The same function runs as it is on one device ("vmap": one operation updates all clients'
+blocks, and rows follow each other), under `pmap` over the clients, or under `shard_map` over both axes and several
+processes.
 
 Several processes run one and the same program on the same host data, each with its own devices of the mesh. Arrays are
 made from the part of them that lies on a process's own devices (`Devices.put`, `Devices.put_shards`), and read by all

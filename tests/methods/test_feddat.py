@@ -26,7 +26,7 @@ SETTINGS = {
 def experiment(request, tiny):
     """With AdamW afresh at every local training, and with a client's own of before for A1, A0 and heads."""
     fields = {"optimizer.state": request.param}
-    if request.param == "persist":  # and on two devices, two rows side by side
+    if request.param == "persist":  # and on two devices
         fields |= {"mesh.clients": 2}
     return alive(experiments.build(tiny(ROWS, SETTINGS | fields)))
 
