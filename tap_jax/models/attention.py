@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tap_jax.models.residuals import inputs_only
+
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, implementation: str = "auto") -> Array:
     """Multi-head attention with padding masked.
@@ -33,25 +35,35 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, i
         implementation = "xla"  # a model is initialised in float32, which cuDNN's attention does not have
     *batch, length, width = q.shape
     split = (*batch, length, heads, width // heads)
-    q, k, v = q.reshape(split), k.reshape(split), v.reshape(split)
     pairs = mask is not None and mask.ndim == len(batch) + 2
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*batch, length, length) if pairs else (*batch, length))
     if implementation == "einsum":
-        scores = jnp.einsum("...qhd,...khd->...hqk", q * (width // heads) ** -0.5, k)
-        scores = scores.astype(jnp.float32)
-        if mask is not None:
-            seen = mask[..., None, :, :] if pairs else mask[..., None, None, :]
-            scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores).astype(q.dtype)
-        return jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(*batch, length, width)
+        return inputs_only(functools.partial(_einsum, heads=heads), q.dtype)(q, k, v, mask)
     q, k, v = (x.reshape(-1, *split[-3:]) for x in (q, k, v))
-    if implementation == "cudnn" and not pairs:
+    if implementation == "cudnn" and not pairs:  # it keeps no scores
         out = _cudnn(q, k, v, None if mask is None else mask.reshape(-1, length))
     else:
         mask = None if mask is None else mask.reshape(-1, 1, length if pairs else 1, length)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+        one = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+        if implementation == "cudnn":
+            out = one(q, k, v, mask=mask)
+        else:
+            out = inputs_only(lambda q, k, v, mask: one(q, k, v, mask=mask), q.dtype)(q, k, v, mask)
     return out.reshape(*batch, length, width)
+
+
+def _einsum(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int) -> Array:
+    """[..., T, D], mask [..., T] or [..., T, T]; softmax in float32."""
+    split = (*q.shape[:-1], heads, q.shape[-1] // heads)
+    q, k, v = q.reshape(split), k.reshape(split), v.reshape(split)
+    scores = jnp.einsum("...qhd,...khd->...hqk", q * split[-1] ** -0.5, k)
+    scores = scores.astype(jnp.float32)
+    if mask is not None:
+        seen = mask[..., None, :, :] if mask.ndim == len(split) - 1 else mask[..., None, None, :]
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(q.dtype)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(*split[:-2], -1)
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:

@@ -20,6 +20,7 @@ from tap_jax.models.attention import attention
 from tap_jax.models.bottleneck import init_bottleneck, with_bottleneck
 from tap_jax.models.layers import ModelConfig, gelu, layer_norm
 from tap_jax.models.lora import Tree, init_lora, lora, stand_in
+from tap_jax.models.residuals import inputs_only
 from tap_jax.models.token_layout import TokenLayout
 
 SHARED = "shared"
@@ -152,9 +153,13 @@ def _expert(config: ModelConfig, ffn: Tree, hidden: Array, x: Array, adapter: Tr
         return with_bottleneck(_dense(gelu(hidden), ffn["fc2"]), adapter)
     keys = (None, None) if key is None else jax.random.split(key)
     scale, rate = config.lora_alpha_ratio, config.lora_dropout
-    hidden = hidden + lora(x, adapter["fc1"], scale=scale, rate=rate, key=keys[0])
-    hidden = gelu(hidden)
-    return _dense(hidden, ffn["fc2"]) + lora(hidden, adapter["fc2"], scale=scale, rate=rate, key=keys[1])
+
+    def expert(ffn: Tree, hidden: Array, x: Array, adapter: Tree, keys: tuple) -> Array:
+        hidden = hidden + lora(x, adapter["fc1"], scale=scale, rate=rate, key=keys[0])
+        hidden = gelu(hidden)
+        return _dense(hidden, ffn["fc2"]) + lora(hidden, adapter["fc2"], scale=scale, rate=rate, key=keys[1])
+
+    return inputs_only(expert, x.dtype)({"fc2": ffn["fc2"]}, hidden, x, adapter, keys)
 
 
 def attention_part(

@@ -11,6 +11,7 @@ grouped one, slow on every backend. Hence there are only matrix products here.
 The paper does not say how decoders start: each layer starts as its PyTorch namesake, embeddings and block as GPT-2's.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ from jax.typing import DTypeLike
 
 from tap_jax.errors import UserError
 from tap_jax.models.layers import gelu
+from tap_jax.models.residuals import inputs_only
 from tap_jax.models.token_layout import same_segment
 from tap_jax.token_logits import TokenLogits, float32_product
 
@@ -185,8 +187,11 @@ class ConditioningAttention(nn.Module):
             return out(project(vectors, 2, 3))
         query = _split_heads(project(queries, 0, 1)[None], self.heads)
         keys, values = jnp.split(_split_heads(project(vectors, 1, 3), 2 * self.heads), 2, axis=2)
-        weights = nn.softmax(_scores(jnp.broadcast_to(query, (len(vectors), *query.shape[1:])), keys))
-        return out(_read(weights, values))
+
+        def attend(query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+            return _read(nn.softmax(_scores(jnp.broadcast_to(query, (len(keys), *query.shape[1:])), keys)), values)
+
+        return out(inputs_only(attend, self.dtype)(query, keys, values))
 
 
 class GPT2Block(nn.Module):
@@ -239,12 +244,23 @@ class GPT2Block(nn.Module):
             keys = lax.dynamic_update_slice_in_dim(cache[0], keys, position, axis=1)
             values = lax.dynamic_update_slice_in_dim(cache[1], values, position, axis=1)
         mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
-        scores = jnp.where(mask, _scores(query, keys), jnp.finfo(jnp.float32).min)
-        attended = _read(dropout(nn.softmax(scores)), values)
+        # Which weights dropout leaves is drawn outside of what the backward pass computes again.
+        shape = (*query.shape[:1], self.heads, *mask.shape[-2:])
+        left = None if deterministic or not self.dropout else dropout(jnp.ones(shape, self.dtype)) != 0
+
+        def attend(query: jax.Array, keys: jax.Array, values: jax.Array, left: jax.Array | None) -> jax.Array:
+            scores = jnp.where(mask, _scores(query, keys), jnp.finfo(jnp.float32).min)
+            weights = nn.softmax(scores)
+            if left is not None:
+                weights = jnp.where(left, weights / (1 - self.dropout), 0)
+            return _read(weights, values)
+
+        attended = inputs_only(attend, self.dtype)(query, keys, values, left)
         x = x + dropout(dense(attended, width, "attn_c_proj", _gpt2_residual_init))
 
         n = _layer_norm(x, eps=1e-5, dtype=self.dtype, name="ln_2")
-        n = nn.gelu(dense(n, self.inner, "mlp_c_fc", _gpt2_init), approximate=True)
+        activated = inputs_only(functools.partial(nn.gelu, approximate=True), self.dtype)
+        n = activated(dense(n, self.inner, "mlp_c_fc", _gpt2_init))
         x = x + dropout(dense(n, width, "mlp_c_proj", _gpt2_residual_init))
         return x, (keys, values)
 
@@ -293,7 +309,7 @@ class TextHead(nn.Module):
         self.conditioning = ConditioningAttention(self.cond_heads, dtype=self.dtype)
         self.embedding_dropout = nn.Dropout(self.dropout)
         self.block = GPT2Block(self.heads, self.inner or 2 * self.width, self.dropout, dtype=self.dtype)
-        self.ln_f = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
+        self.ln_f = _norm(self.dtype)(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False)
         self.output = self.param("output", _linear_init, (self.width, self.vocab), jnp.float32)
 
     def __call__(self, condition_vectors: jax.Array, ids: jax.Array, *, deterministic: bool) -> jax.Array:
@@ -416,7 +432,7 @@ class TextHead(nn.Module):
 
     def _factors(self, x: jax.Array) -> TokenLogits:
         """Of the logits of hidden states [B, T, D]."""
-        return TokenLogits(self.ln_f(x.astype(jnp.float32)).astype(self.dtype), self.output)
+        return TokenLogits(self.ln_f(x).astype(self.dtype), self.output)
 
 
 @jax.custom_batching.custom_vmap
@@ -443,8 +459,20 @@ def _linear(x: jax.Array, features: int, *, dtype: DTypeLike, name: str) -> jax.
 def _layer_norm(x: jax.Array, *, eps: float, dtype: DTypeLike, name: str) -> jax.Array:
     """LayerNorm in float32, result in `dtype`."""
     # Flax's fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
-    norm = nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32)).astype(dtype)
+    norm = _norm(dtype)(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return norm(x).astype(dtype)
+
+
+class _LayerNorm(nn.LayerNorm):
+    """Flax's, on inputs of any type."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x.astype(jnp.float32))
+
+
+def _norm(dtype: DTypeLike) -> type[nn.Module]:
+    """`nn.LayerNorm`, of which the backward pass is given what `residuals.inputs_only` says."""
+    return _LayerNorm if jnp.dtype(dtype) == jnp.float32 else nn.remat(_LayerNorm)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

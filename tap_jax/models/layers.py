@@ -15,6 +15,7 @@ from jax import Array
 from tap_jax.models.attention import attention
 from tap_jax.models.bottleneck import with_bottleneck
 from tap_jax.models.lora import FrozenDense, Tree, frozen
+from tap_jax.models.residuals import inputs_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +111,14 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
       scale, bias: [D], or what broadcasts to x's shape.
       eps: added to the variance.
     """
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+
+    def normalised(x: Array, scale: Array, bias: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + eps) * scale + bias).astype(x.dtype)
+
+    return inputs_only(normalised, x.dtype)(x, scale, bias)
 
 
 def gelu(x: Array) -> Array:
@@ -121,8 +126,12 @@ def gelu(x: Array) -> Array:
 
     By erf, which compilers know: `jax.nn.gelu` goes through erfc, whose expansion is some hundred instructions.
     """
-    x32 = x.astype(jnp.float32)
-    return (0.5 * x32 * (1 + jax.lax.erf(x32 * np.float32(np.sqrt(0.5))))).astype(x.dtype)
+
+    def activated(x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        return (0.5 * x32 * (1 + jax.lax.erf(x32 * np.float32(np.sqrt(0.5))))).astype(x.dtype)
+
+    return inputs_only(activated, x.dtype)(x)
 
 
 class FrozenLayerNorm(nn.Module):

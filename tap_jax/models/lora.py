@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tap_jax.models.residuals import DROPOUT, LOW_RANK, inputs_only, kept
+
 Tree = dict
 
 
@@ -18,10 +20,10 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
     Sixteen random bits per element: half the generator's work, and the rate, in [0, 1), is met to 2**-17.
     """
-    kept = round((1 - rate) * 2**16)
-    if key is None or kept == 2**16:
+    limit = round((1 - rate) * 2**16)
+    if key is None or limit == 2**16:
         return x
-    keep = jax.random.bits(key, x.shape, jnp.uint16) < jnp.uint16(kept)
+    keep = kept(jax.random.bits(key, x.shape, jnp.uint16) < jnp.uint16(limit), DROPOUT)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
@@ -44,8 +46,12 @@ def lora(x: Array, adapter: Tree, *, scale: float, rate: float = 0.0, key: Array
       adapter: as `init_lora` shapes it; leading axes of A and B broadcast with x's as in a matrix product.
       rate, key: of `dropout`.
     """
-    a, b = (adapter[name].astype(x.dtype) for name in ("a", "b"))
-    return (dropout(x, rate, key) @ a) @ b * scale
+
+    def product(x: Array, adapter: Tree, key: Array | None) -> Array:
+        a, b = (adapter[name].astype(x.dtype) for name in ("a", "b"))
+        return kept(dropout(x, rate, key) @ a, LOW_RANK) @ b * scale
+
+    return inputs_only(product, x.dtype)(x, adapter, key)
 
 
 def stand_in(width: int) -> nn.initializers.Initializer:
