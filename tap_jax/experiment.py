@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
-from tap_jax import assembly
+from tap_jax import assembly, device_sizes
 from tap_jax import config as configuration
 from tap_jax.blocks import PRIVATE, Blocks, Partition
 from tap_jax.config import ConfigDict
@@ -280,7 +280,8 @@ def build(
     tasks = assembly.tasks_of(config, federation)
     variants = tuple(variants) if method else configuration.variants_of(config)
     platform = platform_of(target[0]) if target else None
-    settings = assembly.engine_settings(config, len(federation.clients), platform)
+    sized = device_sizes.sized(config, platform, len(target or jax.devices()))
+    settings = assembly.engine_settings(sized, len(federation.clients), platform)
     devices = parallel.devices(**config.mesh, cohort=settings.together, absent=target)
     # What cannot be had or does not fit is said before the data are read.
     if config.metrics.bertscore_model != "auto":
@@ -306,7 +307,7 @@ def build(
         personal_test=config.data.test_split == "personal",
     )
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
-    model = ServerModel(assembly.model_config(config, vocab=vocab, platform=platform), tasks)
+    model = ServerModel(assembly.model_config(sized, vocab=vocab, platform=platform), tasks)
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
     partition = model.partition(federation.task_mask).with_private(model.adapter_blocks)
     made = jax.eval_shape if target else lambda function, *args: function(*args)
