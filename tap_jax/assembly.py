@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from tap_jax import config as configuration
+from tap_jax import platforms
 from tap_jax.blocks import Stack
 from tap_jax.config import ConfigDict
 from tap_jax.engine.agreement import first_said
@@ -33,6 +34,7 @@ from tap_jax.methods.tap import Replacement, tap
 from tap_jax.models.attention import why_not_cudnn
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
+from tap_jax.platforms import Platform
 
 
 def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:
@@ -46,56 +48,69 @@ def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:
     )
 
 
-def compute_dtype(config: ConfigDict) -> str:
+def compute_dtype(config: ConfigDict, platform: Platform | None = None) -> str:
     """bfloat16 on accelerators, float32 on CPU, unless the configuration says otherwise."""
     if config.compute_dtype != "auto":
         return config.compute_dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "bfloat16" if (platform or platforms.here()).accelerated else "float32"
 
 
-def attention_of(config: ConfigDict) -> tuple[str, str]:
-    """`engine.attention`, where that is "auto" on a GPU "cudnn" or "xla"; and why not cuDNN's, if so."""
+def attention_of(config: ConfigDict, platform: Platform | None = None) -> tuple[str, str]:
+    """`engine.attention`, where that is "auto" on a GPU "cudnn" or "xla"; and why not cuDNN's, if so.
+
+    Args:
+      platform: of a target, where nothing can be tried: cuDNN's is taken to work where it can be asked for. Default:
+        of this process's devices.
+    """
     chosen = config.engine.attention
-    if chosen != "auto" or jax.default_backend() != "gpu":
+    kind = (platform or platforms.here()).kind
+    if platform and chosen == "auto" and kind != "gpu":  # "auto" would ask this process's devices
+        return "einsum" if kind == "cpu" else "xla", ""
+    if chosen != "auto" or kind != "gpu":
         return chosen, ""
-    reason = _why_not_cudnn(config)
+    reason = _why_not_cudnn(config, platform)
     return ("xla" if reason else "cudnn"), reason
 
 
-def _why_not_cudnn(config: ConfigDict) -> str:
+def _why_not_cudnn(config: ConfigDict, platform: Platform | None = None) -> str:
     """Why cuDNN's attention cannot be had for this run; empty where it can."""
     if config.method == "per_fedavg" and config.per_fedavg.hessian == "exact":
         return "it has no second derivative, which per_fedavg.hessian='exact' takes"
-    if jax.default_backend() != "gpu":
+    if (platform or platforms.here()).kind != "gpu":
         return "no NVIDIA GPU is at hand"
+    if platform:
+        dtype = compute_dtype(config, platform)
+        return "" if dtype == "bfloat16" else f"it does not compute in {dtype}"
     model = config.model
     lengths = ((model.image_size // model.patch) ** 2 + 1, model.max_text)
     # What one process cannot do, none does: they run one program.
     return first_said(why_not_cudnn(model.heads, model.width, lengths, compute_dtype(config)))
 
 
-def attention_notes(config: ConfigDict) -> tuple[str, ...]:
+def attention_notes(config: ConfigDict, platform: Platform | None = None) -> tuple[str, ...]:
     """What was chosen where the platform does not say it.
 
     Raises:
       UserError: cuDNN's was, and cannot be had.
     """
-    if config.engine.attention == "cudnn" and (reason := _why_not_cudnn(config)):
+    if config.engine.attention == "cudnn" and (reason := _why_not_cudnn(config, platform)):
         raise UserError(f"engine.attention: 'cudnn' cannot be had ({reason}); use 'auto'")
-    chosen, reason = attention_of(config)
-    if chosen == config.engine.attention:
+    chosen, reason = attention_of(config, platform)
+    if platform or chosen == config.engine.attention:
         return ()
     return (f"engine.attention: '{chosen}'" + (f", not 'cudnn': {reason}" if reason else ", which was tried here"),)
 
 
-def model_config(config: ConfigDict, *, vocab: int | None = None, attention: str = "") -> ModelConfig:
+def model_config(
+    config: ConfigDict, *, vocab: int | None = None, attention: str = "", platform: Platform | None = None
+) -> ModelConfig:
     """The model section as `ModelConfig`; where it is for its shapes alone, naming an attention saves the trial."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     fields = {name: value for name, value in config.model.items() if name in names}
     fields |= {
-        "attention": attention or attention_of(config)[0],
+        "attention": attention or attention_of(config, platform)[0],
         "remat": config.engine.remat,
-        "dtype": compute_dtype(config),
+        "dtype": compute_dtype(config, platform),
     }
     fields |= {"bottleneck": config.feddat.bottleneck if config.method == "feddat" else 0}
     return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
@@ -216,14 +231,21 @@ def host_bytes(config: ConfigDict, clients: int) -> int:
     return 0 if clients > MANY_CLIENTS else machine_memory() // 2
 
 
-def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
+def packed_of(config: ConfigDict, platform: Platform | None = None) -> bool:
+    """Whether texts share sequences, see `data.packing`."""
+    if config.engine.packing != "auto":
+        return config.engine.packing == "on"
+    return (platform or platforms.here()).accelerated
+
+
+def engine_settings(config: ConfigDict, clients: int, platform: Platform | None = None) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
     On CPU: rows of one sample (wide rows lose to caches, and padding is work), phases in passes of the cohort's size so
     that one program serves everything. On accelerators: rows of 32 samples or of as many tokens, packed, all clients in
     one pass.
     """
-    cpu, optimizer = jax.default_backend() == "cpu", config.optimizer
+    cpu, optimizer = not (platform or platforms.here()).accelerated, config.optimizer
     # All data in one place: as many iterations a round as the cohort's clients can take together.
     cohort, pooled = (1, config.cohort_size) if config.method == "centralised" else (config.cohort_size, 1)
     training = TrainingSettings(clip_norm=optimizer.clip_norm, weight_decay=optimizer.weight_decay)
@@ -241,7 +263,7 @@ def engine_settings(config: ConfigDict, clients: int) -> EngineSettings:
         local_steps=config.local_steps * pooled,
         post_steps=config.post_steps,
         microbatch=config.engine.microbatch or (1 if cpu else min(32, config.batch_size)),
-        packed=config.engine.packing == "on" or config.engine.packing == "auto" and not cpu,
+        packed=packed_of(config, platform),
         training=training,
         persist=optimizer.state == "persist",
         rate=rate,

@@ -26,7 +26,8 @@ from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment
 from tap_jax.flops import Flops
 from tap_jax.methods.base import State
-from tap_jax.step_cost import gradients_per_step, peak_tflops, steps_cost, task_costs
+from tap_jax.platforms import peak_tflops
+from tap_jax.step_cost import gradients_per_step, steps_cost, task_costs
 from tap_jax.useful_share import Costs, Measure, Share
 
 REPEATS = 5

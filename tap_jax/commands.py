@@ -92,18 +92,55 @@ def export(workdir: str, client: str, format: str, out: str, model: str, variant
     print(f"in {out}: {', '.join(files)}", flush=True)
 
 
-def describe(config: ConfigDict, plans: int) -> None:
+def describe(config: ConfigDict, plans: int, target: str, fit: bool, minutes: int) -> None:
     """`tap-jax describe`.
 
     Raises:
-      UserError: a negative number of plans, or data that cannot be read for them.
+      UserError: a negative number of plans, or data that cannot be read for them; a target that is unknown or cannot be
+        compiled for here; `fit` without one.
     """
     if plans < 0:
         raise UserError(f"plans: {plans}; use a number of rounds such as 200, or 0 for none")
-    startup.start_jax(config)
-    from tap_jax.describe import describe
+    if fit and not target:
+        raise UserError("fit: for which target? name one, --target=h100 or --target=v5e:2x4")
+    if target and not plans:
+        _describe_target(config, target, fit, minutes)
+        return
+    if target:
+        from tap_jax.targets import topology
 
-    print(describe(config, plans=plans), end="", flush=True)
+        goal = topology.parse(target)
+    startup.start_jax(config)
+    from tap_jax.describe import describe, useful
+    from tap_jax.outline import outline
+
+    if target:
+        print(useful(outline(config), plans, topology.platform(goal), topology.count(goal)), flush=True)
+    else:
+        print(describe(config, plans=plans), end="", flush=True)
+
+
+def _describe_target(config: ConfigDict, name: str, fit: bool, minutes: int) -> None:
+    """Nothing of JAX starts in this process; it compiles in others."""
+    from tap_jax.targets import fit as fitting
+    from tap_jax.targets import report, session, topology
+
+    if minutes < 1:
+        raise UserError(f"minutes: {minutes}; use at least 1")
+    target = topology.parse(name)
+    topology.require(target)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if fit:
+        choice, built, found = fitting.fit(config, target, minutes=minutes, say=say)
+    else:
+        built, found = session.compile_all(config, target, minutes=minutes, say=say)
+    print(report.report(built, found), end="")
+    if fit:
+        print(f"fits by the compiler's word, the fastest by the estimate: {choice.flags}")
+    sys.stdout.flush()
 
 
 def bench(
@@ -258,10 +295,22 @@ _ALL = (
         (
             _CONFIG,
             Flag("plans", "N", "draw the plans of N rounds from the run's data, and say how much work is useful", 0),
+            Flag(
+                "target",
+                "NAME",
+                "compile all programs for devices that are not here: h100, a100-40, h100x8, v5e:2x4",
+                "",
+            ),
+            Flag(
+                "fit", "", "with --target: search the rows, remat and clients at once that fit and are fastest", False
+            ),
+            Flag("minutes", "N", "with --target: how long one program may take to compile", 30),
             _REGISTER,
         ),
-        "parameters (Table 7), who owns which block, memory plan, FLOPs; reads data for --plans only",
+        "parameters (Table 7), who owns which block, memory plan, FLOPs; reads data for --plans and --target only",
         "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
+        "With --target nothing is allocated and no weights are read; it needs tap-jax[target-tpu] or [target-gpu].\n"
+        "With --plans beside it nothing is compiled: plans are drawn with the target's defaults.\n"
         "Example: tap-jax describe --config=configs/flava.py",
     ),
     Command(

@@ -3,11 +3,12 @@
 import os
 from typing import Any
 
-import jax
+from tap_jax import platforms
+from tap_jax.platforms import Platform
 
 
-def compiler_options(*, once: bool = False) -> dict[str, Any] | None:
-    """Options for `jax.jit` on the default backend.
+def compiler_options(platform: Platform | None = None, *, once: bool = False) -> dict[str, Any] | None:
+    """Options for `jax.jit` on a platform; default: that of this process.
 
     On CPU, LLVM's level 1 makes programs as fast as its level 3 for three quarters of the compile time (measured on
     the demo's local training); `once` asks for level 0, for programs that run only once. And operations are put in the
@@ -15,7 +16,8 @@ def compiler_options(*, once: bool = False) -> dict[str, Any] | None:
     takes a third of the memory, and no more time, since each core has clients or products of its own. Accelerators keep
     theirs, and so does whoever has set a level in XLA_FLAGS.
     """
-    if jax.default_backend() != "cpu" or "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+    told = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    if told or (platform or platforms.here()).accelerated:
         return None
     return {
         "xla_backend_optimization_level": 0 if once else 1,

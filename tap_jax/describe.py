@@ -10,12 +10,14 @@ import numpy as np
 from tap_jax import assembly, blocks
 from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
+from tap_jax.device_sizes import sized
 from tap_jax.experiment import read_data, training_data
 from tap_jax.headline import devices_named
 from tap_jax.models.accounting import account, counted_in_paper, shapes
 from tap_jax.models.server_model import ServerModel
 from tap_jax.outline import Outline, block_sizes, outline
 from tap_jax.planned_memory import MIB, data_bytes, mesh, plan
+from tap_jax.platforms import Platform
 from tap_jax.step_cost import gradients_per_step, longest, task_flops
 from tap_jax.useful_share import measure, report
 
@@ -33,7 +35,7 @@ def describe(config: ConfigDict, *, plans: int = 0) -> str:
     parts = [_head(found), _paper(found), _patterns(found), _stored(found), _map(found), _memory(found)]
     parts.append(_flops(found))
     if plans:
-        parts.append(_useful(found, plans))
+        parts.append(useful(found, plans))
     return "\n\n".join(parts) + "\n"
 
 
@@ -196,20 +198,32 @@ def _flops(found: Outline) -> str:
     )
 
 
-def _useful(found: Outline, plans: int) -> str:
-    """How much of the arithmetic is for samples and tokens that are there."""
+def useful(found: Outline, plans: int, platform: Platform | None = None, devices: int = 1) -> str:
+    """How much of the arithmetic is for samples and tokens that are there.
+
+    Args:
+      plans: rounds whose plans are drawn.
+      platform: of the devices whose sizes of rows are taken where the configuration leaves them open; default: those
+        here. devices: how many there are.
+
+    Raises:
+      UserError: the data cannot be read.
+    """
     config, federation = found.config, found.federation
+    sizes = sized(config, platform, devices)
     data = read_data(config, federation, found.model.tasks)
     shares = measure(
         found.model,
         federation,
         data,
         training_data(config, data)[0],
-        assembly.engine_settings(config, len(federation.clients)),
+        settings := assembly.engine_settings(sizes, len(federation.clients), platform),
         personal=config.method == "tap",
         plans=plans,
     )
-    return "\n".join([f"Plans of {plans} rounds and of the last phases", *report(shares)])
+    packed = ", packed" if settings.packed else ""
+    title = f"Plans of {plans} rounds and of the last phases, rows of {settings.microbatch}{packed}"
+    return "\n".join([title, *report(shares)])
 
 
 def _columns(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
-from tap_jax import assembly
+from tap_jax import assembly, device_sizes
 from tap_jax import config as configuration
 from tap_jax.blocks import PRIVATE, Blocks, Partition
 from tap_jax.config import ConfigDict
@@ -35,6 +35,7 @@ from tap_jax.methods.base import Method, SplitRound, State
 from tap_jax.methods.criteria import Criterion
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
+from tap_jax.platforms import platform_of
 
 # variant -> the trained chain whose divergence it inherits; of the others, the server's
 _CHAIN = {"tap": "personal", "tap-no-kd": "personal", "tap-stage1": "personal", "tap-stage2": "local", "local": "local"}
@@ -260,6 +261,7 @@ def build(
     criterion: Criterion | None = None,
     method: Method | None = None,
     variants: Sequence[str] = (),
+    target: Sequence[jax.Device] = (),
 ) -> Experiment:
     """Builds everything that a configuration describes: federation, data, model, method, and the engine to train it.
 
@@ -271,6 +273,8 @@ def build(
       method: one's own, in the place of `config.method`; see `methods.base`.
       variants: of a method of one's own: the names that its `finish` yields, and of results that are the server's
         blocks. Not read without one: those are the configuration's.
+      target: devices of a topology (`jax.experimental.topologies`), to compile for and not to run: weights are not
+        read, and what would lie on a device, or start there, is a `jax.ShapeDtypeStruct`.
 
     Raises:
       UserError: whatever is wrong with it, in one line.
@@ -294,26 +298,29 @@ def build(
     federation = configuration.federation_of(config)
     tasks = assembly.tasks_of(config, federation)
     variants = tuple(variants) if method else configuration.variants_of(config)
-    settings = assembly.engine_settings(config, len(federation.clients))
-    devices = parallel.devices(**config.mesh, cohort=settings.cohort_size)
+    platform = platform_of(target[0]) if target else None
+    sized = device_sizes.sized(config, platform, len(target or jax.devices()))
+    settings = assembly.engine_settings(sized, len(federation.clients), platform)
+    devices = parallel.devices(**config.mesh, cohort=settings.cohort_size, absent=target)
     # What cannot be had or does not fit is said before the data are read.
     if config.metrics.bertscore_model != "auto" or config.metrics.device != "auto":
         scorer_of(config, tasks)
-    notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config))
-    pretrained = pretrained_weights(config, tasks)
+    notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config, platform))
+    pretrained = None if target else pretrained_weights(config, tasks)
     data = read_data(config, federation, tasks)
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
-    model = ServerModel(assembly.model_config(config, vocab=vocab), tasks)
+    model = ServerModel(assembly.model_config(sized, vocab=vocab, platform=platform), tasks)
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
     partition = model.partition(federation.task_mask).with_private(model.adapter_blocks)
-    frozen, initial = model.init(jax.random.key(config.seed), pretrained)
-    if config.model.start_from:
+    made = jax.eval_shape if target else lambda function, *args: function(*args)
+    frozen, initial = made(model.init, jax.random.key(config.seed), pretrained)
+    if config.model.start_from and not target:
         from tap_jax.export.start import read_torch  # and with it PyTorch
 
         start = read_torch(config.model.start_from, model, tokenizer=data.tokenizer)
         frozen, initial, notes = {**frozen, **start.frozen}, {**initial, **start.blocks}, (*notes, *start.notes)
     if model.adapter_blocks:
-        own = model.init_adapters(jax.random.fold_in(jax.random.key(config.seed), 1))
+        own = made(model.init_adapters, jax.random.fold_in(jax.random.key(config.seed), 1))
         initial = {**initial, **{PRIVATE + name: tree for name, tree in own.items()}}
     like = blocks_like(model)
     clients, held_out = training_data(config, data)
@@ -326,7 +333,7 @@ def build(
         partition,
         like={**like, **{PRIVATE + name: like[name] for name in model.adapter_blocks}},
         finished=(finished, blocks_like(finished)),
-        frozen=to_compute_dtype(frozen, model.config.dtype),
+        frozen=made(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen),
         arrays=data.train,
         data=clients,
         held_out=held_out,
@@ -344,7 +351,7 @@ def build(
         partition,
         engine,
         variants,
-        jax.device_get(dict(initial)),
+        dict(initial) if target else jax.device_get(dict(initial)),
         notes,
     )
 

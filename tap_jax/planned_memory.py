@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from tap_jax import assembly, blocks
+from tap_jax import assembly, blocks, device_sizes
 from tap_jax import config as configuration
 from tap_jax.blocks import Partition
 from tap_jax.config import ConfigDict
@@ -23,7 +23,7 @@ MIB = 2**20
 
 def plan(found: Outline) -> MemoryPlan:
     """Of a configuration; of its data, the bound that it sets, if any."""
-    config, model = found.config, found.model
+    config, model = device_sizes.sized(found.config, devices=len(jax.devices())), found.model
     settings = assembly.engine_settings(config, len(found.federation.clients))
     frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)

@@ -1,11 +1,10 @@
-"""What a local step costs in floating-point operations, and what devices can do at most.
+"""What a local step costs in floating-point operations.
 
 Letters: B samples of a stream in one client's minibatch.
 """
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -21,26 +20,6 @@ from tap_jax.models.server_model import ServerModel
 
 # Field of a sample -> its shape, see `data.families.FIELDS`.
 Widths = Mapping[str, tuple[int, ...]]
-
-# Dense bfloat16 TFLOP/s by JAX's name of the device, from the makers' data sheets. Other forms of the same chips (NVL,
-# a part of one under MIG) have other peaks, so whole names are matched.
-PEAKS = (
-    (r"NVIDIA H200( SXM.*)?", 989.0),
-    (r"NVIDIA H100( SXM\d?)?( 80GB)?( HBM3)?", 989.0),
-    (r"NVIDIA H100 PCIe", 756.0),
-    (r"NVIDIA A100.*GB( PCIe)?", 312.0),
-    (r"TPU v4", 275.0),
-    (r"TPU (v5e|v5 lite)", 197.0),
-    (r"TPU (v5p|v5)", 459.0),
-    (r"TPU (v6e|v6 lite)", 918.0),
-)
-
-
-def peak_tflops(device_kind: str, dtype: str) -> float | None:
-    """Dense TFLOP/s of one device at most; None where it is not known, or computes in another type than bfloat16."""
-    if dtype != "bfloat16" or "MIG" in device_kind:
-        return None
-    return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)

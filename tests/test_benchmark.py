@@ -20,7 +20,8 @@ from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.flops import Flops
 from tap_jax.outline import outline
-from tap_jax.step_cost import Cost, gradients_per_step, longest, peak_tflops, steps_cost, task_costs
+from tap_jax.platforms import peak_tflops
+from tap_jax.step_cost import Cost, gradients_per_step, longest, steps_cost, task_costs
 
 THREE = ({"ag_news": 1.0, "fashion_mnist": 0.5}, {"mmlu": 1.0}, {"fashion_mnist": 0.5})
 

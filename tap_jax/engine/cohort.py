@@ -281,6 +281,15 @@ class Cohort:
         Args:
           guided: whether it will be given a teacher.
         """
+        for args in self.training(guided=guided).values():
+            self.engine._train.prepare(*args)
+
+    def training(self, *, guided: bool = True) -> dict[tuple[bool, bool], tuple]:
+        """What `train` is given, as shapes: (with a place for a teacher, with optimizer states) -> arguments.
+
+        Args:
+          guided: whether it will be given a teacher.
+        """
         engine, settings = self.engine, self.engine.settings
         stack = self.abstract_stack()
         flag = abstract(np.zeros(len(self.table), bool), engine.by_client)
@@ -289,8 +298,9 @@ class Cohort:
         wanted = {(self.keeps_place, settings.persist)}
         if guided and engine.rule.guided:
             wanted.add((True, settings.persist or settings.in_pieces))
+        found = {}
         for taught, remember in sorted(wanted):
-            engine._train.prepare(
+            found[taught, remember] = (
                 *abstract((engine.frozen, engine.arrays), engine.shared),
                 stack,
                 moments if remember else None,
@@ -299,6 +309,7 @@ class Cohort:
                 abstract(share_out(self.plan(PURPOSES[-1], post=True), engine.devices.parts), engine.by_row),
                 *abstract((np.zeros(keys.shape, np.float32), keys), engine.by_client),
             )
+        return found
 
     def abstract_stack(self, like: Blocks | None = None) -> Stack:
         """The shapes of the cohort's stacks, of blocks or of what else has a vector per block."""

@@ -116,6 +116,7 @@ class Engine:
         specs = (SHARED, SHARED, CLIENTS, CLIENTS, CLIENTS, CLIENTS, ROWS, CLIENTS, CLIENTS)
         self._train = Program(
             functools.partial(stacks.train, devices.over(local_training(self.objective, settings.training), specs)),
+            platform=devices.platform,
             donate_argnums=(2,),
             out_shardings=(self.by_client, self.by_client, self.shared),
         )
@@ -206,6 +207,13 @@ class Engine:
         """The server's blocks by name -> on the device."""
         packed = blocks.pack(self.partition, self.server_seats, [server], self.like)
         return self.devices.put(packed, SHARED)
+
+    def server_shapes(self) -> Stack:
+        """The shapes of `server_stack`."""
+        members, names = self.partition.members(), self.partition.names
+        sizes = {group: (len(found), blocks.count(self.like[names[found[0]]])) for group, found in members.items()}
+        shapes = {group: jax.ShapeDtypeStruct(size, np.float32) for group, size in sizes.items()}
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.shared), shapes)
 
     def server_blocks(self, server: Stack) -> Blocks:
         """The inverse of `server_stack`, on the host."""

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tap_jax.errors import UserError
+from tap_jax.platforms import Platform, platform_of
 
 # How an argument lies on the mesh.
 SHARED = PartitionSpec()
@@ -71,6 +72,11 @@ class Devices:
     def sum_axis(self) -> str | None:
         """The axis over which what rows add up to has to be summed; None where a shard has one device."""
         return "data" if self.parts > 1 else None
+
+    @property
+    def platform(self) -> Platform:
+        """Of its devices, which are all of one kind."""
+        return platform_of(self.mesh.devices.flat[0])
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """Where arrays of this kind lie."""
@@ -151,7 +157,23 @@ class Devices:
         return jax.shard_map(local, mesh=self.mesh, in_specs=tuple(specs), out_specs=out, check_vma=False)
 
 
-def devices(clients: int = 0, data: int = 0, parallel: str = "auto", *, cohort: int = 0) -> Devices:
+class AbsentDevices(Devices):
+    """Devices that programs are compiled for and that are not here: what is put on them stays a shape."""
+
+    def put(self, tree: Any, spec: PartitionSpec) -> Any:
+        """Shapes of host arrays, or shapes themselves, with where they would lie."""
+        sharding = self.sharding(spec)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def devices(
+    clients: int = 0,
+    data: int = 0,
+    parallel: str = "auto",
+    *,
+    cohort: int = 0,
+    absent: Sequence[jax.Device] = (),
+) -> Devices:
     """The mesh that a configuration asks for.
 
     Args:
@@ -160,11 +182,13 @@ def devices(clients: int = 0, data: int = 0, parallel: str = "auto", *, cohort: 
       data: E; 0: 1 where `clients` is given, else what the cohort leaves over.
       parallel: "vmap", "pmap", "shard_map", or "auto": the first on one device, else the last.
       cohort: clients that train at once in a round; 0: any number.
+      absent: devices of a topology in the place of those that are here.
 
     Raises:
       UserError: fewer devices exist, or the way of spreading does not fit their number.
     """
-    available = len(jax.devices())
+    found = list(absent) or jax.devices()
+    available = len(found)
     if not clients and not data:
         clients = max(n for n in range(1, available + 1) if available % n == 0 and n <= (cohort or available))
         if parallel == "vmap":
@@ -186,12 +210,10 @@ def devices(clients: int = 0, data: int = 0, parallel: str = "auto", *, cohort: 
         raise UserError("mesh.parallel: 'pmap' spreads clients over one process's devices only; use 'shard_map'")
     if jax.process_count() > 1 and count < available:
         raise UserError(f"mesh.clients: {count} of {available} devices; several processes must use all they have")
-    mesh = jax.make_mesh(
-        (clients, data), ("clients", "data"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count]
-    )
+    mesh = jax.make_mesh((clients, data), ("clients", "data"), axis_types=(AxisType.Auto,) * 2, devices=found[:count])
     if parallel == "auto":
         parallel = "vmap" if count == 1 else "shard_map"
-    return Devices(mesh, parallel)
+    return (AbsentDevices if absent else Devices)(mesh, parallel)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

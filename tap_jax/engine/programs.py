@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from tap_jax.compiling import compiler_options
+from tap_jax.platforms import Platform
 
 _WORKERS = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
 
@@ -20,20 +21,21 @@ class Program:
 
     Args:
       function: pure.
+      platform: of the devices; default: of this process.
       jit: further arguments of `jax.jit`.
 
     Attributes:
       traces: how often the function has been traced; 1 as long as one program serves all calls.
     """
 
-    def __init__(self, function: Callable, **jit: Any):
+    def __init__(self, function: Callable, *, platform: Platform | None = None, **jit: Any):
         self.traces = 0
 
         def counted(*args):
             self.traces += 1
             return function(*args)
 
-        self._jitted = jax.jit(counted, compiler_options=compiler_options(), **jit)
+        self._jitted = jax.jit(counted, compiler_options=compiler_options(platform), **jit)
         self._ready: dict[Any, concurrent.futures.Future] = {}
 
     def prepare(self, *args: Any) -> None:
@@ -41,6 +43,10 @@ class Program:
         key = _signature(args)
         if key not in self._ready:
             self._ready[key] = _WORKERS.submit(lambda: self._jitted.lower(*args).compile())
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """For arguments like these; nothing is compiled yet."""
+        return self._jitted.lower(*args)
 
     def __call__(self, *args: Any) -> Any:
         """The function's result; arguments must lie where `prepare` was told they would."""

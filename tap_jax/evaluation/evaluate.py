@@ -68,7 +68,10 @@ class Evaluator:
             microbatch=microbatch,
         )
         self._programs = {
-            family.name: Program(predictor(engine, family, self.shapes[family.name], tokenizer, scored))
+            family.name: Program(
+                predictor(engine, family, self.shapes[family.name], tokenizer, scored),
+                platform=engine.devices.platform,
+            )
             for family in engine.families
         }
         self.sampler: Sampler | None = None
@@ -80,15 +83,24 @@ class Evaluator:
 
     def prepare(self, cohort: Cohort) -> None:
         """Starts compiling the programs of all families, for cohorts like this one, in the background."""
-        engine = self.engine
+        for program, args in self.programs(cohort).values():
+            program.prepare(*args)
+
+    def programs(self, cohort: Cohort) -> dict[str, tuple[Program, tuple]]:
+        """Family name -> its program and what it is given for cohorts like this one, as shapes."""
+        engine, found = self.engine, {}
         for family in engine.families:
             rows = self._rows(cohort, family, {})
-            self._programs[family.name].prepare(
-                *abstract((engine.frozen, self.arrays[family.name]), engine.shared),
-                cohort.abstract_stack(engine.finished.like),
-                abstract(cohort.seats, engine.by_client),
-                abstract(rows, engine.by_row),
+            found[family.name] = (
+                self._programs[family.name],
+                (
+                    *abstract((engine.frozen, self.arrays[family.name]), engine.shared),
+                    cohort.abstract_stack(engine.finished.like),
+                    abstract(cohort.seats, engine.by_client),
+                    abstract(rows, engine.by_row),
+                ),
             )
+        return found
 
     def ids(self, client: int, task: str) -> np.ndarray:
         """int64 [.], the client's test samples of a task."""

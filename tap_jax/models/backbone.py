@@ -213,7 +213,9 @@ def mix(
     q, v = projected
     tokens = (*mask.shape[:2], x.shape[-1])
     q, k, v = (part.reshape(tokens) for part in (q, _dense(n, layer["key"]), v))
-    mixed = attention(q, k, v, mask, heads=config.heads, implementation=config.attention)
+    # Under vmap cuDNN's attention takes one mask for all, and JAX cannot give it those of packed sequences.
+    implementation = "xla" if config.attention == "cudnn" and mask.ndim == 3 else config.attention
+    mixed = attention(q, k, v, mask, heads=config.heads, implementation=implementation)
     return x + _dense(mixed.reshape(x.shape), layer["out"])
 
 

@@ -1,0 +1,222 @@
+"""How large rows and passes may be on a device, and whether activations are kept: the defaults of an accelerator.
+
+Where `engine.microbatch` and `engine.clients_per_pass` are 0 and `engine.remat` is "auto", `sized` fills in what an
+estimate of memory and time finds best for the device at hand. The estimate counts arrays from shapes; nothing is
+compiled. `tap-jax describe --target` shows what the compiler says of the same program.
+
+Letters: M tokens of a row, D width, F inner width of feed-forward networks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from tap_jax import assembly, blocks, platforms
+from tap_jax import config as configuration
+from tap_jax.config import ConfigDict
+from tap_jax.data.packing import SEQUENCE
+from tap_jax.engine.memory_plan import MemoryPlan, memory_plan
+from tap_jax.federation import Task
+from tap_jax.models.accounting import shapes
+from tap_jax.models.layers import ModelConfig
+from tap_jax.models.server_model import ServerModel, to_compute_dtype
+from tap_jax.platforms import Platform
+
+# Part of a device's memory that the estimate may fill: the compiler's own padding and fragmentation take the rest.
+FILLED = 0.85
+# What the compiler keeps over what `row_bytes` counts, as measured on configs/flava.py (launch/benchmarks.md).
+RESIDUALS = 1.3
+DATA = 2**31  # bytes of training and test data on a device, where nothing bounds them: sets as the hub has them
+MOST, ENOUGH = 32, 512  # samples of a row at most; tokens at which a row keeps matrix units half busy
+KEPT, LAYER, FULL = "none", "layer", "full"  # values of engine.remat
+_SLOWER = {KEPT: 1.0, LAYER: 1.25, FULL: 1.33}  # forward passes are a third of the work, and frozen weights have more
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """One choice.
+
+    Attributes:
+      microbatch, clients, remat: values of `engine.microbatch`, `engine.clients_per_pass` and `engine.remat`.
+      bytes: of memory on a device at most, by the estimate.
+      time: relative, by the estimate; less is faster.
+    """
+
+    microbatch: int
+    clients: int
+    remat: Any
+    bytes: int
+    time: float
+
+    @property
+    def flags(self) -> str:
+        """As arguments of the command line."""
+        return (
+            f"--config.engine.microbatch={self.microbatch} --config.engine.clients_per_pass={self.clients}"
+            f" --config.engine.remat={self.remat}"
+        )
+
+
+def sized(config: ConfigDict, platform: Platform | None = None, devices: int = 1) -> ConfigDict:
+    """The configuration with the defaults of a device in the place of 0 and "auto"; itself where there are none.
+
+    On CPUs, and where a device's memory is not known, nothing is changed.
+
+    Args:
+      platform: of the run's devices; default: of this process's.
+      devices: how many share out the clients.
+    """
+    platform = platform or platforms.here()
+    engine = config.engine
+    if not platform.accelerated or platform.memory is None:
+        return config
+    if engine.microbatch and engine.clients_per_pass and engine.remat != "auto":
+        return config
+    found = next(iter(choices(config, platform, devices)), None)
+    if found is None:  # nothing fits by the estimate: the smallest, and the compiler has the last word
+        found = min(_all(config, platform, devices), key=lambda sizes: sizes.bytes)
+    changed = {
+        "engine.microbatch": found.microbatch,
+        "engine.clients_per_pass": found.clients,
+        "engine.remat": found.remat,
+    }
+    return configuration.override(config.copy_and_resolve_references(), changed)
+
+
+def choices(config: ConfigDict, platform: Platform, devices: int = 1) -> list[Sizes]:
+    """What fits by the estimate, the fastest first. Settings that the configuration names are kept."""
+    fits = [sizes for sizes in _all(config, platform, devices) if sizes.bytes <= FILLED * platform.memory]
+    return sorted(fits, key=lambda sizes: (sizes.time, -sizes.clients, sizes.bytes))
+
+
+def _all(config: ConfigDict, platform: Platform, devices: int) -> Iterator[Sizes]:
+    engine, people = config.engine, len(configuration.federation_of(config).clients)
+    rows = [engine.microbatch] if engine.microbatch else [s for s in (32, 16, 8, 4, 2, 1) if s <= config.batch_size]
+    if engine.clients_per_pass:
+        passes = [min(engine.clients_per_pass, people)]
+    else:
+        shards, halves = shards_of(config, devices), (-(-people // 2**n) for n in range(12))
+        passes = sorted({people, *(min(people, -(-c // shards) * shards) for c in halves)})
+    words = ((False, True) if isinstance(engine.remat, bool) else (KEPT, LAYER, FULL)) if _open(config) else ()
+    estimate = Estimate(config, platform, devices)
+    for clients in passes:
+        for microbatch in rows:
+            for remat in words or (engine.remat,):
+                yield estimate(microbatch, clients, remat)
+
+
+def _open(config: ConfigDict) -> bool:
+    """Whether engine.remat is left to the device; a switch that is off is."""
+    return config.engine.remat == "auto" or config.engine.remat is False
+
+
+class Estimate:
+    """Bytes and relative time of choices, for one configuration on one kind of device.
+
+    What lies on a device: frozen weights, data, the blocks of the clients that train, their gradients, AdamW's moments
+    and a teacher (`engine.memory_plan`); the residuals of one row (`row_bytes`), which the backward pass reads; and as
+    much again of the row's blocks and their gradients.
+    """
+
+    def __init__(self, config: ConfigDict, platform: Platform, devices: int = 1):
+        self.config, self.platform, self.devices = config, platform, devices
+        federation = configuration.federation_of(config)
+        self.packed = assembly.packed_of(config, platform)
+        self.people = len(federation.clients)
+        model = assembly.model_config(config, attention="einsum", platform=platform)
+        self.model = ServerModel(model, assembly.tasks_of(config, federation))
+        self.partition = self.model.partition(federation.task_mask).with_private(self.model.adapter_blocks)
+        self.fixed = functools.cache(self._fixed)
+
+    def __call__(self, microbatch: int, clients: int, remat: Any) -> Sizes:
+        """One choice."""
+        c = self.model.config
+        kept = remat_word(remat)
+        rows = [row_tokens(c, task, microbatch, self.packed) for task in self.model.tasks]
+        row = max(row_bytes(c, tokens, kept) for tokens in rows)
+        plan = self.fixed(clients)
+        memory = max(plan.on_device(phase) for phase in plan.phases) + int(RESIDUALS * row)
+        tokens = max(map(sum, rows))
+        shards = shards_of(self.config, self.devices)
+        turns = -(-self.people // clients) * -(-clients // shards) * shards / self.people
+        rounds = 2 * self.config.rounds * self.config.local_steps * min(self.config.cohort_size, self.people)
+        last = 2 * self.people * self.config.post_steps * turns
+        busy = tokens / (tokens + ENOUGH)
+        return Sizes(microbatch, clients, remat, memory, (rounds + last) * _SLOWER[kept] / busy)
+
+    def _fixed(self, clients: int) -> MemoryPlan:
+        config = self.config
+        settings = assembly.engine_settings(config, self.people, self.platform)
+        settings = dataclasses.replace(settings, clients_per_pass=clients)
+        frozen, trainable = shapes(self.model)
+        kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, self.model.config.dtype), frozen)
+        variants = configuration.variants_of(config)
+        return memory_plan(
+            self.model,
+            self.partition,
+            assembly.method_of(config, self.model, variants),
+            settings,
+            like=trainable,
+            frozen=blocks.size_bytes(kept),
+            data=DATA,
+            made=True,
+            after=True,
+            host_bytes=0,
+            shards=shards_of(config, self.devices),
+            parts=self.devices // shards_of(config, self.devices),
+        )
+
+
+def shards_of(config: ConfigDict, devices: int) -> int:
+    """How many shards `parallel.devices` makes of so many devices."""
+    if config.mesh.clients:
+        return config.mesh.clients
+    if config.mesh.data:
+        return max(1, devices // config.mesh.data)
+    return max(n for n in range(1, devices + 1) if devices % n == 0 and n <= config.cohort_size)
+
+
+def remat_word(value: Any) -> str:
+    """`engine.remat` as a word; switches are those of whole layers."""
+    return value if isinstance(value, str) and value != "auto" else LAYER if value is True else KEPT
+
+
+def row_tokens(model: ModelConfig, task: Task, microbatch: int, packed: bool) -> tuple[int, int]:
+    """(Image, text) tokens of a row of the task at most."""
+    samples, width = microbatch, model.max_text
+    if packed:  # see `data.packing.packed`; texts beside images are few
+        samples, width = max(microbatch, microbatch * SEQUENCE // model.image_tokens), SEQUENCE
+    image, text = "image" in task.modalities, "text" in task.modalities
+    return samples * model.image_tokens * image, microbatch * width * text
+
+
+def row_bytes(model: ModelConfig, tokens: tuple[int, int], remat: str) -> int:
+    """Bytes of what a row's forward pass leaves for its backward pass, in the compute type.
+
+    Of an encoder layer these are ten arrays [M, D] (inputs of both norms, normalised inputs, query, key, value, what
+    attention yields, dropped-out inputs of LoRA) and one [M, F], what GELU is applied to. Each path of a layer of the
+    routed backbone has three feed-forward experts, two of them in front of query and value: four arrays of width D and
+    three of F for each (before and behind GELU, and dropped out), and eight of width D beside. Recomputing keeps each
+    layer's input, and one layer's arrays at a time; recomputing in full keeps the towers' inputs alone.
+
+    Args:
+      tokens: M of (images, texts), see `row_tokens`.
+      remat: "none", "layer" or "full".
+    """
+    d, f = model.width, model.mlp
+    encoder = 10 * d + f
+    routed = model.backbone == "routed"
+    path = 3 * (4 * d + 3 * f) + 8 * d if routed else encoder
+    paths, depth = (4, sum(model.backbone_layers)) if routed else (1, sum(model.backbone_layers))
+    total = 0
+    for count, layers in zip(tokens, (model.image_layers, model.text_layers), strict=True):
+        if not count:
+            continue
+        layers = layers if model.name == "flava" else 0
+        kept = {KEPT: layers * encoder + depth * paths * path, LAYER: (layers + paths * depth) * d, FULL: 2 * d}[remat]
+        once = {KEPT: 0, LAYER: max(encoder, paths * path), FULL: max(layers * encoder, depth * paths * path)}[remat]
+        total += count * (kept + once)
+    return total * (2 if model.dtype == "bfloat16" else 4)

@@ -1,0 +1,166 @@
+"""Compiling in a process of its own, with a time limit for each program.
+
+A compiler for a target may take very long, or end the process; the command that asked for it goes on. The process is
+forked before JAX starts anything, so that it has the configuration and what was registered with it; where a program has
+taken too long it is ended, and another one goes on with the next.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tap_jax.config import ConfigDict
+from tap_jax.errors import UserError
+from tap_jax.targets.compile import Found
+from tap_jax.targets.topology import Target, environment
+
+BUILDING = 3600  # seconds that reading data and tracing may take
+
+
+class Built(NamedTuple):
+    """What a process knows before it compiles anything.
+
+    Attributes:
+      about: lines on the target and how the run would lie on it.
+      names: of the programs, in order.
+      platform: of the devices. devices: how many.
+      work: phase -> `roofline.Work` of one call. calls: phase -> how often a run makes it.
+    """
+
+    about: tuple[str, ...]
+    names: tuple[str, ...]
+    platform: Any
+    devices: int
+    work: dict[str, Any]
+    calls: dict[str, float]
+
+
+def compile_all(
+    config: ConfigDict,
+    target: Target,
+    *,
+    minutes: float,
+    say: Callable[[str], None],
+    only: Callable[[str], bool] = lambda phase: True,
+    enough: Callable[[Found], bool] = lambda one: True,
+) -> tuple[Built, list[Found]]:
+    """Compiles a run's programs for a target, one after the other.
+
+    Args:
+      minutes: for one program.
+      say: is given a line as each begins.
+      only: of a phase: whether to compile its programs.
+      enough: of a program: whether to go on with the next.
+
+    Raises:
+      UserError: the target or the configuration cannot be had; whatever the process raised as such.
+    """
+    found: dict[str, Found] = {}
+    built = None
+    while built is None or len(found) < len(built.names):
+        with _Child(_serve, config, target, tuple(found), only) as child:
+            built = child.receive(BUILDING)
+            if built is None:
+                raise UserError(
+                    "target: the compiler's process ended before it had built the run; run it with less data"
+                )
+            while len(found) < len(built.names):
+                name = next(name for name in built.names if name not in found)
+                say(f"compiling {name}")
+                one, ended = child.receive(60 * minutes), False
+                if one is None:
+                    late, ended = child.alive, True
+                    problem = f"not known after {minutes:g} minutes" if late else "the compiler ended its process"
+                    one = Found(name, seconds=60 * minutes if late else 0, problem=problem)
+                found[name] = one
+                if not enough(one):
+                    return built, list(found.values())
+                if ended:
+                    break  # and go on in a new process
+    return built, list(found.values())
+
+
+def chosen_sizes(config: ConfigDict, target: Target) -> list[Any]:
+    """`device_sizes.choices` for the target's devices.
+
+    Raises:
+      UserError: as `compile_all`.
+    """
+    with _Child(_sizes, config, target) as child:
+        found = child.receive(BUILDING)
+    if found is None:
+        raise UserError("target: the process that looks for sizes ended; name them: engine.microbatch and the like")
+    return found
+
+
+class _Child:
+    """A forked process that sends things, and is ended with the block."""
+
+    def __init__(self, function: Callable, *args: Any):
+        context = multiprocessing.get_context("fork")
+        self._mine, theirs = context.Pipe(duplex=False)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._process = context.Process(target=_run, args=(theirs, function, *args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "_Child":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()
+        self._process.join()
+        self._mine.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended by itself."""
+        return self._process.is_alive()
+
+    def receive(self, seconds: float) -> Any:
+        """What it sends next; None where nothing comes in so many seconds, or ever.
+
+        Raises:
+          UserError: it raised one.
+        """
+        try:
+            if not self._mine.poll(seconds):
+                return None
+            found = self._mine.recv()
+        except EOFError:
+            self._process.join()
+            return None
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+
+def _run(connection: Any, function: Callable, *args: Any) -> None:
+    """In the child: what compilers print goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if not os.environ.get("TAP_JAX_COMPILER_OUTPUT"):
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    try:
+        function(connection, *args)
+    except UserError as error:
+        connection.send(error)
+    finally:
+        connection.close()
+
+
+def _serve(connection: Any, config: ConfigDict, target: Target, done: tuple[str, ...], only: Callable) -> None:
+    os.environ.update(environment(target))
+    from tap_jax.targets import describing
+
+    describing.serve(connection.send, config, target, done, only)
+
+
+def _sizes(connection: Any, config: ConfigDict, target: Target) -> None:
+    os.environ.update(environment(target))
+    from tap_jax.targets import describing
+
+    describing.sizes(connection.send, config, target)
