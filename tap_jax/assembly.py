@@ -62,6 +62,11 @@ def attention_of(config: ConfigDict) -> tuple[str, str]:
     return ("xla" if reason else "cudnn"), reason
 
 
+def remat_of(config: ConfigDict) -> str:
+    """`engine.remat`, "none" where that is "auto"."""
+    return "none" if config.engine.remat == "auto" else config.engine.remat
+
+
 def _why_not_cudnn(config: ConfigDict) -> str:
     """Why cuDNN's attention cannot be had for this run; empty where it can."""
     if config.method == "per_fedavg" and config.per_fedavg.hessian == "exact":
@@ -94,7 +99,7 @@ def model_config(config: ConfigDict, *, vocab: int | None = None, attention: str
     fields = {name: value for name, value in config.model.items() if name in names}
     fields |= {
         "attention": attention or attention_of(config)[0],
-        "remat": config.engine.remat,
+        "remat": remat_of(config) == "layer",
         "dtype": compute_dtype(config),
     }
     fields |= {"bottleneck": config.feddat.bottleneck if config.method == "feddat" else 0}

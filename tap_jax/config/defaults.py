@@ -194,7 +194,9 @@ def default_config() -> ConfigDict:
     # clients at once, and twice the memory. Meant for rounds of fewer clients than there are devices, to which
     # mesh.clients = 0 then gives both rounds' clients. Only with method "tap" and optimizer.state "fresh".
     engine.pipeline_rounds = False
-    engine.remat = False  # ⚙ recompute activations: less memory, about a third more time
+    # ⚙ what the backward pass computes again: "none" (elementwise functions and attention's scores, in bfloat16) |
+    # "layer" (every transformer layer: a third more work, and activations of one layer at a time) | "auto" (none)
+    engine.remat = "auto"
     return config
 
 
@@ -239,5 +241,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.test_split": ("common", "personal"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "engine.attention": ("auto", "einsum", "xla", "cudnn"),
+    "engine.remat": ("auto", "none", "layer"),
     "mesh.parallel": ("auto", "vmap", "pmap", "shard_map"),
 }
