@@ -72,6 +72,11 @@ def attention_of(config: ConfigDict, platform: Platform | None = None) -> tuple[
     return ("xla" if reason else "cudnn"), reason
 
 
+def remat_of(config: ConfigDict) -> str:
+    """`engine.remat`, "none" where that is "auto" (`device_sizes.sized` has set it where the device wants it)."""
+    return "none" if config.engine.remat == "auto" else config.engine.remat
+
+
 def _why_not_cudnn(config: ConfigDict, platform: Platform | None = None) -> str:
     """Why cuDNN's attention cannot be had for this run; empty where it can."""
     if config.method == "per_fedavg" and config.per_fedavg.hessian == "exact":
@@ -109,7 +114,7 @@ def model_config(
     fields = {name: value for name, value in config.model.items() if name in names}
     fields |= {
         "attention": attention or attention_of(config, platform)[0],
-        "remat": config.engine.remat,
+        "remat": remat_of(config) == "layer",
         "dtype": compute_dtype(config, platform),
     }
     fields |= {"bottleneck": config.feddat.bottleneck if config.method == "feddat" else 0}

@@ -31,8 +31,8 @@ FILLED = 0.85
 RESIDUALS = 1.3
 DATA = 2**31  # bytes of training and test data on a device, where nothing bounds them: sets as the hub has them
 MOST, ENOUGH = 32, 512  # samples of a row at most; tokens at which a row keeps matrix units half busy
-KEPT, LAYER, FULL = "none", "layer", "full"  # values of engine.remat
-_SLOWER = {KEPT: 1.0, LAYER: 1.25, FULL: 1.33}  # forward passes are a third of the work, and frozen weights have more
+KEPT, LAYER = "none", "layer"  # values of engine.remat
+_SLOWER = {KEPT: 1.0, LAYER: 1.25}  # forward passes are a third of the work, and frozen weights have more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_fields_are_overridden_by_type():
         "--config.rounds=7",
         "--config.seed",
         "42",
-        "--config.engine.remat",
+        "--config.model.head_layer_norm",
         "--noconfig.model.qv_delta",
         "--config.optimizer.learning_rate=1e-2",
         "--config.data.root=some=where",
@@ -70,7 +70,7 @@ def test_fields_are_overridden_by_type():
         "--config.variants=tap,tap-no-kd,fedavg+2p",
         "--config.mesh.clients=2",
     )
-    assert (config.rounds, config.seed, config.engine.remat, config.model.qv_delta) == (7, 42, True, False)
+    assert (config.rounds, config.seed, config.model.head_layer_norm, config.model.qv_delta) == (7, 42, True, False)
     assert (config.optimizer.learning_rate, config.data.root) == (1e-2, "some=where")
     assert config.model.backbone_layers == (2, 3)
     assert config.variants == ("tap", "tap-no-kd", "fedavg+2p")
@@ -105,7 +105,7 @@ def test_steps_of_bench():
         (["--config.rounds=many"], "rounds: 'many' is no int"),
         (["--config.rounds=2.5"], "rounds: '2.5' is no int"),
         (["--config.optimizer.clip_norm=x"], "optimizer.clip_norm: 'x' is no float"),
-        (["--config.engine.remat=perhaps"], "engine.remat: 'perhaps' is no bool"),
+        (["--config.model.head_layer_norm=perhaps"], "model.head_layer_norm: 'perhaps' is no bool"),
         (["--config.rounds=-1"], "rounds: -1; use at least 0"),
         (["--config.rounds"], "rounds: --config.rounds lacks a value"),
         (["--config.model=3"], "model: is a section, not a value; model has: .*, name, "),

@@ -87,7 +87,7 @@ def test_a_convolution_is_counted_as_xla_counts_it():
     ],
 )
 def test_rematerialisation_is_of_all_transformer_layers(name, fields):
-    model = outline(load_config(f"configs/{name}.py", {"engine.remat": True, **fields})).model
+    model = outline(load_config(f"configs/{name}.py", {"engine.remat": "layer", **fields})).model
     task = next(one for one in model.tasks if one.modalities == ("image",))
     found = step_cost.task_flops(model, {task.name: step_cost.longest(model, task)}, samples=2)[task.name]
     assert 0.9 < found.recomputed / found.forward < 1

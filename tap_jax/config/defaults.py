@@ -199,7 +199,10 @@ def default_config() -> ConfigDict:
     # times cohort_size at once, with as many times the memory. Checkpoints are of the ends of windows. 0 or 1: no round
     # waits. Only with method "tap".
     engine.window = 0
-    engine.remat = False  # ⚙ recompute activations: less memory, about a third more time
+    # ⚙ what the backward pass computes again: "none" (elementwise functions and attention's scores, in bfloat16) |
+    # "layer" (every transformer layer: a third more work, and activations of one layer at a time) | "auto": by the
+    # device's memory, none on a CPU
+    engine.remat = "auto"
     return config
 
 
@@ -245,5 +248,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "engine.packing": ("auto", "on", "off"),
     "engine.attention": ("auto", "einsum", "xla", "cudnn"),
+    "engine.remat": ("auto", "none", "layer"),
     "mesh.parallel": ("auto", "vmap", "pmap", "shard_map"),
 }

@@ -45,7 +45,7 @@ class ModelConfig:
       position, position_grid: ViLT's position table: "interpolate" or "slice" to the grid in use; positions a side.
       layer_norm_eps: of the pre-trained LayerNorms.
       attention: implementation, see `attention.attention`.
-      remat: transformer layers are computed again in the backward pass, to save memory.
+      remat: transformer layers are computed again in the backward pass, which then keeps their inputs alone.
       dtype: in which it computes; parameters are float32.
     """
 

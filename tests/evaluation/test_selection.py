@@ -22,7 +22,7 @@ def test_seed_method_and_backbone_do_not_part_runs_but_anything_else_does(tmp_pa
     write_run(tmp_path / "a", scores("tap", level(1)))
     write_run(tmp_path / "b", scores("feddat", level(2)), {"method": "feddat", "seed": 42, "feddat.bottleneck": 8})
     write_run(tmp_path / "c", scores("fedavg", level(3)), {"method": "fedavg", "model.backbone": "standard"})
-    write_run(tmp_path / "d", scores("tap", level(4)), {"engine.remat": True, "seed": 43})  # neutral
+    write_run(tmp_path / "d", scores("tap", level(4)), {"engine.remat": "layer", "seed": 43})  # neutral
     (one,) = read(tmp_path)
     assert one.differing == ()
     write_run(tmp_path / "e", scores("tap", level(5)), {"local_steps": 7, "rounds": 9})
