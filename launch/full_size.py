@@ -104,7 +104,7 @@ def train(model: str, weights: pathlib.Path, tokenizer: pathlib.Path, chosen, fu
     process = subprocess.Popen([*command, *further], env={"JAX_PLATFORMS": "cpu"} | os.environ)
     _, status, usage = os.wait4(process.pid, 0)
     unit = 1 if sys.platform == "darwin" else 1024
-    if not chosen.keep:
+    if not chosen.keep:  # 18 GB and more
         shutil.rmtree(workdir / "models", ignore_errors=True)
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     return {

@@ -166,7 +166,11 @@ def _play(
         for curve in curves:
             curve.write(line["round"] + 1, scalars)
         reporter.progress(line)
+        if not played:  # the first round of this process has compiled, and a checkpoint may come now
+            give_back_memory()
+        played.append(line["round"])
 
+    played: list[int] = []
     reporter.begin(int(begun[0].round))
     state = rounds.run_rounds(
         experiment.engine,
@@ -181,7 +185,7 @@ def _play(
         stop=stop,
     )
     trained = time.monotonic()
-    give_back_memory()
+    give_back_memory()  # the last checkpoint's copies
     _announce(experiment, reporter)
     rows: list[Row] = []
     stage2, since = 0.0, trained
