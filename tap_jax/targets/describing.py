@@ -3,8 +3,6 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
-
 from tap_jax import device_sizes
 from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
@@ -62,7 +60,6 @@ def serve(
                 program.lower, platform, name=program.name, phase=program.phase, bodies=program.bodies
             )
             send(found)
-            jax.clear_caches()
 
 
 def about(run: Experiment, target: Target) -> tuple[str, ...]:

@@ -44,8 +44,8 @@ def fit(
         say(f"does not fit: {worst.name} wants {gib(worst.peak)} of {gib(built.platform.memory or 0)} GiB")
         left = smaller(left, choice, worst.peak, built.platform.memory or 0)
     raise UserError(
-        f"target: of {TRIES} choices at most none was seen to fit '{target.name}'; name one with more memory or devices,"
-        " or raise --minutes"
+        f"target: of {TRIES} choices at most none was seen to fit '{target.name}'; name one with more memory, or raise"
+        " --minutes"
     )
 
 

@@ -36,7 +36,7 @@ def report(built: Built, found: Sequence[Found]) -> str:
     lines += [
         "Memory in GiB on one device (host: of the compiler's process); TFLOP of one call on all devices with full",
         "minibatches of the data's widest texts, useful: of real samples and tokens where measured; GB as the compiler",
-        "counts them, each loop's body once; collectives in loops and outside; at the peak: seconds of a call at least.",
+        "counts them, each loop's body once; collectives in loops and outside; at the peak: seconds of a call or more.",
         f"compiled in {sum(one.seconds for one in found):,.0f} s together;"
         f" {sum(one.bodies for one in found)} row loops in {len(found)} programs",
     ]

@@ -1,0 +1,60 @@
+"""Defaults follow the device's memory by an estimate that counts arrays from shapes."""
+
+import dataclasses
+
+from tap_jax import device_sizes
+from tap_jax.config import load_config
+from tap_jax.device_sizes import Estimate, choices, row_bytes, sized
+from tap_jax.models.layers import ModelConfig
+from tap_jax.platforms import GIB, Platform
+
+LARGE, MIDDLE, SMALL = (Platform("gpu", "one", memory=size * GIB) for size in (80, 40, 16))
+ROWS = ({"ag_news": 0.25, "cifar100": 0.25},) * 4
+
+
+def test_cpus_and_unknown_devices_keep_their_defaults(tiny):
+    config = tiny(ROWS, {"engine.microbatch": 0})
+    assert sized(config, Platform("cpu", "cpu")) is config
+    assert sized(config, Platform("gpu", "unheard of")) is config
+
+
+def test_larger_devices_have_larger_rows():
+    config = load_config("configs/flava.py")
+    large, small = (sized(config, platform) for platform in (LARGE, SMALL))
+    assert large.engine.microbatch == 32 and large.engine.clients_per_pass > small.engine.clients_per_pass
+    assert small.engine.microbatch <= large.engine.microbatch
+    assert config.engine.microbatch == 0  # the one given stays
+
+
+def test_what_is_named_is_kept():
+    config = load_config("configs/flava.py", {"engine.microbatch": 4, "engine.clients_per_pass": 3})
+    found = choices(config, LARGE)
+    assert found and all((one.microbatch, one.clients) == (4, 3) for one in found)
+    assert sized(config, LARGE).engine.microbatch == 4
+
+
+def test_choices_fit_and_the_fastest_is_first():
+    config = load_config("configs/vilt.py")
+    found = choices(config, MIDDLE)
+    assert all(one.bytes <= device_sizes.FILLED * MIDDLE.memory for one in found)
+    assert [one.time for one in found] == sorted(one.time for one in found)
+    assert "--config.engine.microbatch=" in found[0].flags
+
+
+def test_the_estimate_grows_with_rows_and_clients_and_shrinks_with_recomputing():
+    estimate = Estimate(load_config("configs/flava.py"), LARGE)
+    one = estimate(8, 2, False)
+    assert estimate(16, 2, False).bytes > one.bytes > estimate(8, 2, True).bytes
+    assert estimate(8, 8, False).bytes > one.bytes
+    assert estimate(8, 2, True).time > one.time
+
+
+def test_a_rows_residuals_by_hand():
+    """An encoder of three layers and a standard backbone of two, without images."""
+    model = ModelConfig(
+        width=4, mlp=16, text_layers=3, backbone="standard", backbone_layers=(1, 1), heads=2, dtype="bfloat16"
+    )
+    layer = 10 * 4 + 16
+    assert row_bytes(model, (0, 5), 2, "none") == 2 * 2 * 5 * (3 + 2) * layer
+    assert row_bytes(model, (0, 5), 2, "layer") == 2 * 2 * 5 * ((3 + 2) * 4 + layer)
+    assert row_bytes(dataclasses.replace(model, dtype="float32"), (0, 5), 2, "none") == 4 * 2 * 5 * 5 * layer
