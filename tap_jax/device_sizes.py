@@ -10,7 +10,6 @@ Letters: M tokens of a row, D width, F inner width of feed-forward networks.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -47,7 +46,7 @@ class Sizes:
 
     microbatch: int
     clients: int
-    remat: Any
+    remat: str
     bytes: int
     time: float
 
@@ -100,17 +99,12 @@ def _all(config: ConfigDict, platform: Platform, devices: int) -> Iterator[Sizes
     else:
         shards, halves = shards_of(config, devices), (-(-people // 2**n) for n in range(12))
         passes = sorted({people, *(min(people, -(-c // shards) * shards) for c in halves)})
-    words = ((False, True) if isinstance(engine.remat, bool) else (KEPT, LAYER, FULL)) if _open(config) else ()
+    words = (KEPT, LAYER) if engine.remat == "auto" else (engine.remat,)
     estimate = Estimate(config, platform, devices)
     for clients in passes:
         for microbatch in rows:
-            for remat in words or (engine.remat,):
+            for remat in words:
                 yield estimate(microbatch, clients, remat)
-
-
-def _open(config: ConfigDict) -> bool:
-    """Whether engine.remat is left to the device; a switch that is off is."""
-    return config.engine.remat == "auto" or config.engine.remat is False
 
 
 class Estimate:
@@ -131,12 +125,11 @@ class Estimate:
         self.partition = self.model.partition(federation.task_mask).with_private(self.model.adapter_blocks)
         self.fixed = functools.cache(self._fixed)
 
-    def __call__(self, microbatch: int, clients: int, remat: Any) -> Sizes:
+    def __call__(self, microbatch: int, clients: int, remat: str) -> Sizes:
         """One choice."""
         c = self.model.config
-        kept = remat_word(remat)
         rows = [row_tokens(c, task, microbatch, self.packed) for task in self.model.tasks]
-        row = max(row_bytes(c, tokens, kept) for tokens in rows)
+        row = max(row_bytes(c, tokens, remat) for tokens in rows)
         plan = self.fixed(clients)
         memory = max(plan.on_device(phase) for phase in plan.phases) + int(RESIDUALS * row)
         tokens = max(map(sum, rows))
@@ -145,7 +138,7 @@ class Estimate:
         rounds = 2 * self.config.rounds * self.config.local_steps * min(self.config.cohort_size, self.people)
         last = 2 * self.people * self.config.post_steps * turns
         busy = tokens / (tokens + ENOUGH)
-        return Sizes(microbatch, clients, remat, memory, (rounds + last) * _SLOWER[kept] / busy)
+        return Sizes(microbatch, clients, remat, memory, (rounds + last) * _SLOWER[remat] / busy)
 
     def _fixed(self, clients: int) -> MemoryPlan:
         config = self.config
@@ -179,11 +172,6 @@ def shards_of(config: ConfigDict, devices: int) -> int:
     return max(n for n in range(1, devices + 1) if devices % n == 0 and n <= config.cohort_size)
 
 
-def remat_word(value: Any) -> str:
-    """`engine.remat` as a word; switches are those of whole layers."""
-    return value if isinstance(value, str) and value != "auto" else LAYER if value is True else KEPT
-
-
 def row_tokens(model: ModelConfig, task: Task, microbatch: int, packed: bool) -> tuple[int, int]:
     """(Image, text) tokens of a row of the task at most."""
     samples, width = microbatch, model.max_text
@@ -200,11 +188,11 @@ def row_bytes(model: ModelConfig, tokens: tuple[int, int], remat: str) -> int:
     attention yields, dropped-out inputs of LoRA) and one [M, F], what GELU is applied to. Each path of a layer of the
     routed backbone has three feed-forward experts, two of them in front of query and value: four arrays of width D and
     three of F for each (before and behind GELU, and dropped out), and eight of width D beside. Recomputing keeps each
-    layer's input, and one layer's arrays at a time; recomputing in full keeps the towers' inputs alone.
+    layer's input, and one layer's arrays at a time.
 
     Args:
       tokens: M of (images, texts), see `row_tokens`.
-      remat: "none", "layer" or "full".
+      remat: "none" or "layer".
     """
     d, f = model.width, model.mlp
     encoder = 10 * d + f
@@ -216,7 +204,7 @@ def row_bytes(model: ModelConfig, tokens: tuple[int, int], remat: str) -> int:
         if not count:
             continue
         layers = layers if model.name == "flava" else 0
-        kept = {KEPT: layers * encoder + depth * paths * path, LAYER: (layers + paths * depth) * d, FULL: 2 * d}[remat]
-        once = {KEPT: 0, LAYER: max(encoder, paths * path), FULL: max(layers * encoder, depth * paths * path)}[remat]
+        kept = {KEPT: layers * encoder + depth * paths * path, LAYER: (layers + paths * depth) * d}[remat]
+        once = {KEPT: 0, LAYER: max(encoder, paths * path)}[remat]
         total += count * (kept + once)
     return total * (2 if model.dtype == "bfloat16" else 4)
