@@ -18,8 +18,9 @@ Baselines are other methods of this file, `configs/flava.py:method=feddat,varian
 Data from a folder of parquet files instead of the hub: `--config.data.root=DIR`. No data at hand:
 `--config.data.root=synthetic`.
 
-Hardware: one GPU with 80 GB in bfloat16, or several through `mesh.clients`; `describe` prints the memory plan. Needs
-the network (or a filled cache) for the data, the weights and their tokenizer (BERT's).
+Hardware: one GPU with 40 GB or more in bfloat16, a slice of TPUs, or several of them through `mesh.clients`; the sizes
+of rows follow the device's memory. `tap-jax describe --target=a100-40` says what its compiler makes of it. Needs the
+network (or a filled cache) for the data, the weights and their tokenizer (BERT's).
 """
 
 from ml_collections import ConfigDict
