@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tap_jax.targets import hlo
 
+TRIPS = 'backend_config={"known_trip_count":{"n":"3"}}'
 TEXT = """HloModule small, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -38,7 +39,7 @@ TEXT = """HloModule small, is_scheduled=true
 %steps_body (p.3: (s32[], f32[64,64])) -> (s32[], f32[64,64]) {
   %p.3 = (s32[], f32[64,64]{1,0}) parameter(0)
   %r.3 = (s32[], f32[64,64]{1,0}) while(%p.3), condition=%rows_condition, body=%rows_body
-  %k.3 = (s32[], f32[3,8,64]{2,1,0}) while(%q.3), condition=%rows_condition, body=%layers_body, backend_config={"known_trip_count":{"n":"3"}}
+  %k.3 = (s32[], f32[3,8,64]{2,1,0}) while(%q.3), condition=%rows_condition, body=%layers_body, TRIPS
   %g.3 = f32[64,64]{1,0} get-tuple-element(%r.3), index=1
   %i.3 = s32[] get-tuple-element(%r.3), index=0
   %a.3 = f32[64,64]{1,0} all-reduce-start(%g.3), replica_groups={{0,1}}, to_apply=%add
@@ -61,7 +62,7 @@ ENTRY %main (x.4: f32[64,64]) -> f32[64,64] {
 
 @pytest.fixture(scope="module")
 def program():
-    return hlo.Program(TEXT)
+    return hlo.Program(TEXT.replace("TRIPS", TRIPS))
 
 
 def test_computations_and_loops(program):

@@ -31,6 +31,7 @@ FIELDS = {
     "model.text_layers": LAYERS,
     "model.image_size": 64,
     "model.vocab": 3000,
+    "model.head_hidden": (WIDTH // 2,),  # as at the paper's size; logits are float32
     "model.max_text": TEXT,
     "federation.table": "custom",
     "federation.rows": ({"ag_news": 0.5, "cifar100": 0.5},),
