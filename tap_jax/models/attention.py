@@ -90,7 +90,8 @@ def why_not_cudnn(heads: int, width: int, lengths: tuple[int, ...], dtype: str) 
     """Why cuDNN's attention is of no use on the first device of this process; empty where it is.
 
     It is tried as training uses it, once per process and arguments: value and gradient of two rows side by side, with
-    padding and without, which must be those of XLA's attention to 5% of the largest entry, as bfloat16 rounds.
+    padding and without, and of packed sequences. They must be those of XLA's attention to 5% of the largest entry, as
+    bfloat16 rounds.
 
     Args:
       heads, width: of the model. lengths: T of its inputs. dtype: in which it computes; of use in "bfloat16" alone.
@@ -103,8 +104,11 @@ def why_not_cudnn(heads: int, width: int, lengths: tuple[int, ...], dtype: str) 
 
     def both(implementation: str, mask: Array | None, x: Array):
         def total(x):
-            one = functools.partial(attention, heads=heads, implementation=implementation)
-            out = jax.vmap(lambda row: one(row, 2 * row, 3 * row, mask))(x)
+            def one(row):
+                return attention(row, 2 * row, 3 * row, mask, heads=heads, implementation=implementation)
+
+            packed = mask is not None and mask.ndim == 3  # the masks of packed sequences are not used under vmap
+            out = one(x[0]) if packed else jax.vmap(one)(x)
             return jnp.square(out.astype(jnp.float32)).sum(), out
 
         (_, out), gradient = jax.value_and_grad(total, has_aux=True)(x)
@@ -115,7 +119,10 @@ def why_not_cudnn(heads: int, width: int, lengths: tuple[int, ...], dtype: str) 
     try:
         for length in lengths:
             x = np.random.default_rng(0).standard_normal((2, 2, length, width)).astype(jnp.dtype(dtype))
-            for real in (None, np.arange(length) < np.array([[length], [1 + length // 2]])):
+            segments = np.array([np.arange(length) // 3, np.arange(length) // 5])
+            pairs = segments[:, :, None] == segments[:, None, :]
+            padded = np.arange(length) < np.array([[length], [1 + length // 2]])
+            for real in (None, padded, pairs) if length % 2 == 0 else (None, padded):  # packed lengths are even
                 given = jax.device_put((real, x), device)
                 found, expected = (
                     jax.device_get(jax.jit(functools.partial(both, name))(*given)) for name in ("cudnn", "xla")
