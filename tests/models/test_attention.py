@@ -19,12 +19,26 @@ def stand_in(asked, wrong=1.0):
     def call(q, k, v, *, mask=None, query_seq_lengths=None, key_value_seq_lengths=None, implementation):
         asked.append((implementation, q.shape[1]))
         if implementation == "cudnn":
-            assert mask is None and q.shape[1] % 2 == 0 and q.dtype == jnp.bfloat16
+            assert q.shape[1] % 2 == 0 and q.dtype == jnp.bfloat16
+            assert mask is None or mask.shape[1:] == (1, q.shape[1], q.shape[1]), "of packed sequences"
             lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
-            return wrong * genuine(q, k, v, **lengths, implementation="xla")
+            return wrong * genuine(q, k, v, mask=mask, **lengths, implementation="xla")
         return genuine(q, k, v, mask=mask, implementation=implementation)
 
     return call
+
+
+@pytest.mark.parametrize("implementation", ["einsum", "xla", "cudnn"])
+def test_packed_sequences_are_as_texts_by_themselves(monkeypatch, implementation):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in([]))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 6)), jnp.bfloat16)
+    segments = jnp.array([[0, 0, 0, 1, 1, -1, -1, -1], [2, 3, 3, 3, 3, 3, 3, -1]])
+    mask = segments[:, :, None] == segments[:, None, :]
+    found = attention(x, 2 * x, 3 * x, mask, heads=2, implementation=implementation)
+    for row, first, last in ((0, 0, 3), (0, 3, 5), (1, 0, 1), (1, 1, 7)):
+        alone = x[row : row + 1, first:last]
+        expected = attention(alone, 2 * alone, 3 * alone, None, heads=2, implementation="einsum")
+        np.testing.assert_allclose(np.float32(found[row, first:last]), np.float32(expected[0]), atol=0.05)
 
 
 @pytest.mark.parametrize("length", [5, 6])
