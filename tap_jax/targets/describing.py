@@ -50,7 +50,7 @@ def serve(
             tuple(program.name for program in wanted),
             platform,
             engine.devices.size,
-            roofline.largest_work(run),
+            roofline.planned_work(run),
             roofline.calls(run),
         )
     )

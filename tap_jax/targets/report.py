@@ -34,9 +34,9 @@ def report(built: Built, found: Sequence[Found]) -> str:
     """
     lines = [*built.about, "", _table([_HEAD, *(_row(built, one) for one in found)]), ""]
     lines += [
-        "Memory in GiB on one device (host: of the compiler's process); TFLOP of one call on all devices with full",
-        "minibatches of the data's widest texts, useful: of real samples and tokens where measured; GB as the compiler",
-        "counts them, each loop's body once; collectives in loops and outside; at the peak: seconds of a call or more.",
+        "Memory in GiB on one device (host: of the compiler's process). TFLOP of one call on all devices, by the plans of",
+        f"{roofline.PLANS} rounds; useful: the share of real samples and tokens. GB as the compiler counts them, each loop's",
+        "body once. Collectives in loops and outside. At the peak: seconds of a call or more.",
         f"compiled in {sum(one.seconds for one in found):,.0f} s together;"
         f" {sum(one.bodies for one in found)} row loops in {len(found)} programs",
     ]
@@ -69,7 +69,7 @@ def estimate(built: Built) -> str:
         total += time * calls
     return (
         f"estimate, not measured: {total / 3600:.3g} hours of training at the devices' peak,"
-        f" {total / 3600 / roofline.ACHIEVED:.3g} at {roofline.ACHIEVED:.0%} of it (full minibatches, widest texts;"
+        f" {total / 3600 / roofline.ACHIEVED:.3g} at {roofline.ACHIEVED:.0%} of it (plans of some rounds;"
         " evaluation and what the host does are not in it)"
     )
 

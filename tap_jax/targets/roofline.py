@@ -5,11 +5,12 @@ An estimate, for comparing settings and targets. No device has run anything.
 
 import dataclasses
 
-from tap_jax.data.families import fields
 from tap_jax.experiment import Experiment
 from tap_jax.platforms import Platform
-from tap_jax.step_cost import gradients_per_step, task_flops
+from tap_jax.step_cost import gradients_per_step
+from tap_jax.useful_share import Share, measure
 
+PLANS = 10  # rounds whose plans say what a call takes
 ACHIEVED = 0.4  # part of the peak that an estimate of hours takes to be reached
 
 
@@ -41,27 +42,28 @@ def seconds(work: Work | None, accessed: float | None, platform: Platform, devic
     return max(times) if times else None
 
 
-def largest_work(run: Experiment) -> dict[str, Work]:
-    """Phase -> the work of its longest call: every minibatch full, texts and answers as wide as the data have them.
+def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
+    """Phase -> the work of one of its calls on average, from the plans of some rounds and of the last phase.
 
-    Prediction is not counted.
+    Prediction is not counted, and nothing is where a method does more in a step than gradients of the task losses.
     """
     gradients = gradients_per_step(run.config)
     if gradients is None:
         return {}
-    settings, mask = run.engine.settings, run.engine.partition.task_mask
-    widths = {
-        task.name: {name: tuple(leaf.shape[1:]) for name, leaf in fields(run.data.train[task.name]).items()}
-        for task in run.model.tasks
-    }
-    costs = {name: flops.total for name, flops in task_flops(run.model, widths).items()}
-    names = [task.name for task in run.model.tasks]
-    mean = [sum(costs[names[o]] for o in mine.nonzero()[0]) / max(1, mine.sum()) for mine in mask]
-    one = gradients * settings.batch * sum(mean) / len(mean)  # of a client's step
-    return {
-        "training": Work(one * settings.local_steps * settings.cohort_size),
-        "stage 2": Work(one * settings.post_steps * settings.clients_per_pass),
-    }
+    personal = bool(run.method.margins)
+    shares = measure(
+        run.model,
+        run.federation,
+        run.data,
+        run.engine.data,
+        run.engine.settings,
+        personal=personal,
+        plans=plans,
+    )
+    times = {"training": plans * (2 if personal else 1), "stage 2": max(1, calls(run)["stage 2"])}
+    found = {"training": shares.rounds, "stage 2": shares.stage2}
+    total = {phase: sum(by_task.values(), Share()) * (gradients / times[phase]) for phase, by_task in found.items()}
+    return {phase: Work(share.computed, share.useful) for phase, share in total.items()}
 
 
 def calls(run: Experiment) -> dict[str, float]:
