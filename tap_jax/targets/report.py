@@ -35,8 +35,8 @@ def report(built: Built, found: Sequence[Found]) -> str:
     lines = [*built.about, "", _table([_HEAD, *(_row(built, one) for one in found)]), ""]
     lines += [
         "Memory in GiB on one device (host: of the compiler's process). TFLOP of one call on all devices, by the plans",
-        f"of {roofline.PLANS} rounds; useful: the share of real samples and tokens. GB as the compiler counts them, each",
-        "loop's body once. Collectives in loops and outside. At the peak: seconds of a call or more.",
+        f"of {roofline.PLANS} rounds; useful: the share of real samples and tokens. GB as the compiler counts them,",
+        "each loop's body once. Collectives in loops and outside. At the peak: seconds of a call or more.",
         f"compiled in {sum(one.seconds for one in found):,.0f} s together;"
         f" {sum(one.bodies for one in found)} row loops in {len(found)} programs",
     ]
