@@ -294,23 +294,21 @@ _ALL = (
         describe,
         (
             _CONFIG,
-            Flag("plans", "N", "draw the plans of N rounds from the run's data, and say how much work is useful", 0),
+            Flag("plans", "N", "draw the plans of N rounds, and say how much of the work is useful", 0),
             Flag(
                 "target",
                 "NAME",
-                "compile all programs for devices that are not here: h100, a100-40, h100x8, v5e:2x4",
+                "compile all programs for devices that are not here: h100, a100-40x8, v5e:2x4",
                 "",
             ),
-            Flag(
-                "fit", "", "with --target: search the rows, remat and clients at once that fit and are fastest", False
-            ),
+            Flag("fit", "", "with --target: search the fastest rows, remat and clients at once that fit", False),
             Flag("minutes", "N", "with --target: how long one program may take to compile", 30),
             _REGISTER,
         ),
         "parameters (Table 7), who owns which block, memory plan, FLOPs; reads data for --plans and --target only",
         "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
-        "With --target nothing is allocated and no weights are read; it needs tap-jax[target-tpu] or [target-gpu].\n"
-        "With --plans beside it nothing is compiled: plans are drawn with the target's defaults.\n"
+        "With --target nothing is allocated and no weights are read; it takes tap-jax[target-tpu] or [target-gpu].\n"
+        "With --plans beside it nothing is compiled; plans are drawn with the target's defaults.\n"
         "Example: tap-jax describe --config=configs/flava.py",
     ),
     Command(

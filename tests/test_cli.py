@@ -180,7 +180,7 @@ def test_help_is_complete(capsys):
         assert cli.main([name, "--help"]) == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: tap-jax {name}")
-        assert all(f"--{flag.name}=" in text for flag in command.flags)
+        assert all(f"--{flag.name}{'' if flag.default is False else '='}" in text for flag in command.flags)
         assert len(text.splitlines()) <= 20
         assert max(map(len, text.splitlines())) <= 110
         assert f"Example: tap-jax {name}" in text and "Exit status: 0; 2," in text

@@ -4,7 +4,8 @@ import dataclasses
 
 from tap_jax import device_sizes
 from tap_jax.config import load_config
-from tap_jax.device_sizes import Estimate, choices, row_bytes, sized
+from tap_jax.device_sizes import Estimate, choices, row_bytes, row_tokens, sized
+from tap_jax.federation import find_task
 from tap_jax.models.layers import ModelConfig
 from tap_jax.platforms import GIB, Platform
 
@@ -43,10 +44,10 @@ def test_choices_fit_and_the_fastest_is_first():
 
 def test_the_estimate_grows_with_rows_and_clients_and_shrinks_with_recomputing():
     estimate = Estimate(load_config("configs/flava.py"), LARGE)
-    one = estimate(8, 2, False)
-    assert estimate(16, 2, False).bytes > one.bytes > estimate(8, 2, True).bytes
-    assert estimate(8, 8, False).bytes > one.bytes
-    assert estimate(8, 2, True).time > one.time
+    one = estimate(8, 2, "none")
+    assert estimate(16, 2, "none").bytes > one.bytes > estimate(8, 2, "layer").bytes
+    assert estimate(8, 8, "none").bytes > one.bytes
+    assert estimate(8, 2, "layer").time > one.time
 
 
 def test_a_rows_residuals_by_hand():
@@ -55,6 +56,16 @@ def test_a_rows_residuals_by_hand():
         width=4, mlp=16, text_layers=3, backbone="standard", backbone_layers=(1, 1), heads=2, dtype="bfloat16"
     )
     layer = 10 * 4 + 16
-    assert row_bytes(model, (0, 5), 2, "none") == 2 * 2 * 5 * (3 + 2) * layer
-    assert row_bytes(model, (0, 5), 2, "layer") == 2 * 2 * 5 * ((3 + 2) * 4 + layer)
-    assert row_bytes(dataclasses.replace(model, dtype="float32"), (0, 5), 2, "none") == 4 * 2 * 5 * 5 * layer
+    assert row_bytes(model, (0, 10), "none") == 2 * 10 * (3 + 2) * layer
+    assert row_bytes(model, (0, 10), "layer") == 2 * 10 * ((3 + 2) * 4 + layer)
+    assert row_bytes(dataclasses.replace(model, dtype="float32"), (0, 10), "none") == 4 * 10 * 5 * layer
+
+
+def test_tokens_of_a_row():
+    """Padded rows are as wide as texts may be; packed ones have a budget of tokens, or of images."""
+    news, pictures, both = map(find_task, ("ag_news", "cifar100", "vqa"))
+    flava, vilt = ModelConfig(), ModelConfig(name="vilt", patch=32, max_text=40)
+    assert row_tokens(flava, news, 8, False) == (0, 8 * 256) and row_tokens(flava, news, 8, True) == (0, 8 * 128)
+    assert row_tokens(flava, pictures, 8, False) == row_tokens(flava, pictures, 8, True) == (8 * 197, 0)
+    assert row_tokens(vilt, pictures, 8, True) == (20 * 50, 0)
+    assert row_tokens(flava, both, 8, True) == (8 * 197, 8 * 128)

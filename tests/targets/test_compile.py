@@ -81,7 +81,11 @@ def test_known_devices():
 def test_fit_takes_those_that_are_smaller(tiny):
     from tap_jax.device_sizes import Sizes
 
-    sizes = [Sizes(32, 4, False, 9 * GIB, 1.0), Sizes(16, 4, False, 7 * GIB, 1.1), Sizes(16, 4, True, 5 * GIB, 1.5)]
+    sizes = [
+        Sizes(32, 4, "none", 9 * GIB, 1.0),
+        Sizes(16, 4, "none", 7 * GIB, 1.1),
+        Sizes(16, 4, "layer", 5 * GIB, 1.5),
+    ]
     assert fit.smaller(sizes, sizes[0], 12 * GIB, 10 * GIB) == sizes[1:]
     assert fit.smaller(sizes, sizes[0], 14 * GIB, 10 * GIB) == sizes[2:]
     assert fit.smaller(sizes, sizes[0], 0, 10 * GIB) == sizes[1:]
