@@ -77,12 +77,17 @@ def sized(config: ConfigDict, platform: Platform | None = None, devices: int = 1
     found = next(iter(choices(config, platform, devices)), None)
     if found is None:  # nothing fits by the estimate: the smallest, and the compiler has the last word
         found = min(_all(config, platform, devices), key=lambda sizes: sizes.bytes)
-    changed = {
-        "engine.microbatch": found.microbatch,
-        "engine.clients_per_pass": found.clients,
-        "engine.remat": found.remat,
+    return with_sizes(config, found)
+
+
+def with_sizes(config: ConfigDict, sizes: Sizes) -> ConfigDict:
+    """The configuration with a choice in it."""
+    fields = {
+        "engine.microbatch": sizes.microbatch,
+        "engine.clients_per_pass": sizes.clients,
+        "engine.remat": sizes.remat,
     }
-    return configuration.override(config.copy_and_resolve_references(), changed)
+    return configuration.override(config.copy_and_resolve_references(), fields)
 
 
 def choices(config: ConfigDict, platform: Platform, devices: int = 1) -> list[Sizes]:

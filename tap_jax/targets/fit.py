@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
-from tap_jax.device_sizes import Sizes
+from tap_jax.device_sizes import Sizes, with_sizes
 from tap_jax.errors import UserError
 from tap_jax.targets.compile import Found, gib
 from tap_jax.targets.programs import STAGE2, TRAINING
@@ -58,13 +57,3 @@ def smaller(left: Sequence[Sizes], tried: Sizes, peak: int, memory: int) -> list
     """The choices that are left once one has been seen to need `peak` bytes: those by as much smaller, if known."""
     limit = tried.bytes - max(0, peak - memory) // 2 if peak else tried.bytes
     return [sizes for sizes in left if sizes.bytes < limit]
-
-
-def with_sizes(config: ConfigDict, sizes: Sizes) -> ConfigDict:
-    """The configuration with a choice in it."""
-    fields = {
-        "engine.microbatch": sizes.microbatch,
-        "engine.clients_per_pass": sizes.clients,
-        "engine.remat": sizes.remat,
-    }
-    return configuration.override(config.copy_and_resolve_references(), fields)
