@@ -243,6 +243,17 @@ def packed_of(config: ConfigDict, platform: Platform | None = None) -> bool:
     return (platform or platforms.here()).accelerated
 
 
+def generator_of(config: ConfigDict, platform: Platform | None = None) -> str:
+    """JAX's name of the generator of dropout masks.
+
+    "auto" is a TPU's own generator on TPUs, where Threefry's arithmetic would be two thirds of what there is to compile
+    of a forward pass; elsewhere Threefry, whose masks are the same on every machine.
+    """
+    tpu = (platform or platforms.here()).kind == "tpu"
+    chosen = config.engine.dropout_bits
+    return "rbg" if chosen == "rbg" or (chosen == "auto" and tpu) else "threefry2x32"
+
+
 def engine_settings(config: ConfigDict, clients: int, platform: Platform | None = None) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
@@ -279,6 +290,7 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
         screening=Screening(config.screening.max_norm, config.screening.on_broken == "stop"),
         privacy=Privacy(**config.privacy) if config.privacy.noise_multiplier else None,
         window=max(1, config.engine.window),
+        generator=generator_of(config, platform),
         in_pieces=config.method == "tap" and bool(config.distillation.patience),
     )
 

@@ -174,8 +174,8 @@ def default_config() -> ConfigDict:
     # another device of PyTorch's. It takes about 3 GB of what XLA_PYTHON_CLIENT_MEM_FRACTION leaves to it.
     metrics.device = "auto"
 
-    # --- How it runs: no effect on results beyond rounding, but for compute_dtype, microbatch and packing ---------
-    config.compute_dtype = "auto"  # ⚙ bfloat16 on GPU and TPU, else float32 | "float32" | "bfloat16"
+    # --- How it runs: no effect on results beyond rounding, but where "⚠" says so -----------------------------------
+    config.compute_dtype = "auto"  # ⚙⚠ bfloat16 on GPU and TPU, else float32 | "float32" | "bfloat16"
     config.checkpoint_every = 10  # rounds; 0: only at the end
     config.writers = ()  # where curves go beside metrics.jsonl: "tensorboard", "wandb", each with its extra installed
     # Folder of XLA's persistent cache; "": $JAX_COMPILATION_CACHE_DIR, else the user's cache folder; "off".
@@ -185,10 +185,13 @@ def default_config() -> ConfigDict:
     mesh.data = 0  # devices that share out each client's minibatches; 0: those that mesh.clients = 0 leaves over
     mesh.parallel = "auto"  # "vmap" (one device) | "pmap" (mesh.clients only) | "shard_map"; "auto": first or last
     config.engine = engine = ConfigDict()
-    engine.microbatch = 0  # samples per row, or 128 tokens of texts alone for each; 0: the platform's default
-    # ⚙ several texts share a sequence, and rows come in two sizes | "off": every text has a sequence as long as its
+    engine.microbatch = 0  # ⚠ samples per row, or 128 tokens of texts alone for each; 0: the platform's default
+    # ⚙⚠ several texts share a sequence, and rows come in two sizes | "off": every text has a sequence as long as its
     # task's longest | "auto": on accelerators
     engine.packing = "auto"
+    # ⚙⚠ where dropout masks come from: "threefry", the same on every machine | "rbg", XLA's generator, whose masks differ
+    # from one kind of device to another | "auto": rbg on TPUs
+    engine.dropout_bits = "auto"
     engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: cohort_size on CPUs, else all of them
     # Memory on the host that all clients' personal blocks may take; where they would take more, they go to a store on
     # disk (workdir/store), and so does a persistent optimizer state. 0: half of the machine's, and none beyond 300
@@ -247,6 +250,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.test_split": ("common", "personal"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "engine.packing": ("auto", "on", "off"),
+    "engine.dropout_bits": ("auto", "threefry", "rbg"),
     "engine.attention": ("auto", "einsum", "xla", "cudnn"),
     "engine.remat": ("auto", "none", "layer"),
     "mesh.parallel": ("auto", "vmap", "pmap", "shard_map"),

@@ -96,7 +96,16 @@ class Engine:
         }
         self.finished = self._tabled(*(finished or (model, like)))
         tables = self._tabled(model, like).tables
-        self.objective = Objective(sample_loss, self.tasks, self.families, tables, self.shapes, rule, devices.sum_axis)
+        self.objective = Objective(
+            sample_loss,
+            self.tasks,
+            self.families,
+            tables,
+            self.shapes,
+            rule,
+            devices.sum_axis,
+            settings.generator,
+        )
         self.probes = Probes(self)
         mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
         self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))

@@ -85,6 +85,7 @@ class Objective:
       shapes: family -> shapes of its rows, largest first.
       rule: its `extra_loss` and `measure` are read here.
       sum_axis: axis of the mesh whose devices share out the rows; None where one has them all.
+      generator: JAX's name of the generator that dropout masks are drawn from: "threefry2x32" or "rbg".
     """
 
     sample_loss: SampleLoss
@@ -94,6 +95,7 @@ class Objective:
     shapes: Mapping[str, Sequence[RowShape]]
     rule: LocalRule = PLAIN
     sum_axis: str | None = None
+    generator: str = "threefry2x32"
 
 
 class Where(NamedTuple):
@@ -166,6 +168,12 @@ def collect(objective: Objective, where: Where, stack: Stack) -> dict[str, Any]:
     return over_rows(objective, where, one, add, sums, lambda rows: rows.lead)
 
 
+def _key_of(generator: str, key: Array) -> Array:
+    """A Threefry key as a key of the generator, in the way in which JAX starts "rbg" from one."""
+    data = jax.random.key_data(key)
+    return key if generator == "threefry2x32" else jax.random.wrap_key_data(jnp.tile(data, 2), impl=generator)
+
+
 def no_losses(objective: Objective, plan: Plan) -> StepLosses:
     """Zeros [K, O]."""
     return StepLosses(*(jnp.zeros((plan.active.shape[1], len(objective.tasks)), jnp.float32) for _ in range(3)))
@@ -201,7 +209,7 @@ def over_rows(
                     weights=entry.weights,
                     client=entry.client,
                     take=lambda stack: take_parts(stack, seats, table, entry.client, entry.variant),
-                    key=jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.part),
+                    key=_key_of(objective.generator, jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.part)),
                 )
                 return one(row, entry, table)
 

@@ -16,6 +16,7 @@ class EngineSettings:
       cohort_size, clients_per_pass: clients in a round, and at once in phases over all clients.
       batch: samples per iteration. local_steps: τ. post_steps: P.
       microbatch: samples of a row. packed: its texts share sequences, see `data.packing`.
+      generator: of dropout masks, see `objective.Objective`.
       training: static choices of the program.
       persist: a client goes on with its optimizer states instead of starting every local training afresh.
       in_pieces: Stage 2 trains by some steps at a time, between which its optimizer states are kept.
@@ -45,6 +46,7 @@ class EngineSettings:
     privacy: Privacy | None = None
     window: int = 1
     in_pieces: bool = False
+    generator: str = "threefry2x32"
 
     def window_clients(self, clients: int) -> int:
         """How many of a federation's clients a window's personal training takes at once, at most."""

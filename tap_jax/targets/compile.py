@@ -17,7 +17,11 @@ from tap_jax.targets import hlo
 
 # The GPU compiler cannot time kernels without a device, and without autotuning its Triton products want tile sizes that
 # nobody has chosen. That says nothing of a device that is there.
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
+    # A TPU's compiler looks for fast tiles of every product, which takes most of its time and changes memory little.
+    "tpu": {"exec_time_optimization_effort": -1.0},
+}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -69,10 +73,9 @@ def compile_program(lower: Callable[[], jax.stages.Lowered], platform: Platform,
       known: further attributes of what is returned: its name and the like.
     """
     lowered = lower()
-    options = GPU_OPTIONS if platform.kind == "gpu" else None
     before, started = _reset_peak(), time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=_OPTIONS.get(platform.kind))
     except jax.errors.JaxRuntimeError as error:
         seconds = time.perf_counter() - started
         used = refused_bytes(str(error))
