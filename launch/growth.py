@@ -145,7 +145,7 @@ def of_cohort(chosen) -> None:
 
 
 def of_memory(chosen, folder: pathlib.Path) -> None:
-    from tap_jax.methods.base import put_chain
+    from tap_jax.methods.base import put_models
 
     clients = chosen.clients[-1]
     print(f"\nPersonal blocks of {clients:,} clients, as more and more have blocks of their own; in MB", flush=True)
@@ -154,13 +154,13 @@ def of_memory(chosen, folder: pathlib.Path) -> None:
     ends = [round(clients * part / 4) for part in range(1, 5)]
     found = {}
     for where in ("store", "memory"):
-        chain = built.init(folder if where == "store" else None).chains["personal"]
+        chain = built.init(folder if where == "store" else None).client_models["personal"]
         before, owned = resident(), 0
         for start, stop in zip([0, *ends], ends, strict=False):
             for k in range(start, stop):
                 mine = jax.tree.map(np.array, dict(chain[k]))
                 owned += size_bytes(mine)
-                chain = put_chain(chain, {k: mine})
+                chain = put_models(chain, {k: mine})
             disk = chain.store.size_bytes() if where == "store" else 0
             found[where, stop] = owned, resident() - before, disk
     for owners in ends:

@@ -92,7 +92,7 @@ def child(path: str, microbatch: int, rounds: int, tiny: bool = False) -> dict:
         jax.block_until_ready(state.server)
         peaks.append(peak())
         print(f"  round {round_ + 1}: {peaks[-1] / 1e6:,.0f} MB", file=sys.stderr, flush=True)
-    chains = {id(leaf): leaf.nbytes for chain in state.chains.values() for leaf in jax.tree.leaves(chain)}
+    chains = {id(leaf): leaf.nbytes for chain in state.client_models.values() for leaf in jax.tree.leaves(chain)}
     planned = plan(outline(config)).together(ROUND)
     held = array_bytes() + sum(chains.values())
     return {"peaks": peaks, "before": before, "held": held, "planned": planned, "clients": clients}

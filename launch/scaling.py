@@ -175,10 +175,10 @@ def played(config: ConfigDict, pairs: int) -> list[Value]:
     for _ in range(config.rounds):
         state, _ = built.round(state)
     rows = built.evaluate_server("fedavg", state)
-    for cohort, variant, models in built.finish_in_passes(state):
+    for cohort, variant, models in built.finish_in_batches(state):
         rows += built.evaluate_cohort(variant, cohort, models, state)
     rows = [row for row in rows if row["metric"] in SCORES]
-    for cohort in built.engine.passes(config.rounds):
+    for cohort in built.engine.client_batches(config.rounds):
         losses = np.asarray(cohort.held_out_loss(cohort.broadcast(state.server)))
         for client, of_tasks in zip(cohort.clients, losses, strict=True):
             for task in built.federation.tasks_of(client) if client >= 0 else ():

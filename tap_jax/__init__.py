@@ -28,11 +28,15 @@ Public names; `help(tap_jax.build)` and so on say more, each with an example:
     A whole run as of `tap-jax train`, with all its files; resumes by itself.
   Federation(clients)
     Who has which task.
-  aggregate(server, cohort, server_seats, seats, weights)
+  select(params, names)
+    A client's blocks. This and the next four take any trees of one's own.
+  ownership(task_mask, touches)
+    Who owns which block (Sec. 3.1).
+  aggregate(server, clients, weights)
     Component-wise FedAvg (Sec. 3.1).
   replacement_indicator(local_loss, personal_loss, margin, seen)
     Which tasks' personal blocks give way to the federated ones (equation 3).
-  replace(personal, federated, seats, chosen)
+  replace(personal, federated, chosen)
     The replacement (equation 4).
   distillation_loss(kind, teacher, student, batch, *, temperature, power, image_loss)
     Of Stage 2 (equation 5).
@@ -50,7 +54,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from tap_jax.blocks import aggregate, replace, replacement_indicator
+    from tap_jax.blocks import aggregate, ownership, replace, replacement_indicator, select
     from tap_jax.config import load_config
     from tap_jax.experiment import Experiment, build
     from tap_jax.exporting import export_client
@@ -68,9 +72,11 @@ __all__ = [
     "distillation_loss",
     "export_client",
     "load_config",
+    "ownership",
     "replace",
     "replacement_indicator",
     "run",
+    "select",
 ]
 
 _HOMES = {
@@ -82,9 +88,11 @@ _HOMES = {
     "distillation_loss": "methods.losses",
     "export_client": "exporting",
     "load_config": "config",
+    "ownership": "blocks",
     "replace": "blocks",
     "replacement_indicator": "blocks",
     "run": "runs",
+    "select": "blocks",
 }
 
 

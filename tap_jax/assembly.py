@@ -1,16 +1,11 @@
 """From a configuration to the parts of an experiment: sizes, losses, the method and how it runs."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
-from jax import Array
 
 from tap_jax import config as configuration
 from tap_jax import platforms
-from tap_jax.blocks import Stack
 from tap_jax.config import ConfigDict
 from tap_jax.engine.agreement import first_said
 from tap_jax.engine.local_training import TrainingSettings
@@ -21,16 +16,16 @@ from tap_jax.engine.screening import Screening
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.errors import UserError
 from tap_jax.federation import Federation, Task
-from tap_jax.methods.base import LocalRule, Method, Row
+from tap_jax.methods.base import Method
 from tap_jax.methods.criteria import CRITERIA, Criterion
 from tap_jax.methods.disentafl import disentafl
 from tap_jax.methods.early_stopping import Patience
 from tap_jax.methods.fedavg import fedavg
 from tap_jax.methods.feddat import feddat
 from tap_jax.methods.local import local
-from tap_jax.methods.losses import distillation_loss, task_loss
+from tap_jax.methods.losses import task_loss
 from tap_jax.methods.per_fedavg import per_fedavg
-from tap_jax.methods.tap import Replacement, tap
+from tap_jax.methods.tap import Distillation, Replacement, tap
 from tap_jax.models.attention import why_not_cudnn
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
@@ -142,7 +137,9 @@ def method_of(
         case "disentafl":
             return disentafl(weight=config.disentafl.weight)
         case "feddat":
-            return feddat(adapter_divergence(config, model), model.dual)
+            return feddat(
+                model.forward, model.dual, weight=config.feddat.weight, image_loss=config.distillation.image_loss
+            )
     margins = {
         variant: np.array([by_kind[task.kind] for task in model.tasks], np.float32)
         for variant, by_kind in configuration.margins_of(config).items()
@@ -157,7 +154,13 @@ def method_of(
             section.history, section.first, criterion or CRITERIA[section.criterion], section.margin == "relative"
         ),
         patience=patience if distillation.patience else None,
-        rule=LocalRule(guided=True, also_alone=True, extra_loss=teaching_loss(config, model)),
+        forward=model.forward,
+        distillation=Distillation(
+            dict(distillation.weights),
+            distillation.temperature,
+            distillation.temperature_power,
+            distillation.image_loss,
+        ),
     )
 
 
@@ -176,49 +179,6 @@ def sample_loss(model: ServerModel) -> SampleLoss:
         return outputs, latents, task_loss(task.kind, outputs, batch)
 
     return loss
-
-
-def teaching_loss(config: ConfigDict, model: ServerModel) -> Callable[[Row, Array, Array, Any], Array]:
-    """The second term of equation 6, Σ_n w_n β·KL, where there is a teacher; as `LocalRule.extra_loss`."""
-    distillation = config.distillation
-
-    def loss(row: Row, outputs, latents, aid):
-        if aid is None:
-            return jax.numpy.zeros(())
-        given, teacher = aid
-
-        def taught(outputs):
-            divergence = distillation_loss(
-                row.task.kind,
-                jax.lax.stop_gradient(model.forward(row.frozen, row.take(teacher), row.task, row.batch)[0]),
-                outputs,
-                row.batch,
-                temperature=distillation.temperature,
-                power=distillation.temperature_power,
-                image_loss=distillation.image_loss,
-            )
-            return distillation.weights[row.task.kind] * weighted(row, divergence)
-
-        return jax.lax.cond(given, taught, lambda _: jax.numpy.zeros(()), outputs)
-
-    return loss
-
-
-def adapter_divergence(config: ConfigDict, model: ServerModel) -> Callable[[Row, Array, Stack, Stack], Array]:
-    """weight · KL from the model with two sets of adapters, ½ each, in FedDAT's local training (Chen et al., 2024)."""
-
-    def divergence(row: Row, outputs, first, second):
-        parts = model.dual(row.take(first), row.take(second))
-        guide = jax.lax.stop_gradient(model.forward(row.frozen, parts, row.task, row.batch, key=row.key)[0])
-        kl = distillation_loss(row.task.kind, guide, outputs, row.batch, image_loss=config.distillation.image_loss)
-        return config.feddat.weight * weighted(row, kl)
-
-    return divergence
-
-
-def weighted(row: Row, losses: Array) -> Array:
-    """Σ_n w_n ℓ_n over a row's real samples: weights and losses float32 [s] -> a scalar."""
-    return jax.numpy.where(row.weights > 0, row.weights * losses, 0).sum()
 
 
 # A checkpoint of blocks in memory has an array for every leaf of every client's blocks, a million of them for 3,000
@@ -257,7 +217,7 @@ def generator_of(config: ConfigDict, platform: Platform | None = None) -> str:
 def engine_settings(config: ConfigDict, clients: int, platform: Platform | None = None) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
-    On CPU: rows of one sample (wide rows lose to caches, and padding is work), phases in passes of the cohort's size so
+    On CPU: rows of one sample (wide rows lose to caches, and padding is work), batches of the cohort's size so
     that one program serves everything. On accelerators: rows of 32 samples or of as many tokens, packed, all clients in
     one pass.
     """
@@ -274,7 +234,7 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
 
     return EngineSettings(
         cohort_size=cohort,
-        clients_per_pass=min(clients, config.engine.clients_per_pass or (cohort if cpu else clients)),
+        clients_at_once=min(clients, config.engine.clients_at_once or (cohort if cpu else clients)),
         batch=config.batch_size,
         local_steps=config.local_steps * pooled,
         post_steps=config.post_steps,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tap_jax import experiment
-from tap_jax.blocks import Stack
+from tap_jax.blocks import Params
 from tap_jax.config import ConfigDict
 from tap_jax.data.families import fields
 from tap_jax.data.minibatches import Batch, client_minibatches
@@ -71,7 +71,7 @@ def bench(
     run = experiment.build(config)
     engine = run.engine
     clients = sample_cohort(config.seed, 0, len(run.federation.clients), engine.settings.cohort_size).tolist()
-    cohort, server = engine.cohort(clients, 0), engine.server_stack(run.initial_blocks)
+    cohort, server = engine.cohort(clients, 0), engine.server_params(run.initial_blocks)
     todo = [_minibatches(run, client, steps) for client in clients]
 
     say(f"bench: compiling, then {REPEATS} runs of {steps} steps with {len(clients)} clients")
@@ -129,11 +129,11 @@ def _check(config: ConfigDict, steps: int, rounds: int, against: str) -> None:
         raise UserError("against: PyTorch trains in one process; drop --coordinator")
 
 
-def _train(cohort: Cohort, server: Stack, steps: tuple[int, int] | None) -> tuple[float, Losses]:
+def _train(cohort: Cohort, server: Params, steps: tuple[int, int] | None) -> tuple[float, Losses]:
     """Seconds for all or some steps of the cohort, from the server's blocks, and the losses."""
-    stack = jax.block_until_ready(cohort.broadcast(server))
+    params = jax.block_until_ready(cohort.broadcast(server))
     started = time.perf_counter()
-    _, losses = jax.block_until_ready(cohort.train(stack, "post", post=True, steps=steps, goes_on=False))
+    _, losses = jax.block_until_ready(cohort.train(params, "post", post=True, steps=steps, goes_on=False))
     return time.perf_counter() - started, losses
 
 
@@ -147,10 +147,10 @@ def _minibatches(run: Experiment, client: int, steps: int) -> Steps:
         run.data.train,
         seed=settings.seed,
         round_=0,
-        purpose="post",
+        phase="post",
         batch=settings.batch,
         steps=steps,
-        passes=None,
+        epochs=None,
     )
 
 

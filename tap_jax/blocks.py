@@ -1,11 +1,10 @@
-"""The partition of the trainables into blocks B_0..B_R (Sec. 3.1), and everything that is done to blocks.
+"""The blocks B_0..B_R of the trainables (Sec. 3.1), and the paper's operators on them, on plain trees.
 
-By name, blocks are a plain mapping `Blocks`: block name -> tree of arrays. For computing, blocks of equal shapes
-form a *group*, and many clients' blocks of a group are the rows of one matrix, a `Stack`: a slot holds one client's
-block, its leaves one after the other. `Seats` says which client and which block sit in which slot: only owned
-blocks have one, so nothing is stored, moved or updated for blocks a client does not have.
+A client's parameters are a mapping from block names to trees of arrays. Those of many clients are a list of such
+mappings, one a client with the blocks that it owns; or one mapping whose leaves have a leading client axis, as vmap
+wants them. Who owns what is a mask. All operators are pure and work under jit, vmap and grad, on any trees.
 
-Letters: K clients, R blocks, O tasks, G slots of a group, n parameters of one of its blocks.
+Letters: K clients, R blocks, O tasks.
 """
 
 import dataclasses
@@ -17,255 +16,134 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 
 Tree = Any
 Blocks = Mapping[str, Tree]
-Stack = Mapping[str, Array]
-PRIVATE = "private/"  # how names and groups of blocks begin that are never sent
+Params = Any  # of a cohort's clients, as the engine packs them: a tree of arrays for jax.tree.map and optax
+PRIVATE = "private/"  # how names and shape classes of blocks begin that are never sent
 
 
-def flatten(tree: Tree, lead: int = 0) -> Array:
-    """The leaves of a block one after the other, [n]; with `lead` common leading axes, [..., n]."""
-    leaves = [leaf.reshape(*leaf.shape[:lead], -1) for leaf in jax.tree.leaves(tree)]
-    return jnp.concatenate(leaves, axis=-1)
-
-
-def unflatten(flat: Array, like: Tree) -> Tree:
-    """The inverse of `flatten`: [..., n] -> the tree `like` (arrays or shapes), leaves [..., *shape]."""
-    leaves, structure = jax.tree.flatten(like)
-    ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])
-    pieces = [flat[..., end - int(np.prod(leaf.shape)) : end] for leaf, end in zip(leaves, ends, strict=True)]
-    return structure.unflatten(
-        [p.reshape(*flat.shape[:-1], *leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]
-    )
-
-
-def take(blocks: Blocks, names: Sequence[str]) -> dict[str, Tree]:
-    """The named blocks, P_{B_i} W̃; nothing is copied."""
-    return {name: blocks[name] for name in names}
-
-
-@dataclasses.dataclass(frozen=True)
-class Partition:
-    """Which blocks there are and which of them each task touches.
-
-    Attributes:
-      names: block names, R of them.
-      groups: the group of each block; blocks of one group have equal shapes.
-      touches: bool [O, R], B_o: block r lies on a path of task o.
-      task_mask: bool [K, O], client k has task o.
-
-    Blocks whose name begins with `PRIVATE` are never sent: their owners have them beside the others (`with_private`).
-    """
-
-    names: tuple[str, ...]
-    groups: tuple[str, ...]
-    touches: np.ndarray
-    task_mask: np.ndarray
-
-    @functools.cached_property
-    def owned(self) -> np.ndarray:
-        """bool [K, R], read-only: a client owns the union of its tasks' blocks."""
-        found = (self.task_mask.astype(int) @ self.touches.astype(int)) > 0
-        found.flags.writeable = False
-        return found
-
-    @property
-    def sent(self) -> np.ndarray:
-        """bool [R]: the blocks that clients and server exchange, all but the private ones."""
-        return np.array([not name.startswith(PRIVATE) for name in self.names])
-
-    @property
-    def chained(self) -> tuple[str, ...]:
-        """The blocks that clients keep from round to round: the private ones where there are any, else all."""
-        private = tuple(name for name, sent in zip(self.names, self.sent, strict=True) if not sent)
-        return private or self.names
-
-    def with_private(self, names: Sequence[str]) -> "Partition":
-        """The partition with a private twin of each of the named blocks, in a group of its own, behind the others."""
-        twins = [self.names.index(name) for name in names]
-        return Partition(
-            (*self.names, *(PRIVATE + name for name in names)),
-            (*self.groups, *(PRIVATE + self.groups[r] for r in twins)),
-            np.concatenate([self.touches, self.touches[:, twins]], axis=1),
-            self.task_mask,
-        )
-
-    def blocks_of(self, client: int) -> tuple[str, ...]:
-        """Names of the blocks that client number `client` owns."""
-        return tuple(name for name, owns in zip(self.names, self.owned[client], strict=True) if owns)
-
-    def replaceable(self, scope: str = "task") -> np.ndarray:
-        """bool [K, O, R]: the blocks that client k's replacement for task o takes.
-
-        With scope "task" all of B_o (eq. 4); with "exclusive" only those no other task of the client touches.
-        """
-        mine = self.task_mask[:, :, None] & self.touches[None]
-        if scope == "exclusive":
-            mine &= mine.sum(1, keepdims=True) == 1
-        return mine
-
-    def members(self) -> dict[str, np.ndarray]:
-        """Group -> int [.], the blocks of the group in order."""
-        groups = np.array(self.groups)
-        return {group: np.flatnonzero(groups == group) for group in dict.fromkeys(self.groups)}
-
-    def capacities(self, owned: np.ndarray, clients: int) -> dict[str, int]:
-        """Group -> slots that any `clients` of the federation's clients can fill, at least 1.
-
-        Args:
-          owned: bool [K, R] of the federation.
-        """
-        counts = {group: np.sort(owned[:, blocks].sum(1))[::-1] for group, blocks in self.members().items()}
-        return {group: max(1, int(count[:clients].sum())) for group, count in counts.items()}
-
-
-class Seats(struct.PyTreeNode):
-    """Who sits where in a stack.
-
-    Attributes:
-      slot: int32 [K, R], the slot of client k's block r in its group; 0 where k does not own r.
-      client: group -> int32 [G], the client (position) in each slot, K where the slot is idle.
-      block: group -> int32 [G], the block (0..R-1) in each slot, some block of the group where idle.
-    """
-
-    slot: Array
-    client: Mapping[str, Array]
-    block: Mapping[str, Array]
-
-
-def seat(partition: Partition, owned: np.ndarray, capacities: Mapping[str, int] | None = None) -> Seats:
-    """Seats without gaps, client by client and block by block; numpy leaves.
+def select(params: Blocks, names: Sequence[str]) -> dict[str, Tree]:
+    """The named blocks, P_{B_i} W̃ for the blocks of client i. Nothing is copied.
 
     Args:
-      owned: bool [K, R], what each of K positions holds (a row of False is an empty position).
-      capacities: group -> slots to provide; None: just enough, and at least 1.
+      params: block name -> tree.
+      names: of blocks in `params`.
 
     Raises:
-      ValueError: a group has more holders than slots.
+      KeyError: a name that `params` does not have.
+
+    Example:
+      >>> import tap_jax as tap
+      >>> tap.select({"encoder": 1.0, "head": 2.0}, ["head"])
+      {'head': 2.0}
     """
-    slot = np.zeros(owned.shape, np.int32)
-    client, block = {}, {}
-    for group, blocks in partition.members().items():
-        holders, position = np.nonzero(owned[:, blocks])
-        size = max(1, len(holders)) if capacities is None else capacities[group]
-        if len(holders) > size:
-            raise ValueError(f"{group}: {len(holders)} holders for {size} slots")
-        slot[holders, blocks[position]] = np.arange(len(holders))
-        client[group] = np.full(size, len(owned), np.int32)
-        client[group][: len(holders)] = holders
-        block[group] = np.full(size, blocks[0], np.int32)
-        block[group][: len(holders)] = blocks[position]
-    return Seats(slot, client, block)
+    return {name: params[name] for name in names}
 
 
-def server_seats(partition: Partition) -> Seats:
-    """Seats of one holder of everything: the server, or a teacher of all tasks."""
-    return seat(partition, np.ones((1, len(partition.names)), bool))
-
-
-def pack(partition: Partition, seats: Seats, holders: Sequence[Blocks], like: Blocks) -> dict[str, np.ndarray]:
-    """The stack of what the holders have, on the host; idle slots are zero.
+def ownership(task_mask: np.ndarray, touches: np.ndarray) -> np.ndarray:
+    """bool [K, R]: a client owns the union of its tasks' blocks (Sec. 3.1).
 
     Args:
-      holders: one mapping per position, with at least the blocks it owns of the groups wanted.
-      like: any mapping with the shapes of every block of the groups wanted; which these are, it says.
+      task_mask: bool [K, O], client k has task o.
+      touches: bool [O, R], B_o: task o's forward pass goes through block r.
 
-    Returns:
-      Group -> float32 [G, n].
+    Example:
+      Both tasks use the encoder, each has a head; the second client has the second task alone.
+
+      >>> import tap_jax as tap
+      >>> touches = [[True, True, False], [True, False, True]]
+      >>> tap.ownership([[True, True], [False, True]], touches).tolist()
+      [[True, True, True], [True, False, True]]
     """
-    stack = {}
-    for group, blocks in partition.members().items():
-        if partition.names[blocks[0]] not in like:
-            continue
-        clients, numbers = np.asarray(seats.client[group]), np.asarray(seats.block[group])
-        matrix = np.zeros((len(clients), count(like[partition.names[blocks[0]]])), np.float32)
-        for g in np.flatnonzero(clients < len(seats.slot)):
-            leaves = jax.tree.leaves(holders[clients[g]][partition.names[numbers[g]]])
-            np.concatenate([np.ravel(leaf) for leaf in leaves], out=matrix[g])
-        stack[group] = matrix
-    return stack
+    return (np.asarray(task_mask, int) @ np.asarray(touches, int)) > 0
 
 
-def unpack(partition: Partition, seats: Seats, stack: Stack, like: Blocks) -> list[dict[str, Tree]]:
-    """The inverse of `pack`: per position the blocks it holds, by name, copied to the host."""
-    out: list[dict[str, Tree]] = [{} for _ in range(len(seats.slot))]
-    for group, matrix in jax.device_get(dict(stack)).items():
-        numbers = np.asarray(seats.block[group])
-        for g, position in enumerate(np.asarray(seats.client[group])):
-            if position < len(out):
-                name = partition.names[numbers[g]]
-                out[position][name] = unflatten(np.array(matrix[g]), like[name])
-    return out
-
-
-def broadcast(server: Stack, server_seats: Seats, seats: Seats) -> dict[str, Array]:
-    """W̃[i] = P_{B_i} W̃ for every seated client: the server's blocks in the slots of their holders.
+def replaceable(task_mask: np.ndarray, touches: np.ndarray, scope: str = "task") -> np.ndarray:
+    """bool [K, O, R]: the blocks that client k's replacement for task o takes.
 
     Args:
-      server: W̃, stack of `server_seats`.
-      seats: where the clients sit.
-
-    Returns:
-      A stack of `seats`; idle slots hold some block of their group.
+      task_mask, touches: as of `ownership`.
+      scope: "task" for all of B_o (eq. 4); "exclusive" for those that no other task of the client touches.
     """
-    place = jnp.asarray(server_seats.slot)[0]
-    return {group: matrix[place[seats.block[group]]] for group, matrix in server.items()}
+    mine = np.asarray(task_mask, bool)[:, :, None] & np.asarray(touches, bool)[None]
+    if scope == "exclusive":
+        mine &= mine.sum(1, keepdims=True) == 1
+    return mine
 
 
-def aggregate(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, weights: Array) -> dict[str, Array]:
-    """Component-wise FedAvg (Sec. 3.1): each block is averaged over the clients that sent it.
+def chosen_blocks(indicator: Array, replaceable: Array) -> Array:
+    """bool [K, R]: the blocks that some task o with R_i[o] = 1 takes.
+
+    Args:
+      indicator: bool [K, O], R of equation 3.
+      replaceable: bool [K, O, R], see `replaceable`.
+    """
+    return (indicator[:, :, None] & replaceable).any(1)
+
+
+def by_block(names: Sequence[str], mask: Array) -> dict[str, Array]:
+    """A table [..., R] as block name -> [...]: the masks and weights that `replace` and `aggregate` take."""
+    return {name: mask[..., r] for r, name in enumerate(names)}
+
+
+def aggregate(
+    server: Blocks, clients: Sequence[Blocks] | Blocks, weights: Array | Mapping[str, Array]
+) -> dict[str, Tree]:
+    """Component-wise FedAvg (Sec. 3.1): each block is averaged over the clients that send it.
 
     What is averaged for a LoRA pair is A and B each; mean(B)·mean(A) is not mean(BA).
 
     Args:
-      server: W̃, stack of `server_seats`.
-      cohort: what the clients sent, stack of `seats`.
-      server_seats, seats: which block, and whose, is in which slot of the two; see `seat`.
-      weights: w[k, r] >= 0 [K, R], client k's say in block r (sample count); 0 where it has none.
+      server: W̃, block name -> tree.
+      clients: one mapping per client with the blocks that it sends; or block name -> tree, leaves with a leading
+        client axis [K, ...].
+      weights: >= 0, sample counts for example: [K], or block name -> [K]. A client of weight 0 has no influence,
+        whatever it sends.
 
     Returns:
-      A stack like `server`. A block whose weights are all 0 is returned bit by bit, and what a client of weight 0
-      holds has no influence, whatever it is.
+      Block name -> tree, like `server`. A block that nobody sends, or whose weights are all 0, keeps its bits.
 
     Raises:
       AssertionError: the shapes do not belong together.
 
     Example:
-      Two clients with twice and once as many samples; the second does not own the head.
+      Two clients with twice and once as many samples; the second does not send the head.
 
       >>> import numpy as np
       >>> import tap_jax as tap
-      >>> from tap_jax.blocks import Partition, seat, server_seats
-      >>> touches = np.array([[True, True], [True, False]])  # task 0 uses encoder and head, task 1 the encoder
-      >>> partition = Partition(("encoder", "head"), ("encoder", "head"), touches, task_mask=np.eye(2, dtype=bool))
-      >>> server = {"encoder": np.zeros((1, 1)), "head": np.zeros((1, 1))}
-      >>> sent = {"encoder": np.array([[1.0], [4.0]]), "head": np.array([[5.0]])}
-      >>> weights = np.array([[2.0, 2.0], [1.0, 0.0]])
-      >>> new = tap.aggregate(server, sent, server_seats(partition), seat(partition, partition.owned), weights)
-      >>> new["encoder"].tolist(), new["head"].tolist()
-      ([[2.0]], [[5.0]])
+      >>> server = {"encoder": np.array(0.0), "head": np.array(0.0)}
+      >>> sent = [{"encoder": np.array(1.0), "head": np.array(5.0)}, {"encoder": np.array(4.0)}]
+      >>> {name: float(mean) for name, mean in tap.aggregate(server, sent, np.array([2.0, 1.0])).items()}
+      {'encoder': 2.0, 'head': 5.0}
     """
-    # Whatever does not fit would be broadcast or clipped, silently. Checked when traced, so at no cost.
-    chex.assert_equal_shape([weights, seats.slot])
-    for group, matrix in server.items():
-        chex.assert_shape(matrix, (len(server_seats.client[group]), None))
-        chex.assert_shape(cohort[group], (len(seats.client[group]), matrix.shape[1]))
-    padded = jnp.pad(weights, ((0, 1), (0, 0)))
-    place = jnp.asarray(server_seats.slot)[0]
+    return {name: _mean_of_owners(name, tree, clients, weights) for name, tree in server.items()}
 
-    def one(group):
-        weight = padded[seats.client[group], seats.block[group]]
-        at = place[seats.block[group]]
-        total = jnp.zeros(len(server_seats.client[group]), weight.dtype).at[at].add(weight)
-        share = (weight / jnp.where(total > 0, total, 1)[at])[:, None]
-        sent = jnp.where(weight[:, None] > 0, share * cohort[group], 0)
-        average = jnp.zeros_like(server[group]).at[at].add(sent)
-        return jnp.where(total[:, None] > 0, average, server[group])
 
-    return {group: one(group) for group in server}
+def _mean_of_owners(name: str, old: Tree, clients: Any, weights: Any) -> Tree:
+    weight = jnp.asarray(weights[name] if isinstance(weights, Mapping) else weights)
+    if isinstance(clients, Mapping):
+        if name not in clients:
+            return old
+        sent = clients[name]
+    else:
+        chex.assert_shape(weight, (len(clients),))
+        owners = [k for k, params in enumerate(clients) if name in params]
+        if not owners:
+            return old
+        sent = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(clients[k][name] for k in owners))
+        weight = weight[np.array(owners)]
+    total = weight.sum()
+    # By an array: XLA divides by a scalar in multiplying by its reciprocal, which is rounded.
+    share = weight / jnp.full_like(weight, jnp.where(total > 0, total, 1))
+
+    def mean(old: Array, leaf: Array) -> Array:
+        chex.assert_shape(leaf, (*weight.shape, *jnp.shape(old)))
+        part = jnp.expand_dims(share, range(1, leaf.ndim)).astype(leaf.dtype)
+        return jnp.where(total > 0, jnp.where(part > 0, part * leaf, 0).sum(0), old)
+
+    return jax.tree.map(mean, old, sent)
 
 
 def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array, seen: Array) -> Array:
@@ -290,50 +168,94 @@ def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array
     return seen & (local_loss + margin < personal_loss)
 
 
-def replace(personal: Stack, federated: Stack, seats: Seats, chosen: Array) -> dict[str, Array]:
+def replace(personal: Blocks, federated: Blocks, chosen: Mapping[str, Array]) -> dict[str, Tree]:
     """X_[i,o] = (1 - R) X_[i,o] + R W̃_[i,o] (eq. 4), as a choice: what is not replaced keeps its bits.
 
     Args:
-      personal, federated: stacks of `seats`.
-      chosen: bool [K, R], client k takes the federated block r; see `chosen_blocks`.
+      personal: X[i], block name -> tree; or of many clients, leaves [K, ...].
+      federated: W̃[i] after its local training; at least the blocks of `chosen`.
+      chosen: block name -> bool, or bool [K]: whether the federated block is taken. What is not in it stays.
 
     Returns:
-      A stack like `personal`.
+      Block name -> tree, like `personal`.
 
     Raises:
       AssertionError: the shapes do not belong together.
 
     Example:
-      One client with two blocks, of which it takes the first.
-
       >>> import numpy as np
       >>> import tap_jax as tap
-      >>> from tap_jax.blocks import Partition, seat
-      >>> one = np.ones((1, 1), bool)
-      >>> partition = Partition(("encoder", "head"), ("encoder", "head"), touches=one.repeat(2, 1), task_mask=one)
-      >>> personal = {"encoder": np.array([[1.0]]), "head": np.array([[1.0]])}
-      >>> federated = {"encoder": np.array([[2.0]]), "head": np.array([[2.0]])}
-      >>> seats = seat(partition, partition.owned)
-      >>> new = tap.replace(personal, federated, seats, np.array([[True, False]]))
-      >>> new["encoder"].tolist(), new["head"].tolist()
-      ([[2.0]], [[1.0]])
+      >>> personal, federated = {"encoder": np.array(1.0), "head": np.array(1.0)}, {"encoder": np.array(2.0)}
+      >>> {name: float(x) for name, x in tap.replace(personal, federated, {"encoder": True}).items()}
+      {'encoder': 2.0, 'head': 1.0}
     """
-    chex.assert_equal_shape([chosen, seats.slot])
-    for group, matrix in personal.items():
-        chex.assert_shape(matrix, (len(seats.client[group]), None))
-        chex.assert_equal_shape([matrix, federated[group]])
-    padded = jnp.pad(chosen, ((0, 1), (0, 0)))
 
-    def one(group):
-        flag = padded[seats.client[group], seats.block[group]]
-        return jnp.where(flag[:, None], federated[group], personal[group])
+    def one(flag: Array, old: Tree, new: Tree) -> Tree:
+        def choose(old: Array, new: Array) -> Array:
+            chex.assert_equal_shape([old, new])
+            return jnp.where(jnp.expand_dims(flag, range(flag.ndim, jnp.ndim(old))), new, old)
 
-    return {group: one(group) for group in personal}
+        return jax.tree.map(choose, old, new)
+
+    return {
+        name: one(jnp.asarray(chosen[name]), tree, federated[name]) if name in chosen else tree
+        for name, tree in personal.items()
+    }
 
 
-def chosen_blocks(replaced: Array, replaceable: Array) -> Array:
-    """bool [K, R]: some task o with R_i[o] = 1 (`replaced` [K, O]) takes block r (`replaceable` [K, O, R])."""
-    return (replaced[:, :, None] & replaceable).any(1)
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Which blocks there are and which of them each task touches.
+
+    Attributes:
+      names: block names, R of them.
+      shape_classes: of each block; blocks of one class have equal shapes (`engine.packed`).
+      touches: bool [O, R], B_o: block r lies on a path of task o.
+      task_mask: bool [K, O], client k has task o.
+
+    Blocks whose name begins with `PRIVATE` are never sent: their owners have them beside the others (`with_private`).
+    """
+
+    names: tuple[str, ...]
+    shape_classes: tuple[str, ...]
+    touches: np.ndarray
+    task_mask: np.ndarray
+
+    @functools.cached_property
+    def owned(self) -> np.ndarray:
+        """bool [K, R], read-only: a client owns the union of its tasks' blocks."""
+        found = np.asarray(ownership(self.task_mask, self.touches))
+        found.flags.writeable = False
+        return found
+
+    @property
+    def sent(self) -> np.ndarray:
+        """bool [R]: the blocks that clients and server exchange, all but the private ones."""
+        return np.array([not name.startswith(PRIVATE) for name in self.names])
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The blocks that clients keep from round to round: the private ones where there are any, else all."""
+        private = tuple(name for name, sent in zip(self.names, self.sent, strict=True) if not sent)
+        return private or self.names
+
+    def with_private(self, names: Sequence[str]) -> "Partition":
+        """The partition with a private twin of each named block, in a shape class of its own, behind the others."""
+        twins = [self.names.index(name) for name in names]
+        return Partition(
+            (*self.names, *(PRIVATE + name for name in names)),
+            (*self.shape_classes, *(PRIVATE + self.shape_classes[r] for r in twins)),
+            np.concatenate([self.touches, self.touches[:, twins]], axis=1),
+            self.task_mask,
+        )
+
+    def blocks_of(self, client: int) -> tuple[str, ...]:
+        """Names of the blocks that client number `client` owns."""
+        return tuple(name for name, owns in zip(self.names, self.owned[client], strict=True) if owns)
+
+    def replaceable(self, scope: str = "task") -> np.ndarray:
+        """bool [K, O, R], numpy; see `replaceable`."""
+        return replaceable(self.task_mask, self.touches, scope)
 
 
 def count(tree: Tree) -> int:

@@ -1,6 +1,6 @@
-"""How large rows and passes may be on a device, and whether activations are kept: the defaults of an accelerator.
+"""How large rows and batches of clients may be, and what the backward pass is given: the defaults of an accelerator.
 
-Where `engine.microbatch` and `engine.clients_per_pass` are 0 and `engine.remat` is "auto", `sized` fills in what an
+Where `engine.microbatch` and `engine.clients_at_once` are 0 and `engine.remat` is "auto", `sized` fills in what an
 estimate of memory and time finds best for the device at hand. The estimate counts arrays from shapes; nothing is
 compiled. `tap-jax describe --target` shows what the compiler says of the same program.
 
@@ -39,7 +39,7 @@ class Sizes:
     """One choice.
 
     Attributes:
-      microbatch, clients, remat: values of `engine.microbatch`, `engine.clients_per_pass` and `engine.remat`.
+      microbatch, clients, remat: values of `engine.microbatch`, `engine.clients_at_once` and `engine.remat`.
       bytes: of memory on a device at most, by the estimate.
       time: relative, by the estimate; less is faster.
     """
@@ -54,7 +54,7 @@ class Sizes:
     def flags(self) -> str:
         """As arguments of the command line."""
         return (
-            f"--config.engine.microbatch={self.microbatch} --config.engine.clients_per_pass={self.clients}"
+            f"--config.engine.microbatch={self.microbatch} --config.engine.clients_at_once={self.clients}"
             f" --config.engine.remat={self.remat}"
         )
 
@@ -72,7 +72,7 @@ def sized(config: ConfigDict, platform: Platform | None = None, devices: int = 1
     engine = config.engine
     if not platform.accelerated or platform.memory is None:
         return config
-    if engine.microbatch and engine.clients_per_pass and engine.remat != "auto":
+    if engine.microbatch and engine.clients_at_once and engine.remat != "auto":
         return config
     found = next(iter(choices(config, platform, devices)), None)
     if found is None:  # nothing fits by the estimate: the smallest, and the compiler has the last word
@@ -84,7 +84,7 @@ def with_sizes(config: ConfigDict, sizes: Sizes) -> ConfigDict:
     """The configuration with a choice in it."""
     fields = {
         "engine.microbatch": sizes.microbatch,
-        "engine.clients_per_pass": sizes.clients,
+        "engine.clients_at_once": sizes.clients,
         "engine.remat": sizes.remat,
     }
     return configuration.override(config.copy_and_resolve_references(), fields)
@@ -99,14 +99,14 @@ def choices(config: ConfigDict, platform: Platform, devices: int = 1) -> list[Si
 def _all(config: ConfigDict, platform: Platform, devices: int) -> Iterator[Sizes]:
     engine, people = config.engine, len(configuration.federation_of(config).clients)
     rows = [engine.microbatch] if engine.microbatch else [s for s in (32, 16, 8, 4, 2, 1) if s <= config.batch_size]
-    if engine.clients_per_pass:
-        passes = [min(engine.clients_per_pass, people)]
+    if engine.clients_at_once:
+        batches = [min(engine.clients_at_once, people)]
     else:
         shards, halves = shards_of(config, devices), (-(-people // 2**n) for n in range(12))
-        passes = sorted({people, *(min(people, -(-c // shards) * shards) for c in halves)})
+        batches = sorted({people, *(min(people, -(-c // shards) * shards) for c in halves)})
     words = (KEPT, LAYER) if engine.remat == "auto" else (engine.remat,)
     estimate = Estimate(config, platform, devices)
-    for clients in passes:
+    for clients in batches:
         for microbatch in rows:
             for remat in words:
                 yield estimate(microbatch, clients, remat)
@@ -148,7 +148,7 @@ class Estimate:
     def _fixed(self, clients: int) -> MemoryPlan:
         config = self.config
         settings = assembly.engine_settings(config, self.people, self.platform)
-        settings = dataclasses.replace(settings, clients_per_pass=clients)
+        settings = dataclasses.replace(settings, clients_at_once=clients)
         frozen, trainable = shapes(self.model)
         kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, self.model.config.dtype), frozen)
         variants = configuration.variants_of(config)

@@ -37,8 +37,14 @@ from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
 from tap_jax.platforms import platform_of
 
-# variant -> the trained chain whose divergence it inherits; of the others, the server's
-_CHAIN = {"tap": "personal", "tap-no-kd": "personal", "tap-stage1": "personal", "tap-stage2": "local", "local": "local"}
+# variant -> the trained model whose divergence it inherits; of the others, the server's
+_TRAINED = {
+    "tap": "personal",
+    "tap-no-kd": "personal",
+    "tap-stage1": "personal",
+    "tap-stage2": "local",
+    "local": "local",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Experiment:
           h^(p) is +inf as long as a client has not taken part, a row for each client and a column for each task.
 
           >>> state = experiment.init()
-          >>> state.round, list(state.chains), state.personal_loss["personal"].tolist()
+          >>> state.round, list(state.client_models), state.personal_loss["personal"].tolist()
           (0, ['personal'], [[inf], [inf]])
         """
         return rounds.initial_state(
@@ -110,7 +116,7 @@ class Experiment:
         """One round -> (new state, a line of losses, replacements and bytes).
 
         The state given stays as it is. The line is JSON-ready: "round" (from 0), "clients", "learning_rate", "losses"
-        (chain -> client -> task -> mean training loss; None where it is no number), and where the method has them
+        (model -> client -> task -> mean training loss; None where it is no number), and where the method has them
         "replacements", "bytes_sent" (by client), "bytes_received" (of all clients), "dropped" updates, "update_norms"
         (by client; with `screening.max_norm` or privacy) and "epsilon".
 
@@ -127,7 +133,7 @@ class Experiment:
           >>> state, line = experiment.round(state, clients=[1])
           >>> state.round, line["replacements"]
           (1, [{'round': 0, 'client': 1, 'task': 'ag_news', 'variant': 'tap'}])
-          >>> [list(line["losses"][chain]["1"]) for chain in ("federated", "personal")]
+          >>> [list(line["losses"][model]["1"]) for model in ("federated", "personal")]
           [['ag_news'], ['ag_news']]
         """
         return rounds.play_round(self.engine, self.method, state, clients)
@@ -140,7 +146,7 @@ class Experiment:
         return rounds.play_window(self.engine, self.method, state, self.config.rounds)
 
     def finish(self, state: State) -> Finished:
-        """Stage 2 and the other variants' last phases, over all clients in passes.
+        """Stage 2 and the other variants' last phases, over all clients in batches.
 
         Example:
           >>> finished = experiment.finish(state)
@@ -149,15 +155,15 @@ class Experiment:
           (2, True)
         """
         found: dict[str, dict[int, Blocks]] = {}
-        for _, variant, mine in self.finish_in_passes(state):
+        for _, variant, mine in self.finish_in_batches(state):
             found.setdefault(variant, {}).update(mine)
         clients = range(len(self.federation.clients))
         return Finished(state, {v: tuple(found[v][k] for k in clients) if v in found else None for v in self.variants})
 
-    def finish_in_passes(
+    def finish_in_batches(
         self, state: State, tell: Callable[[str], None] = lambda text: None
     ) -> Iterator[tuple[Cohort, str, dict[int, Blocks]]]:
-        """`finish` for `clients_per_pass` clients at a time, so that nobody need hold all models at once.
+        """`finish` for `clients_at_once` clients at a time, so that nobody need hold all models at once.
 
         Args:
           tell: gets a few words before each training.
@@ -165,7 +171,7 @@ class Experiment:
         Yields:
           (the cohort, variant, client number -> blocks on the host); variants of the server's blocks are left out.
         """
-        cohorts = self.engine.passes(int(state.round), state.moments)
+        cohorts = self.engine.client_batches(int(state.round), state.moments)
         for number, cohort in enumerate(cohorts, 1):
             name = f"last phase, client batch {number}/{len(cohorts)}: training"
             tell(name)
@@ -177,12 +183,12 @@ class Experiment:
     def prepare(self) -> None:
         """Starts compiling all that a whole run needs, in the background; optional."""
         cohort = self.engine.cohort(range(self.engine.settings.cohort_size), 0)
-        everyone = self.engine.passes(0)[0]
+        everyone = self.engine.client_batches(0)[0]
         most = range(self.engine.settings.window_clients(len(self.federation.clients)))
         # A teacher comes after the last round, to as many clients as then train at once.
-        cohort.prepare(guided=cohort.positions == everyone.positions or not self.engine.rule.also_alone)
+        cohort.prepare(takes_teacher=cohort.positions == everyone.positions or not self.engine.rule.teacher_optional)
         if len(most) > len(cohort.given):
-            self.engine.cohort(most, [0] * len(most)).prepare(guided=False)
+            self.engine.cohort(most, [0] * len(most)).prepare(takes_teacher=False)
         everyone.prepare()
         self.evaluator.prepare(everyone)
 
@@ -205,9 +211,9 @@ class Experiment:
     def evaluate(self, models: Finished | State) -> list[Row]:
         """Result rows {"variant", "client", "task", "metric", "value"} of finished models.
 
-        A state is evaluated as it stands, its chains under their own names, the server's blocks under the method's for
-        them ("fedavg" in a run of TAP). Accuracy and text metrics are in %, MSE in standardised units; a value is None
-        where training diverged.
+        A state is evaluated as it stands, clients' models under their own names, the server's blocks under the method's
+        for them ("fedavg" in a run of TAP). Accuracy and text metrics are in %, MSE in standardised units; a value is
+        None where training diverged.
 
         Raises:
           UserError: a state of FedDAT, whose clients have models after `finish` only.
@@ -222,8 +228,8 @@ class Experiment:
         if isinstance(models, State):
             if self.model.adapter_blocks:
                 raise UserError("method: clients of 'feddat' have models after `finish` only; evaluate what that gives")
-            models = Finished(models, {**models.chains, self._server_variant: None})
-        cohorts, rows = self.engine.passes(int(models.state.round)), []
+            models = Finished(models, {**models.client_models, self._server_variant: None})
+        cohorts, rows = self.engine.client_batches(int(models.state.round)), []
         for variant, found in models.models.items():
             if found is None:
                 rows += self.evaluate_server(variant, models.state)
@@ -235,9 +241,9 @@ class Experiment:
 
     def evaluate_cohort(self, variant: str, cohort: Cohort, models: Mapping[int, Blocks], state: State) -> list[Row]:
         """Result rows of the models of one pass's clients, client number -> blocks."""
-        further = {name: chain for chain, name in self.method.margins.items()}
-        chain = variant if variant in state.finite else (further | _CHAIN).get(variant, "federated")
-        return self.evaluator.evaluate(variant, cohort, models, state.finite.get(chain))
+        further = {name: model for model, name in self.method.margins.items()}
+        trained = variant if variant in state.finite else (further | _TRAINED).get(variant, "federated")
+        return self.evaluator.evaluate(variant, cohort, models, state.finite.get(trained))
 
     def evaluate_server(self, variant: str, state: State) -> list[Row]:
         """Result rows of the server's blocks, for every client."""

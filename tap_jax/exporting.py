@@ -167,7 +167,7 @@ def _blocks(
         raise UserError(f"workdir: no checkpoint in {workdir}; train again")
     server = experiment.engine.server_blocks(state.server)
     owned = server if client is None else experiment.partition.blocks_of(client)
-    return blocks.take(server, [name for name in owned if not name.startswith(blocks.PRIVATE)]), state.round
+    return blocks.select(server, [name for name in owned if not name.startswith(blocks.PRIVATE)]), state.round
 
 
 def is_finished(model: str, variant: str) -> bool:

@@ -189,7 +189,7 @@ def _play(
     _announce(experiment, reporter)
     rows: list[Row] = []
     stage2, since = 0.0, trained
-    for cohort, variant, mine in experiment.finish_in_passes(state, reporter.doing):
+    for cohort, variant, mine in experiment.finish_in_batches(state, reporter.doing):
         if variant == "tap":  # the first of a pass: teacher and student have trained since the one before (Table 7)
             stage2 += time.monotonic() - since
         for client, found in mine.items() if writes else ():
@@ -309,7 +309,7 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
             rows += experiment.evaluate_server(variant, state)
             reporter.scored(variant)
             continue
-        for cohort in experiment.engine.passes(state.round):
+        for cohort in experiment.engine.client_batches(state.round):
             models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
             rows += experiment.evaluate_cohort(variant, cohort, models, state)
             reporter.scored(variant)
@@ -334,14 +334,14 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
 
 def _announce(experiment: Experiment, reporter: Reporter) -> None:
     """Says what will be scored, and how often each variant."""
-    clients, at_once = len(experiment.federation.clients), experiment.engine.settings.clients_per_pass
+    clients, at_once = len(experiment.federation.clients), experiment.engine.settings.clients_at_once
     reporter.say(
         f"after the last round: {', '.join(experiment.variants)} for {clients} clients"
         + (f", {at_once} at a time" if at_once < clients else "")
     )
     servers = configuration.SERVER_VARIANTS
-    passes = -(-clients // at_once)
-    reporter.last({variant: 1 if variant in servers else passes for variant in experiment.variants})
+    batches = -(-clients // at_once)
+    reporter.last({variant: 1 if variant in servers else batches for variant in experiment.variants})
 
 
 def _curves(experiment: Experiment, workdir: pathlib.Path, reporter: Reporter, *, resumed: bool) -> list[Writer]:

@@ -190,18 +190,18 @@ def _shown(done: int, total: int, lines: int) -> bool:
 
 
 def losses(line: dict) -> str:
-    """Mean losses over a round's clients and tasks, by chain: "loss federated 1.234, personal 1.120"."""
+    """Mean losses over a round's clients and tasks, by model: "loss federated 1.234, personal 1.120"."""
     return "loss " + ", ".join(means(line, digits=4))
 
 
 def means(line: dict, *, digits: int) -> list[str]:
-    """Of each chain, its name and mean loss to so many digits."""
+    """Of each model, its name and mean loss to so many digits."""
     found = []
-    for chain, clients in line["losses"].items():
+    for model, clients in line["losses"].items():
         values = [value for tasks in clients.values() for value in tasks.values()]
         finite = [value for value in values if value is not None]
         mean = f"{statistics.fmean(finite):.{digits}g}" if finite else "-"
-        found.append(f"{chain} {mean}" + (" (some not finite)" if len(finite) < len(values) else ""))
+        found.append(f"{model} {mean}" + (" (some not finite)" if len(finite) < len(values) else ""))
     return found
 
 

@@ -182,7 +182,7 @@ class Measure:
         self.widths = {f.name: _widths(arrays[f.tasks[0].name]) for f in families}
 
     def plan(self, plan: Plan) -> dict[str, Share]:
-        """Task name -> share, of all steps of a plan of one shard and draw."""
+        """Task name -> share, of all steps of a plan of one shard and minibatch."""
         found: dict[str, Share] = {}
         for family in self.families:
             for rows, shape in zip(plan.rows[family.name], self.shapes[family.name], strict=True):
@@ -279,9 +279,9 @@ def measure(
     shapes = row_shapes(found, data.train, microbatch=settings.microbatch, batch=settings.batch, **sizes)
     training, forward = Costs(model, "gradient"), Costs(model, "forward")
     measured = Measure(training, found, shapes, data.train)
-    taught = Measure(forward, found, shapes, data.train)
+    with_teacher = Measure(forward, found, shapes, data.train)
 
-    def draw(numbers: Sequence[int], round_: int, purpose: str, steps: int, passes: int | None) -> Plan:
+    def draw(numbers: Sequence[int], round_: int, phase: str, steps: int, epochs: int | None) -> Plan:
         rows = capacities(clients, found, shapes, positions=len(numbers), batch=settings.batch)
         return draw_plan(
             clients,
@@ -289,27 +289,27 @@ def measure(
             found,
             seed=settings.seed,
             round_=round_,
-            purpose=purpose,
+            phase=phase,
             batch=settings.batch,
             shapes=shapes,
             steps=steps,
             capacities=rows,
             starts=measured.starts,
-            passes=passes,
+            epochs=epochs,
         )
 
     rounds: dict[str, Share] = {}
     for round_ in range(plans):
         cohort = sample_cohort(settings.seed, round_, len(clients), settings.cohort_size)
-        for purpose in ("federated", "personal") if personal else ("federated",):
-            _add(rounds, measured.plan(draw(cohort, round_, purpose, settings.local_steps, 1)))
+        for phase in ("federated", "personal") if personal else ("federated",):
+            _add(rounds, measured.plan(draw(cohort, round_, phase, settings.local_steps, 1)))
     stage2: dict[str, Share] = {}
     for client in range(len(clients)):
-        for purpose in ("post", "distil") if personal else ("post",):
-            plan = draw([client], plans, purpose, settings.post_steps, None)
+        for phase in ("post", "distil") if personal else ("post",):
+            plan = draw([client], plans, phase, settings.post_steps, None)
             _add(stage2, measured.plan(plan))
-            if purpose == "distil":
-                _add(stage2, taught.plan(plan))
+            if phase == "distil":
+                _add(stage2, with_teacher.plan(plan))
     return Shares(rounds, stage2, _evaluation(Costs(model, "prediction"), federation, data, settings, found))
 
 

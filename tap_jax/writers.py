@@ -192,7 +192,7 @@ class WandB:
 def of_round(line: Mapping[str, Any], margins: Sequence[str] = ()) -> dict[str, float]:
     """A line of metrics.jsonl as scalars.
 
-    loss/CHAIN is the mean over clients and tasks, loss/CHAIN/TASK over clients, of the losses that are numbers;
+    loss/MODEL is the mean over clients and tasks, loss/MODEL/TASK over clients, of the losses that are numbers;
     replacements/VARIANT/TASK counts clients, for all tasks seen; dropped counts updates; epsilon is there where the run
     is private; seconds and learning_rate.
 
@@ -200,15 +200,15 @@ def of_round(line: Mapping[str, Any], margins: Sequence[str] = ()) -> dict[str, 
       margins: the variants that replace, such as "tap".
     """
     found: dict[str, float] = {}
-    for chain, clients in line["losses"].items():
+    for model, clients in line["losses"].items():
         by_task: dict[str, list[float]] = {}
         for tasks in clients.values():
             for task, loss in tasks.items():
                 by_task.setdefault(task, []).extend([] if loss is None else [loss])
         by_task = {task: losses for task, losses in by_task.items() if losses}
         if by_task:
-            found[f"loss/{chain}"] = statistics.fmean(loss for losses in by_task.values() for loss in losses)
-        found |= {f"loss/{chain}/{task}": statistics.fmean(losses) for task, losses in by_task.items()}
+            found[f"loss/{model}"] = statistics.fmean(loss for losses in by_task.values() for loss in losses)
+        found |= {f"loss/{model}/{task}": statistics.fmean(losses) for task, losses in by_task.items()}
     if "replacements" in line:
         seen = dict.fromkeys(task for tasks in line["losses"].get("federated", {}).values() for task in tasks)
         found |= {f"replacements/{variant}/{task}": 0.0 for variant in margins for task in seen}

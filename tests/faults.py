@@ -1,6 +1,6 @@
 """Kills `tap-jax train` at random moments, lets it go on, and compares with a run that was left alone, bit by bit.
 
-    python -m tests.faults [--seed=0] [--chains=4] [--folder=DIR]
+    python -m tests.faults [--seed=0] [--client_models=4] [--folder=DIR]
 
 A chain is one run that is killed again and again: while programs compile (with an empty compilation cache), in a round,
 while a checkpoint is being written, after the last round in training and in evaluation; and once it gets SIGTERM. The
@@ -38,7 +38,7 @@ MODELS = CLIENTS * (len(VARIANTS) - 1)  # FedAvg's is the server's
 ROWS = ({"ag_news": 0.3, "fashion_mnist": 0.5}, {"ag_news": 0.3}, {"fashion_mnist": 0.5}, {"ag_news": 0.4})
 CONFIG = (
     f"configs/demo.py:rounds={ROUNDS},checkpoint_every={EVERY},variants={VARIANTS},local_steps=4,post_steps=5,"
-    f"federation.table=custom,federation.groups=1,federation.rows={ROWS},cohort_size=2,engine.clients_per_pass=2,"
+    f"federation.table=custom,federation.groups=1,federation.rows={ROWS},cohort_size=2,engine.clients_at_once=2,"
     "data.train_size=120,data.test_size=24,optimizer.state=persist,model.lora_dropout=0.1"
 )
 KILL, TERM = signal.SIGKILL, signal.SIGTERM

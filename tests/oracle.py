@@ -4,7 +4,7 @@ One client after the other, one sample after the other, blocks in dicts. Losses,
 gives a sample's outputs and pulls their gradient back. Shared with the engine are the model's forward pass
 (tests/models holds it against its own oracle), and which samples a minibatch has (tests/test_sampling).
 
-Faults can be put in on purpose, to see that a comparison with the oracle would notice them.
+Faults can be put in on phase, to see that a comparison with the oracle would notice them.
 
 The other methods' oracles are subclasses, in tests/methods.
 """
@@ -132,7 +132,7 @@ class Oracle:
     def finish(self, i: int, t: int) -> dict[str, dict]:
         """Stage 2 of client i: variant -> its blocks."""
         teacher, *_ = self.train({b: self.server[b] for b in self.owned[i]}, i, t, "post", post=True)
-        distil = functools.partial(self.train, i=i, t=t, purpose="distil", post=True)
+        distil = functools.partial(self.train, i=i, t=t, phase="distil", post=True)
         made = {
             "tap": lambda: distil(self.personal[i], teacher=teacher)[0],
             "tap-no-kd": lambda: distil(self.personal[i])[0],
@@ -144,32 +144,32 @@ class Oracle:
         }
         return {variant: make() for variant, make in made.items() if variant in self.variants}
 
-    def train(self, blocks: dict, i: int, t: int, purpose: str, *, post: bool = False, teacher: dict | None = None):
+    def train(self, blocks: dict, i: int, t: int, phase: str, *, post: bool = False, teacher: dict | None = None):
         """Local training on D_i -> (blocks, mean loss of each task seen, the same for the history)."""
         adam = self.adam(blocks, self.rate(t, post))
-        continued = {"post": "federated", "distil": "personal"}.get(purpose, purpose)
+        continued = {"post": "federated", "distil": "personal"}.get(phase, phase)
         if self.config.optimizer.state == "persist" and (i, continued) in self.optimizers:
             adam.resume(self.optimizers[i, continued])
         seen: dict[str, list[tuple[float, float]]] = {}
-        for drawn in self.steps(i, t, purpose, post):
+        for drawn in self.steps(i, t, phase, post):
             losses, gradient = self.step(adam, drawn, teacher)
             minibatch = drawn[-1]
             for o, loss in losses.items():
                 share = len(minibatch[o]) / sum(map(len, minibatch.values()))
                 seen.setdefault(o, []).append((loss, share))
             adam.step(gradient)
-        self.optimizers[i, purpose] = adam.state()
+        self.optimizers[i, phase] = adam.state()
         plain = {o: float(np.mean([loss for loss, _ in pairs])) for o, pairs in seen.items()}
         weighted = {o: float(np.mean([loss * share for loss, share in pairs])) for o, pairs in seen.items()}
         return adam.blocks, plain, weighted if self.config.replacement.history == "weighted" else plain
 
     draws = 1  # minibatches of one step
 
-    def steps(self, i: int, t: int, purpose: str, post: bool) -> list[tuple[dict[str, list], ...]]:
+    def steps(self, i: int, t: int, phase: str, post: bool) -> list[tuple[dict[str, list], ...]]:
         """The minibatches of each step; a minibatch: task -> (domain, id) of its samples, in no particular order."""
         steps = self.config.post_steps if post else self.config.local_steps
-        rest = self.config, i, t, purpose, steps, None if post else 1
-        drawn = (minibatches(self.clients[i], self.model.streams, *rest, draw=d) for d in range(self.draws))
+        rest = self.config, i, t, phase, steps, None if post else 1
+        drawn = (minibatches(self.clients[i], self.model.streams, *rest, minibatch=d) for d in range(self.draws))
         return list(zip(*drawn, strict=True))
 
     def adam(self, blocks: dict, rate: float) -> "Adam":
@@ -344,13 +344,13 @@ class Adam:
 
 
 def minibatches(
-    data: ClientData, streams, config, i: int, t: int, purpose: str, steps: int, passes: int | None, draw: int = 0
+    data: ClientData, streams, config, i: int, t: int, phase: str, steps: int, epochs: int | None, draw: int = 0
 ):
     """The minibatches of a client: per step a dict task -> list of (domain, id)."""
     by_name = {stream.name: stream for stream in streams}
     union = [(by_name[name], int(index)) for name, ids in data.streams.items() for index in ids]
-    rng = sampling.generator(config.seed, t, i, purpose, draw)
-    drawn = sampling.minibatches(rng, len(union), batch=config.batch_size, steps=steps, passes=passes)
+    rng = sampling.generator(config.seed, t, i, phase, draw)
+    drawn = sampling.minibatches(rng, len(union), batch=config.batch_size, steps=steps, epochs=epochs)
     out = []
     for positions in drawn:
         out.append({})

@@ -82,7 +82,9 @@ def test_pytorch_that_cannot_does_not_cost_the_line(tiny, monkeypatch):
 
 def test_rounds_and_stage_2(tiny, monkeypatch):
     given, train = [], Engine.train
-    monkeypatch.setattr(Engine, "train", lambda self, stack, *rest: given.append(rest[0]) or train(self, stack, *rest))
+    monkeypatch.setattr(
+        Engine, "train", lambda self, params, *rest: given.append(rest[0]) or train(self, params, *rest)
+    )
     rows = ({"ag_news": 0.5}, {"fashion_mnist": 0.5}, {"ag_news": 0.5, "fashion_mnist": 0.5})
     config = tiny(rows, {"federation.groups": 2, "rounds": 50})
     line = benchmark.bench(config, steps=2, rounds=3, against="torch")

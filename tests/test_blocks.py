@@ -1,152 +1,69 @@
-"""Properties of blocks: what aggregation and replacement may touch, and what they must leave alone."""
+"""The paper's operators on plain trees: against their formulas, and the packed form against them, to the bit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tap_jax as tap
 from tap_jax import blocks
-from tap_jax.blocks import Partition
-
-CLIENTS, TASKS = 4, 3
-NAMES = ("encoder/text", "head/a", "head/b", "mote/text/attention", "mote/shared/attention", "mote/image/attention")
-GROUPS = ("encoder/text", "head", "head", "mote/attention", "mote/attention", "mote/attention")
-SHAPES = {"encoder/text": {"w": (2, 3), "b": (3,)}, "head": {"w": (4,)}, "mote/attention": {"a": (1, 2), "d": (2, 2)}}
-LIKE = {
-    name: {leaf: jax.ShapeDtypeStruct(shape, np.float32) for leaf, shape in SHAPES[group].items()}
-    for name, group in zip(NAMES, GROUPS, strict=True)
-}
-
-masks = st.lists(st.lists(st.booleans(), min_size=len(NAMES), max_size=len(NAMES)), min_size=TASKS, max_size=TASKS)
-owners = st.lists(st.lists(st.booleans(), min_size=TASKS, max_size=TASKS), min_size=CLIENTS, max_size=CLIENTS)
-seeds = st.integers(0, 2**31)
+from tap_jax.engine import packed
+from tests.engine.test_packed import CLIENTS, LIKE, NAMES, TASKS, cohort, draw, masks, owners, partition, seeds
 
 
-def partition(touches, tasks) -> Partition:
-    return Partition(NAMES, GROUPS, np.array(touches), np.array(tasks))
+def leading(clients):
+    """Clients' blocks with a client axis; zeros where a client does not own one."""
+    zeros = {name: jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree) for name, tree in LIKE.items()}
+    whole = [zeros | mine for mine in clients]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *whole)
 
 
-def draw(rng, names=NAMES):
-    return {
-        name: {leaf: rng.normal(size=like.shape).astype(np.float32) for leaf, like in LIKE[name].items()}
-        for name in names
-    }
-
-
-def cohort(p: Partition, rng):
-    """Server and clients with random blocks, as stacks and by name."""
-    server, seats_of_server = draw(rng), blocks.server_seats(p)
-    seats = blocks.seat(p, p.owned)
-    clients = [draw(rng, p.blocks_of(k)) for k in range(CLIENTS)]
-    stacks = blocks.pack(p, seats_of_server, [server], LIKE), blocks.pack(p, seats, clients, LIKE)
-    return server, clients, stacks, seats_of_server, seats
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @settings(max_examples=30, deadline=None)
 @given(masks, owners, seeds)
-def test_pack_and_unpack_are_inverse(touches, tasks, seed):
-    p = partition(touches, tasks)
-    server, clients, (server_stack, stack), server_seats, seats = cohort(p, np.random.default_rng(seed))
-    jax.tree.map(np.testing.assert_array_equal, blocks.unpack(p, seats, stack, LIKE), clients)
-    jax.tree.map(np.testing.assert_array_equal, blocks.unpack(p, server_seats, server_stack, LIKE), [server])
-
-
-@settings(max_examples=30, deadline=None)
-@given(masks, owners, seeds)
-def test_private_blocks_have_their_owners_but_are_never_sent(touches, tasks, seed):
-    public = partition(touches, tasks)
-    p, twins = public.with_private(NAMES[1:4]), [blocks.PRIVATE + name for name in NAMES[1:4]]
-    assert p.names == (*NAMES, *twins) and [n for n, s in zip(p.names, p.sent, strict=True) if not s] == twins
-    for k in range(CLIENTS):
-        mine = set(public.blocks_of(k))
-        assert set(p.blocks_of(k)) == mine | {t for t in twins if t.removeprefix(blocks.PRIVATE) in mine}
-    # A private group can be packed without the others: the chain of what a client keeps to itself.
-    rng, like = np.random.default_rng(seed), {t: LIKE[t.removeprefix(blocks.PRIVATE)] for t in twins}
-    clients = [
-        {
-            t: jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), like[t])
-            for t in p.blocks_of(k)
-            if t in like
-        }
-        for k in range(CLIENTS)
-    ]
-    seats = blocks.seat(p, p.owned)
-    stack = blocks.pack(p, seats, clients, like)
-    assert all(group.startswith(blocks.PRIVATE) for group in stack)
-    jax.tree.map(np.testing.assert_array_equal, blocks.unpack(p, seats, stack, like), clients)
-
-
-@settings(max_examples=30, deadline=None)
-@given(masks, owners, seeds)
-def test_broadcast_gives_every_client_its_blocks_of_the_server(touches, tasks, seed):
-    p = partition(touches, tasks)
-    server, _, (server_stack, _), server_seats, seats = cohort(p, np.random.default_rng(seed))
-    sent = blocks.unpack(p, seats, blocks.broadcast(server_stack, server_seats, seats), LIKE)
-    for client, mine in enumerate(sent):
-        assert set(mine) == set(p.blocks_of(client))
-        jax.tree.map(np.testing.assert_array_equal, mine, {name: server[name] for name in mine})
-
-
-@settings(max_examples=30, deadline=None)
-@given(masks, owners, seeds, st.booleans())
-def test_aggregation_is_a_weighted_mean_per_block(touches, tasks, seed, silence):
+def test_the_packed_aggregate_is_that_of_trees_to_the_bit(touches, tasks, seed):
     p, rng = partition(touches, tasks), np.random.default_rng(seed)
-    server, clients, (server_stack, stack), server_seats, seats = cohort(p, rng)
-    samples = rng.integers(1, 50, CLIENTS).astype(np.float32)
-    if silence:  # a client without a say may hold anything
-        samples[0] = 0
-        clients[0] = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), clients[0])
-        stack = blocks.pack(p, seats, clients, LIKE)
+    server, clients, (server_params, params), server_layout, layout = cohort(p, rng)
+    samples = rng.integers(0, 50, CLIENTS).astype(np.float32)
     weights = np.where(p.owned, samples[:, None], 0).astype(np.float32)
-    new = blocks.unpack(p, server_seats, blocks.aggregate(server_stack, stack, server_seats, seats, weights), LIKE)[0]
-    for r, name in enumerate(NAMES):
-        senders = [k for k in range(CLIENTS) if weights[k, r] > 0]
-        if not senders:  # nobody sent it: the same bits
-            jax.tree.map(np.testing.assert_array_equal, new[name], server[name])
-            continue
-        for leaf in LIKE[name]:
-            sent = np.stack([clients[k][name][leaf] for k in senders])
-            mean = np.average(sent.astype(np.float64), axis=0, weights=weights[senders, r])
-            np.testing.assert_allclose(new[name][leaf], mean, rtol=1e-5, atol=1e-6)
-            assert (new[name][leaf] <= sent.max(0) + 1e-5).all() and (new[name][leaf] >= sent.min(0) - 1e-5).all()
-
-
-@settings(max_examples=15, deadline=None)
-@given(masks, owners, seeds)
-def test_aggregation_does_not_care_for_the_order_of_clients(touches, tasks, seed):
-    p, rng = partition(touches, tasks), np.random.default_rng(seed)
-    _, clients, (server_stack, stack), server_seats, seats = cohort(p, rng)
-    weights = np.where(p.owned, rng.integers(1, 9, CLIENTS)[:, None], 0).astype(np.float32)
-    order = rng.permutation(CLIENTS)
-    shuffled_seats = blocks.seat(p, p.owned[order])
-    shuffled = blocks.pack(p, shuffled_seats, [clients[k] for k in order], LIKE)
-    one = blocks.aggregate(server_stack, stack, server_seats, seats, weights)
-    other = blocks.aggregate(server_stack, shuffled, server_seats, shuffled_seats, weights[order])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+    found = packed.aggregate(server_params, params, server_layout, layout, weights)
+    found = packed.unpack(p, server_layout, found, LIKE)[0]
+    equal(blocks.aggregate(server, clients, samples), found)
+    arguments = server, leading(clients), blocks.by_block(NAMES, weights)
+    equal(blocks.aggregate(*arguments), found)
+    # Compiled, products and sums become one operation, which rounds once.
+    compiled = jax.jit(blocks.aggregate)(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), compiled, found)
 
 
 @settings(max_examples=30, deadline=None)
 @given(masks, owners, seeds, st.sampled_from(["task", "exclusive"]))
-def test_replacement_takes_exactly_the_blocks_of_the_replaced_tasks(touches, tasks, seed, scope):
+def test_the_packed_replacement_is_that_of_trees_to_the_bit(touches, tasks, seed, scope):
     p, rng = partition(touches, tasks), np.random.default_rng(seed)
-    _, personal, (_, stack), _, seats = cohort(p, rng)
+    _, personal, (_, params), _, layout = cohort(p, rng)
     federated = [draw(rng, p.blocks_of(k)) for k in range(CLIENTS)]
-    replaced = rng.random((CLIENTS, TASKS)) < 0.5
-    chosen = blocks.chosen_blocks(replaced, p.replaceable(scope))
-    out = blocks.replace(stack, blocks.pack(p, seats, federated, LIKE), seats, chosen)
-    for k, mine in enumerate(blocks.unpack(p, seats, out, LIKE)):
-        taken = set()
-        for o in range(TASKS):
-            if replaced[k, o] and p.task_mask[k, o]:
-                of_task = {r for r in range(len(NAMES)) if p.touches[o, r]}
-                if scope == "exclusive":
-                    others = [q for q in range(TASKS) if q != o and p.task_mask[k, q]]
-                    of_task -= {r for q in others for r in range(len(NAMES)) if p.touches[q, r]}
-                taken |= {NAMES[r] for r in of_task}
-        for name in p.blocks_of(k):
-            expected = federated[k][name] if name in taken else personal[k][name]
-            jax.tree.map(np.testing.assert_array_equal, mine[name], expected)
+    chosen = blocks.chosen_blocks(rng.random((CLIENTS, TASKS)) < 0.5, p.replaceable(scope))
+    found = packed.replace(params, packed.pack(p, layout, federated, LIKE), layout, chosen)
+    for k, mine in enumerate(packed.unpack(p, layout, found, LIKE)):
+        flags = {name: flag for name, flag in blocks.by_block(NAMES, chosen[k]).items() if name in mine}
+        equal(blocks.replace(personal[k], federated[k], flags), mine)
+    together = blocks.replace(leading(personal), leading(federated), blocks.by_block(NAMES, chosen))
+    vmapped = jax.vmap(blocks.replace)(leading(personal), leading(federated), blocks.by_block(NAMES, chosen))
+    equal(together, vmapped)
+
+
+@settings(max_examples=30, deadline=None)
+@given(masks, owners)
+def test_a_client_owns_the_union_of_its_tasks_blocks(touches, tasks):
+    owned = tap.ownership(tasks, touches)
+    for k, mine in enumerate(tasks):
+        of_tasks = [{r for r, on in enumerate(touches[o]) if on} for o in range(TASKS) if mine[o]]
+        assert set(np.flatnonzero(owned[k])) == set().union(*of_tasks)
 
 
 def test_the_indicator_is_equation_3():
@@ -156,23 +73,32 @@ def test_the_indicator_is_equation_3():
     assert blocks.replacement_indicator(local, personal, 0.01, seen).tolist() == [[True, False, True, False, False]]
 
 
-def test_more_holders_than_slots_is_an_error():
-    p = partition([[True] * len(NAMES)] * TASKS, [[True] * TASKS] * CLIENTS)
-    with pytest.raises(ValueError, match="holders"):
-        blocks.seat(p, p.owned, dict.fromkeys(GROUPS, 1))
+def test_aggregation_has_the_gradient_of_a_weighted_mean():
+    server, weights = {"head": jnp.zeros(2)}, jnp.array([3.0, 1.0, 0.0])
+
+    def total(clients):
+        return tap.aggregate(server, clients, weights)["head"].sum()
+
+    gradient = jax.grad(total)({"head": jnp.ones((3, 2))})
+    np.testing.assert_allclose(gradient["head"], [[0.75] * 2, [0.25] * 2, [0, 0]])
 
 
-def test_stacks_that_do_not_belong_together_are_refused():
-    """A row too few or a weight too few would be broadcast or clipped, silently."""
-    p = partition(np.ones((TASKS, len(NAMES)), bool), np.ones((CLIENTS, TASKS), bool))
-    _, _, (server, stack), of_server, seats = cohort(p, np.random.default_rng(0))
-    weights, chosen = np.ones(p.owned.shape, np.float32), np.ones(p.owned.shape, bool)
-    short = {group: matrix[:1] for group, matrix in stack.items()}
+def test_trees_of_any_kind_and_types_are_taken():
+    server = {"a": (np.float32(0), [np.zeros(2, np.float16)])}
+    found = tap.aggregate(server, [{"a": (np.float32(4), [np.ones(2, np.float16)])}, {}], np.array([1.0, 5.0]))
+    assert found["a"][0] == 4 and found["a"][1][0].dtype == jnp.float16
+    assert tap.aggregate(server, [{}, {}], np.ones(2)) == server  # the same objects: nobody sends it
+
+
+def test_trees_that_do_not_belong_together_are_refused():
+    server = {"a": np.zeros(2)}
     with pytest.raises(AssertionError):
-        blocks.aggregate(server, short, of_server, seats, weights)
+        tap.aggregate(server, [{"a": np.zeros(1)}], np.ones(1))
     with pytest.raises(AssertionError):
-        blocks.aggregate(server, stack, of_server, seats, weights[:1])
+        tap.aggregate(server, [{"a": np.zeros(2)}], np.ones(2))
     with pytest.raises(AssertionError):
-        blocks.replace(stack, short, seats, chosen)
+        tap.aggregate(server, {"a": np.zeros((3, 2))}, np.ones(2))
     with pytest.raises(AssertionError):
-        blocks.replace(stack, stack, seats, chosen[:, :1])
+        tap.replace(server, {"a": np.zeros(1)}, {"a": True})
+    with pytest.raises(KeyError):
+        tap.replace(server, {}, {"a": True})

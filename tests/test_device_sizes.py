@@ -22,13 +22,13 @@ def test_cpus_and_unknown_devices_keep_their_defaults(tiny):
 def test_larger_devices_have_larger_rows():
     config = load_config("configs/flava.py")
     large, small = (sized(config, platform) for platform in (LARGE, SMALL))
-    assert large.engine.microbatch == 32 and large.engine.clients_per_pass > small.engine.clients_per_pass
+    assert large.engine.microbatch == 32 and large.engine.clients_at_once > small.engine.clients_at_once
     assert small.engine.microbatch <= large.engine.microbatch
     assert config.engine.microbatch == 0  # the one given stays
 
 
 def test_what_is_named_is_kept():
-    config = load_config("configs/flava.py", {"engine.microbatch": 4, "engine.clients_per_pass": 3})
+    config = load_config("configs/flava.py", {"engine.microbatch": 4, "engine.clients_at_once": 3})
     found = choices(config, LARGE)
     assert found and all((one.microbatch, one.clients) == (4, 3) for one in found)
     assert sized(config, LARGE).engine.microbatch == 4

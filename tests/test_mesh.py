@@ -47,8 +47,8 @@ def test_as_on_one_device(tiny, alone, mesh):
             for client, by_task in by_client.items():
                 assert line["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
         assert difference(state.server, expected.server) < 1e-5
-        for chain in expected.chains:
-            for mine, theirs in zip(state.chains[chain], expected.chains[chain], strict=True):
+        for chain in expected.client_models:
+            for mine, theirs in zip(state.client_models[chain], expected.client_models[chain], strict=True):
                 assert difference(mine, theirs) < 1e-5
     for variant in VARIANTS:
         for mine, theirs in zip(finished.models[variant], alone[1].models[variant], strict=True):

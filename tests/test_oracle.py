@@ -104,7 +104,7 @@ def check(experiment, run, replacements=0):
         assert agree(state.server, reference.server, start), t
         for chain, expected in (("personal", reference.personal), ("local", reference.local)):
             for i, blocks in enumerate(expected):
-                assert agree(state.chains[chain][i], blocks, start), (t, chain, i)
+                assert agree(state.client_models[chain][i], blocks, start), (t, chain, i)
         for i, mine in enumerate(reference.mine):
             for o in (task.name for task in mine):
                 k = tasks.index(o)
@@ -128,7 +128,7 @@ def test_the_comparison_notices(experiment, run, fault):
         same = found == pytest.approx(
             [loss for x in losses["federated"].values() for loss in x.values()], rel=TOLERANCE
         )
-        chains = zip(state.chains["personal"], wrong.personal, strict=True)
+        chains = zip(state.client_models["personal"], wrong.personal, strict=True)
         if not (same and agree(state.server, wrong.server, start) and all(agree(*pair, start) for pair in chains)):
             return
     raise AssertionError("not noticed")
@@ -179,7 +179,7 @@ def test_the_comparison_notices_in_the_last_phase(experiment, run, fault, client
         weights = wrong.config.distillation.weights
         weights[fault[0]], weights[fault[1]] = weights[fault[1]], weights[fault[0]]
     for reference in (right, wrong):
-        reference.server, reference.personal = state.server, list(state.chains["personal"])
+        reference.server, reference.personal = state.server, list(state.client_models["personal"])
         reference.variants = ("tap",)
         found = reference.finish(client, len(played))["tap"]
         assert agree(finished.models["tap"][client], found, experiment.initial_blocks) == (reference is right)
@@ -198,8 +198,8 @@ def test_devices_and_rows_change_nothing(tiny, run, rows):
             for client, by_task in by_client.items():
                 assert line["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
         assert difference(state.server, expected.server) < 1e-5
-        for chain in expected.chains:
-            for mine, theirs in zip(state.chains[chain], expected.chains[chain], strict=True):
+        for chain in expected.client_models:
+            for mine, theirs in zip(state.client_models[chain], expected.client_models[chain], strict=True):
                 assert difference(mine, theirs) < 1e-5
     for variant in ("tap", "tap-no-kd", "fedavg+post"):
         for mine, theirs in zip(finished.models[variant], run[1].models[variant], strict=True):
@@ -207,7 +207,7 @@ def test_devices_and_rows_change_nothing(tiny, run, rows):
 
     # The same engine, with one client whose parameters are not numbers: the others do not notice. Here client 2 shares
     # a device with clients 0 and 1, none of whom has the other's first task.
-    healthy = run[0][-1][0].chains["personal"]
+    healthy = run[0][-1][0].client_models["personal"]
     for clients in ([0, 2, 3], [1, 2, 3]):
         cohort = other.engine.cohort(clients, 0)
         results = {}
@@ -215,8 +215,8 @@ def test_devices_and_rows_change_nothing(tiny, run, rows):
             chain = [
                 jax.tree.map(lambda x: np.full_like(x, np.nan), m) if k == sick else m for k, m in enumerate(healthy)
             ]
-            stack, losses = cohort.train(cohort.load(chain), "personal")
-            results[sick] = cohort.unload(stack), dict(zip(cohort.clients, np.asarray(losses.plain), strict=True))
+            params, losses = cohort.train(cohort.load(chain), "personal")
+            results[sick] = cohort.unload(params), dict(zip(cohort.clients, np.asarray(losses.plain), strict=True))
         for sick in clients:
             assert not np.isfinite(results[sick][1][sick]).all()
             for k in set(clients) - {sick}:

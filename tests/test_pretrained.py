@@ -74,7 +74,7 @@ def test_a_run_from_a_checkpoint(start):
     before = jax.device_get(frozen)
     state, _ = experiment.round(experiment.init())
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(frozen))
-    trained = state.chains["personal"][0]["encoder/image"]["positions"]
+    trained = state.client_models["personal"][0]["encoder/image"]["positions"]
     assert np.abs(trained - initial["positions"]).max() > 1e-4
     rows = experiment.evaluate(experiment.finish(state))
     assert {(row["client"], row["task"]) for row in rows} == {(0, "fashion_mnist"), (1, "vqa")}

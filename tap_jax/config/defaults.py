@@ -44,7 +44,7 @@ def default_config() -> ConfigDict:
     config.post_steps = 50  # P, iterations of Stage 2 and of post-training
     config.seed = 41  # the paper's seeds: 41-44
     # m_{i,o} per task kind, in units of the loss (Table 22); one float stands for all kinds. A list of such entries
-    # trains the federated chain once and a personal chain for each: the first is "tap", any other "tap@LABEL". Inside a
+    # trains the federated models once and personal ones for each: the first is "tap", any other "tap@LABEL". Inside a
     # list a pair (low, high) is one of Tables 11-13: low for image generation and text classification.
     config.margins = ConfigDict(
         dict(image_classification=0.01, image_generation=0.005, text_classification=0.005, text_generation=0.01)
@@ -189,10 +189,10 @@ def default_config() -> ConfigDict:
     # ⚙⚠ several texts share a sequence, and rows come in two sizes | "off": every text has a sequence as long as its
     # task's longest | "auto": on accelerators
     engine.packing = "auto"
-    # ⚙⚠ where dropout masks come from: "threefry", the same on every machine | "rbg", XLA's generator, whose masks differ
-    # from one kind of device to another | "auto": rbg on TPUs
+    # ⚙⚠ where dropout masks come from: "threefry", the same on every machine | "rbg", XLA's generator, whose masks are
+    # those of a kind of device | "auto": rbg on TPUs
     engine.dropout_bits = "auto"
-    engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: cohort_size on CPUs, else all of them
+    engine.clients_at_once = 0  # clients at once in phases over all clients; 0: cohort_size on CPUs, else all of them
     # Memory on the host that all clients' personal blocks may take; where they would take more, they go to a store on
     # disk (workdir/store), and so does a persistent optimizer state. 0: half of the machine's, and none beyond 300
     # clients, whose checkpoints then hold tables in the place of a million arrays.
@@ -215,7 +215,7 @@ NEUTRAL_FIELDS = (
     "compilation_cache",
     "data.cache_dir",
     "engine.attention",
-    "engine.clients_per_pass",
+    "engine.clients_at_once",
     "engine.host_gigabytes",
     "engine.remat",
     "engine.window",

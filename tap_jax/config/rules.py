@@ -17,7 +17,7 @@ _MAY_BE_ZERO = (
     "rounds", "post_steps", "seed", "checkpoint_every", "mesh.clients", "mesh.data", "model.text_positions",
     "optimizer.learning_rate_initial", "optimizer.warmup_rounds", "optimizer.weight_decay", "optimizer.clip_norm",
     "federation.parts", "data.train_size", "data.test_size", "data.image_classes", "distillation.patience",
-    "engine.microbatch", "engine.clients_per_pass", "engine.host_gigabytes", "engine.window",
+    "engine.microbatch", "engine.clients_at_once", "engine.host_gigabytes", "engine.window",
     "screening.max_norm", "privacy.noise_multiplier",
 )  # fmt: skip
 _FRACTIONS = ("data.held_out", "model.lora_dropout", "model.head_dropout", "model.text_dropout")  # in [0, 1)

@@ -42,11 +42,11 @@ def client_minibatches(
     *,
     seed: int,
     round_: int,
-    purpose: str,
+    phase: str,
     batch: int,
     steps: int,
-    passes: int | None,
-    draw: int = 0,
+    epochs: int | None,
+    minibatch: int = 0,
 ) -> list[list[Batch]]:
     """Per step the batches of one client's minibatch; arguments as of `sampling.draw_plan`.
 
@@ -60,14 +60,14 @@ def client_minibatches(
         families,
         seed=seed,
         round_=round_,
-        purpose=purpose,
+        phase=phase,
         batch=batch,
         shapes={family.name: padded(batch) for family in families},  # all samples of a stream in one row
         steps=steps,
         capacities={family.name: (len(family.streams),) for family in families},
         starts={task.name: 0 for family in families for task in family.tasks},
-        passes=passes,
-        draw=draw,
+        epochs=epochs,
+        minibatch=minibatch,
     )
     found: list[list[Batch]] = []
     for step in np.flatnonzero(plan.active[:, 0]):

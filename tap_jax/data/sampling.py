@@ -1,4 +1,4 @@
-"""Plans: which samples every client trains on in a phase, drawn on the host from (seed, round, client, purpose).
+"""Plans: which samples every client trains on in a phase, drawn on the host from (seed, round, client, phase).
 
 A client's minibatch is cut by stream into *rows* (`data.packing`). The plan is plain numpy; the compiled program is the
 same for every plan of the same capacity.
@@ -20,8 +20,8 @@ from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, pack
 from tap_jax.data.text import TaskArrays
 
-# Draws are seeded by a purpose's place: add at the end.
-PURPOSES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil", "held_out", "probe", "noise")
+# Draws are seeded by a phase's place: add at the end.
+PHASES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil", "held_out", "probe", "noise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,17 @@ class Table(struct.PyTreeNode):
 
 
 class Rows(struct.PyTreeNode):
-    """A table and how many of its rows are real: count int32 [τ]; the first `lead` int32 [τ] are of leading clients."""
+    """A table of rows, of which the first are real.
+
+    Attributes:
+      table: the rows, [τ, N].
+      count: int32 [τ], how many are real.
+      with_statistics: int32 [τ], how many of them, the first, are of `first_clients`.
+    """
 
     table: Table
     count: np.ndarray
-    lead: np.ndarray
+    with_statistics: np.ndarray
 
 
 class Plan(struct.PyTreeNode):
@@ -104,9 +110,9 @@ class Plan(struct.PyTreeNode):
     steps: np.ndarray
 
 
-def generator(seed: int, round_: int, client: int, purpose: str, draw: int = 0) -> np.random.Generator:
-    """The random stream of one (seed, round, client, purpose, draw); independent of everything else."""
-    return np.random.default_rng([seed, round_, client, PURPOSES.index(purpose), *([draw] if draw else [])])
+def generator(seed: int, round_: int, client: int, phase: str, minibatch: int = 0) -> np.random.Generator:
+    """The random stream of one (seed, round, client, phase, minibatch); independent of everything else."""
+    return np.random.default_rng([seed, round_, client, PHASES.index(phase), *([minibatch] if minibatch else [])])
 
 
 def sample_cohort(seed: int, round_: int, clients: int, size: int) -> np.ndarray:
@@ -125,23 +131,23 @@ def hold_out(data: ClientData, part: float, seed: int, client: int) -> tuple[Cli
 
 
 def minibatches(
-    rng: np.random.Generator, samples: int, *, batch: int, steps: int, passes: int | None
+    rng: np.random.Generator, samples: int, *, batch: int, steps: int, epochs: int | None
 ) -> list[np.ndarray]:
     """Positions 0..samples-1 cut into at most `steps` minibatches, each pass over them without replacement.
 
     Args:
       rng: shuffles every pass anew.
       samples: how many there are. batch, steps: at most so many in a minibatch, and minibatches.
-      passes: how often the data may be used; 1 in local training, None (as often as needed) after it.
+      epochs: how often the data may be used; 1 in local training, None (as often as needed) after it.
 
     Returns:
       A list of int64 arrays of at most `batch` entries; the last one of a pass may be shorter.
     """
     drawn: list[np.ndarray] = []
-    while len(drawn) < steps and passes != 0:
+    while len(drawn) < steps and epochs != 0:
         order = rng.permutation(samples)
         drawn += [order[start : start + batch] for start in range(0, samples, batch)]
-        passes = None if passes is None else passes - 1
+        epochs = None if epochs is None else epochs - 1
     return drawn[:steps]
 
 
@@ -220,7 +226,9 @@ def share_out(plan: Plan, parts: int) -> Plan:
         def dealt(count: np.ndarray) -> np.ndarray:
             return np.stack([(np.maximum(count - at, 0) + parts - 1) // parts for at in turn], axis=1).astype(np.int32)
 
-        return Rows(jax.tree.map(lambda *x: np.stack(x, axis=1), *pieces), dealt(found.count), dealt(found.lead))
+        return Rows(
+            jax.tree.map(lambda *x: np.stack(x, axis=1), *pieces), dealt(found.count), dealt(found.with_statistics)
+        )
 
     same = {
         field.name: np.repeat(getattr(plan, field.name)[:, None], parts, axis=1)
@@ -237,16 +245,16 @@ def draw_plan(
     *,
     seed: int,
     round_: int | Sequence[int] | np.ndarray,
-    purpose: str,
+    phase: str,
     batch: int,
     shapes: Mapping[str, Sequence[RowShape]],
     steps: int,
     capacities: Mapping[str, Sequence[int]],
     starts: Mapping[str, int],
     length: int | None = None,
-    passes: int | None = 1,
-    draw: int = 0,
-    lead: Collection[int] = (),
+    epochs: int | None = 1,
+    minibatch: int = 0,
+    first_clients: Collection[int] = (),
 ) -> Plan:
     """The plan of one cohort shard.
 
@@ -254,17 +262,17 @@ def draw_plan(
       data: of all clients of the federation.
       clients: int [K], client numbers, -1 for an empty position.
       families: of all tasks of the federation, in order.
-      seed, round_, purpose: with the client's number and `draw` they determine its minibatches; see `generator`. The
+      seed, round_, phase: with the client's number and `minibatch` they determine its minibatches; see `generator`. The
         round may be given for every position, [K].
       batch: samples of a client's minibatch.
       shapes: family name -> shapes of its rows.
-      steps: at most so many are taken; fewer where `passes` over a client's samples are over before.
+      steps: at most so many are taken; fewer where `epochs`, passes over a client's samples, are over before.
       capacities: family name -> N of each shape, a multiple of the devices of the shard.
       starts: task name -> where its samples start in its family's arrays.
       length: τ of the arrays (>= steps), so that phases of different length share one program.
-      passes: see `minibatches`.
-      draw: number of the draw, where a step takes several independent ones.
-      lead: client numbers whose rows come first.
+      epochs: see `minibatches`.
+      minibatch: its number, where a step takes several independent ones.
+      first_clients: numbers of those whose rows come first.
     """
     length, rounds = steps if length is None else length, np.broadcast_to(round_, len(clients))
     rows = {
@@ -272,7 +280,7 @@ def draw_plan(
         for family in families
     }
     active = np.zeros((length, len(clients)), bool)
-    order = sorted(range(len(clients)), key=lambda position: clients[position] not in lead)
+    order = sorted(range(len(clients)), key=lambda position: clients[position] not in first_clients)
     for position in order:
         client = int(clients[position])
         if client < 0:
@@ -281,16 +289,16 @@ def draw_plan(
         if not mine.streams:
             continue
         pool = _Pool.of(mine)
-        rng = generator(seed, int(rounds[position]), client, purpose, draw)
-        drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, passes=passes)
+        rng = generator(seed, int(rounds[position]), client, phase, minibatch)
+        drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, epochs=epochs)
         for step, chosen in enumerate(drawn):
             active[step, position] = True
             for family in families:
                 found = rows[family.name]
                 _add_rows(found, shapes[family.name], family, starts, pool, position, step, chosen)
-                if client in lead:
+                if client in first_clients:
                     for one in found:
-                        one.lead[step] = one.count[step]
+                        one.with_statistics[step] = one.count[step]
     used = np.flatnonzero(active.any(1))
     last = np.int32(used[-1] + 1 if len(used) else 0)
     return Plan(rows, np.asarray(clients, np.int32), active, np.int32(0), last)

@@ -17,37 +17,37 @@ import numpy as np
 from jax import Array
 
 from tap_jax import blocks
-from tap_jax.blocks import Blocks, Partition, Seats, Stack
+from tap_jax.blocks import Blocks, Partition
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
-from tap_jax.data.sampling import PURPOSES, ClientData, Plan, capacities, draw_plan, share_out
-from tap_jax.engine import parallel
+from tap_jax.data.sampling import PHASES, ClientData, Plan, capacities, draw_plan, share_out
+from tap_jax.engine import packed, parallel
 from tap_jax.engine.local_training import Losses
+from tap_jax.engine.packed import Layout, Packed, flatten_layouts
 from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
 from tap_jax.engine.programs import abstract
 from tap_jax.engine.screening import Verdicts
 from tap_jax.engine.settings import EngineSettings
-from tap_jax.engine.stacks import flatten_seats
 from tap_jax.federation import Task
-from tap_jax.methods.base import Chain, LocalRule, put_chain
+from tap_jax.methods.base import ClientModels, LocalRule, put_models
 
 if TYPE_CHECKING:
     from tap_jax.engine.engine import Engine
 
 # Phase -> the phase with whose optimizer states it goes on, where they persist; the others go on with their own.
 CONTINUES = {"post": "federated", "post_again": "post", "distil": "personal"}
-# Bytes of a device's stack up to which a place is kept for a teacher where there is none, so that one program serves
-# every phase; beyond, a rule that does without has a second program for these phases.
-PLACE_KEPT = 2**28
+# Bytes of a device's parameters up to which a place is kept for a teacher where there is none, so that one program
+# serves every phase; beyond, a rule that does without has a second program for these phases.
+TEACHER_RESERVED = 2**28
 
 
-class Phase(NamedTuple):
+class PhaseInputs(NamedTuple):
     """What a local training of a cohort is given.
 
     Attributes:
       plan: dealt out to the E devices of every shard, leaves [D, E, ...]; numpy.
       rate: float32 [D, K], numpy.
-      key: of (seed, round, purpose), [D, K].
+      key: of (seed, round, phase), [D, K].
     """
 
     plan: Plan
@@ -56,7 +56,7 @@ class Phase(NamedTuple):
 
 
 class Cohort:
-    """See `methods.base.Cohort`; made by `Engine.cohort` and `Engine.passes`."""
+    """See `methods.base.Cohort`; made by `Engine.cohort` and `Engine.client_batches`."""
 
     def __init__(
         self,
@@ -84,85 +84,85 @@ class Cohort:
             for client, number in zip(clients, round_, strict=True):
                 self.rounds[table == client] = number
         owned = engine.partition.owned[table] & (table >= 0)[..., None]
-        self.shard_seats = [blocks.seat(engine.partition, mine, self.shape.slots) for mine in owned]
+        self.shard_layouts = [packed.lay_out(engine.partition, mine, self.shape.slots) for mine in owned]
         self.positions = self.shape.positions
         self.table, self._owned = table, owned.reshape(len(self.clients), -1)
-        self.seats: Seats = engine.devices.put(jax.tree.map(lambda *x: np.stack(x), *self.shard_seats), CLIENTS)
-        self.flat_seats: Seats = flatten_seats(self.shard_seats)
+        self.layout: Layout = engine.devices.put(jax.tree.map(lambda *x: np.stack(x), *self.shard_layouts), CLIENTS)
+        self.flat_layout: Layout = flatten_layouts(self.shard_layouts)
 
     @property
     def of_one_round(self) -> bool:
         """Whether all clients are of the same round, as but in windows they are."""
         return np.ndim(self.round) == 0
 
-    def broadcast(self, server: Stack) -> Stack:
+    def broadcast(self, server: Packed) -> Packed:
         """W̃[i] for every client, [D, G, n]."""
-        return self.engine._broadcast(server, self.seats)
+        return self.engine._broadcast(server, self.layout)
 
     def load(
         self,
-        chain: Sequence[Blocks] | Mapping[int, Blocks],
-        rest: Stack | None = None,
+        models: Sequence[Blocks] | Mapping[int, Blocks],
+        rest: Packed | None = None,
         like: Blocks | None = None,
-    ) -> Stack:
+    ) -> Packed:
         """The clients' blocks from host memory or disk, [D, G, n], beside what else there is of `rest`.
 
         Of several processes each reads those of its own devices.
 
         Args:
-          like: shapes of the blocks, where they are not those of a chain.
+          like: shapes of the blocks, where they are not those that clients keep.
         """
-        return {**(rest or {}), **self._put(chain, self._chained if like is None else like)}
+        return {**(rest or {}), **self._put(models, self._kept if like is None else like)}
 
-    def _put(self, chain: Sequence[Blocks] | Mapping[int, Blocks], like: Blocks) -> Stack:
-        packed = {}
+    def _put(self, models: Sequence[Blocks] | Mapping[int, Blocks], like: Blocks) -> Packed:
+        placed = {}
         for shard in self.engine.devices.reached:
-            holders = [chain[k] if k >= 0 else {} for k in self.table[shard]]
-            packed[shard] = blocks.pack(self.engine.partition, self.shard_seats[shard], holders, like)
-        return self.engine.devices.put_shards(packed)
+            params = [models[k] if k >= 0 else {} for k in self.table[shard]]
+            placed[shard] = packed.pack(self.engine.partition, self.shard_layouts[shard], params, like)
+        return self.engine.devices.put_shards(placed)
 
-    def put(self, chain: Chain, stack: Stack) -> Chain:
-        """The chain with the cohort's blocks exchanged for those of the stack."""
-        return self._exchange(chain, stack, self._chained)
+    def put(self, models: ClientModels, params: Packed) -> ClientModels:
+        """The models with the cohort's blocks exchanged for those of `params`."""
+        return self._exchange(models, params, self._kept)
 
-    def unload(self, stack: Stack) -> dict[int, Blocks]:
+    def unload(self, params: Packed) -> dict[int, Blocks]:
         """Client number -> its blocks, in host memory; of several processes in that of each."""
-        return self._all(stack, self.engine.like)
+        return self._all(params, self.engine.like)
 
-    def moments(self) -> dict[str, Chain]:
-        """The optimizer states that the cohort was given, those of the chains trained in this round exchanged."""
+    def moments(self) -> dict[str, ClientModels]:
+        """The optimizer states that the cohort was given, those of what was trained in this round exchanged."""
         return {
-            name: self._exchange(chain, self._moments[name], self.engine.moments_like)
+            name: self._exchange(models, self._moments[name], self.engine.moments_like)
             if name in self._moments
-            else chain
-            for name, chain in self._before.items()
+            else models
+            for name, models in self._before.items()
         }
 
-    def _exchange(self, chain: Chain, stack: Stack, like: Blocks) -> Chain:
-        members, names = self.engine.partition.members(), self.engine.partition.names
-        stack = {group: matrix for group, matrix in stack.items() if names[members[group][0]] in like}
-        if isinstance(chain, tuple):  # in memory, where every process has all clients'
-            return put_chain(chain, self._all(stack, like))
-        return put_chain(chain, self._by_client(self.engine.devices.fetch_shards(stack), like))
+    def _exchange(self, models: ClientModels, params: Packed, like: Blocks) -> ClientModels:
+        members, names = packed.members(self.engine.partition), self.engine.partition.names
+        params = {group: matrix for group, matrix in params.items() if names[members[group][0]] in like}
+        if isinstance(models, tuple):  # in memory, where every process has all clients'
+            return put_models(models, self._all(params, like))
+        return put_models(models, self._by_client(self.engine.devices.fetch_shards(params), like))
 
-    def _all(self, stack: Stack, like: Blocks) -> dict[int, Blocks]:
-        fetched = self.engine.devices.fetch(dict(stack))
+    def _all(self, params: Packed, like: Blocks) -> dict[int, Blocks]:
+        fetched = self.engine.devices.fetch(dict(params))
         shards = {shard: jax.tree.map(itemgetter(shard), fetched) for shard in range(len(self.table))}
         return self._by_client(shards, like)
 
-    def _by_client(self, shards: Mapping[int, Stack], like: Blocks) -> dict[int, Blocks]:
+    def _by_client(self, shards: Mapping[int, Packed], like: Blocks) -> dict[int, Blocks]:
         found = {}
-        for shard, stack in shards.items():
-            held = blocks.unpack(self.engine.partition, self.shard_seats[shard], stack, like)
+        for shard, params in shards.items():
+            held = packed.unpack(self.engine.partition, self.shard_layouts[shard], params, like)
             found |= {int(k): mine for k, mine in zip(self.table[shard], held, strict=True) if k >= 0}
         return found
 
     @property
-    def _chained(self) -> Blocks:
-        return blocks.take(self.engine.like, self.engine.partition.chained)
+    def _kept(self) -> Blocks:
+        return blocks.select(self.engine.like, self.engine.partition.kept)
 
-    def plan(self, purpose: str, *, post: bool, without: Collection[int] = ()) -> Plan:
-        """The draws of this (seed, round, purpose), rows [D, draws, τ, ...]; numpy.
+    def plan(self, phase: str, *, post: bool, without: Collection[int] = ()) -> Plan:
+        """The minibatches of this (seed, round, phase), rows [D, minibatches_per_step, τ, ...]; numpy.
 
         Args:
           without: positions that take no step.
@@ -171,156 +171,156 @@ class Cohort:
         left_out = np.isin(np.arange(self.clients.size), list(without)).reshape(self.table.shape)
         table = np.where(left_out, -1, self.table)
 
-        def one(clients, rounds, draw):
+        def one(clients, rounds, minibatch):
             return draw_plan(
                 engine.data,
                 clients,
                 engine.families,
                 seed=settings.seed,
                 round_=rounds,
-                purpose=purpose,
+                phase=phase,
                 batch=settings.batch,
                 shapes=engine.shapes,
                 steps=settings.post_steps if post else settings.local_steps,
                 capacities=self.shape.rows,
                 starts=engine.starts,
                 length=max(settings.post_steps, settings.local_steps),
-                passes=None if post else 1,
-                draw=draw,
-                lead=engine._lead,
+                epochs=None if post else 1,
+                minibatch=minibatch,
+                first_clients=engine._with_statistics,
             )
 
         shards = []
         for clients, rounds in zip(table, self.rounds, strict=True):
-            drawn = [one(clients, rounds, draw) for draw in range(engine.rule.draws)]
+            drawn = [one(clients, rounds, minibatch) for minibatch in range(engine.rule.minibatches_per_step)]
             shards.append(drawn[0].replace(rows=jax.tree.map(lambda *x: np.stack(x), *(plan.rows for plan in drawn))))
         return jax.tree.map(lambda *x: np.stack(x), *shards)
 
     def train(
         self,
-        stack: Stack,
-        purpose: str,
+        params: Packed,
+        phase: str,
         *,
-        chain: str | None = None,
+        model: str | None = None,
         post: bool = False,
-        teacher: Stack | None = None,
+        teacher: Packed | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
         goes_on: bool = True,
-    ) -> tuple[Stack, Losses]:
-        """Local training -> (stack, `Losses` [P, O]); see `methods.base.Cohort`.
+    ) -> tuple[Packed, Losses]:
+        """Local training -> (params, `Losses` [P, O]); see `methods.base.Cohort`.
 
         Args:
           goes_on: a later call begins where `steps` end; else no optimizer states are kept for it.
         """
-        engine, phase = self.engine, self.phase(purpose, post=post, idle=idle)
+        engine, phase = self.engine, self.inputs(phase, post=post, idle=idle)
         if not post and self.of_one_round and not self._trained:
-            engine.begins, self._trained = purpose, True
+            engine.begins, self._trained = phase, True
         if steps is not None:
             plan = phase.plan
             first, last = np.full_like(plan.first, steps[0]), np.minimum(plan.steps, steps[1])
             phase = phase._replace(plan=plan.replace(first=first, steps=last))
-        moments = self._remembered(purpose, chain, steps if goes_on else None)
-        stack, after, losses = engine.train(stack, moments, self._aid(teacher), self.seats, phase)
+        moments = self._remembered(phase, model, steps if goes_on else None)
+        params, after, losses = engine.train(params, moments, self._aid(teacher), self.layout, phase)
         if after is not None:
-            self._moments[purpose if post else chain or purpose] = after
-        return stack, losses
+            self._moments[phase if post else model or phase] = after
+        return params, losses
 
-    def phase(self, purpose: str, *, post: bool = False, idle: np.ndarray | None = None) -> "Phase":
-        """A local training of this (seed, round, purpose); its plan is drawn now, unless it has been."""
+    def inputs(self, phase: str, *, post: bool = False, idle: np.ndarray | None = None) -> "PhaseInputs":
+        """A local training of this (seed, round, phase); its plan is drawn now, unless it has been."""
         settings = self.engine.settings
-        seed, number = jax.random.key(settings.seed), PURPOSES.index(purpose)
+        seed, number = jax.random.key(settings.seed), PHASES.index(phase)
         rounds, place = np.unique(self.rounds, return_inverse=True)
         place = place.reshape(self.table.shape)
         key = jnp.stack([jax.random.fold_in(jax.random.fold_in(seed, t), number) for t in rounds.tolist()])[place]
         rates = [settings.post_rate if post else settings.rate(t) for t in rounds.tolist()]
         rate = np.array(rates, np.float32)[place]
-        drawn = self.engine._drawn.pop((self.round, purpose, self.given), None)
+        drawn = self.engine._drawn.pop((self.round, phase, self.given), None)
         if drawn and not post and idle is None:
             plan = drawn.result()
         else:
-            plan = self.plan(purpose, post=post, without=() if idle is None else np.flatnonzero(idle))
+            plan = self.plan(phase, post=post, without=() if idle is None else np.flatnonzero(idle))
         plan = share_out(plan, self.engine.devices.parts)
-        return Phase(plan, rate, key)
+        return PhaseInputs(plan, rate, key)
 
-    def _remembered(self, purpose: str, chain: str | None, steps: tuple[int, int] | None) -> Stack | None:
+    def _remembered(self, phase: str, model: str | None, steps: tuple[int, int] | None) -> Packed | None:
         """The optimizer states with which a training goes on, or None where it starts afresh and leaves none."""
         if not self.engine.settings.persist and steps is None:
             return None
         if steps is not None and steps[0] > 0:
-            return self._moments[purpose]
+            return self._moments[phase]
         if self.engine.settings.persist:
-            before = chain or CONTINUES.get(purpose, purpose)
+            before = model or CONTINUES.get(phase, phase)
             if before in self._moments:
                 return self._moments[before]
             if before in self._before:
                 return self._put(self._before[before], self.engine.moments_like)
-        return self.engine.nobody(self.abstract_stack(self.engine.moments_like))
+        return self.engine.nobody(self.abstract_params(self.engine.moments_like))
 
-    def _aid(self, teacher: Stack | None):
-        """A teacher's stack and whether it is one, per shard: one program serves training and distillation."""
+    def _aid(self, teacher: Packed | None):
+        """A teacher's parameters and whether it is one, per shard: one program serves training and distillation."""
         engine = self.engine
-        if not engine.rule.guided:
+        if not engine.rule.takes_teacher:
             if teacher is not None:
                 raise ValueError("the method's rule takes no teacher")
             return None
-        if teacher is None and not self.keeps_place:
+        if teacher is None and not self.reserves_teacher:
             return None
         flag = engine.devices.put(np.full(len(self.table), teacher is not None), CLIENTS)
-        return flag, engine.nobody(self.abstract_stack()) if teacher is None else teacher
+        return flag, engine.nobody(self.abstract_params()) if teacher is None else teacher
 
     @property
-    def keeps_place(self) -> bool:
-        """Whether training takes a stack for a teacher even where there is none."""
-        size = sum(4 * matrix.size for matrix in self.abstract_stack().values()) // len(self.table)
-        return keeps_place(self.engine.rule, size)
+    def reserves_teacher(self) -> bool:
+        """Whether training takes parameters of a teacher even where there is none."""
+        size = sum(4 * matrix.size for matrix in self.abstract_params().values()) // len(self.table)
+        return reserves_teacher(self.engine.rule, size)
 
-    def prepare(self, *, guided: bool = True) -> None:
+    def prepare(self, *, takes_teacher: bool = True) -> None:
         """Starts compiling `train` in the background.
 
         Args:
-          guided: whether it will be given a teacher.
+          takes_teacher: whether it will be given a teacher.
         """
-        for args in self.training(guided=guided).values():
+        for args in self.training(takes_teacher=takes_teacher).values():
             self.engine._train.prepare(*args)
 
-    def training(self, *, guided: bool = True) -> dict[tuple[bool, bool], tuple]:
+    def training(self, *, takes_teacher: bool = True) -> dict[tuple[bool, bool], tuple]:
         """What `train` is given, as shapes: (with a place for a teacher, with optimizer states) -> arguments.
 
         Args:
-          guided: whether it will be given a teacher.
+          takes_teacher: whether it will be given a teacher.
         """
         engine, settings = self.engine, self.engine.settings
-        stack = self.abstract_stack()
+        params = self.abstract_params()
         flag = abstract(np.zeros(len(self.table), bool), engine.by_client)
-        moments = self.abstract_stack(engine.moments_like)
+        moments = self.abstract_params(engine.moments_like)
         keys = jnp.broadcast_to(jax.random.key(0), self.table.shape)
-        wanted = {(self.keeps_place, settings.persist)}
-        if guided and engine.rule.guided:
+        wanted = {(self.reserves_teacher, settings.persist)}
+        if takes_teacher and engine.rule.takes_teacher:
             wanted.add((True, settings.persist or settings.in_pieces))
         found = {}
-        for taught, remember in sorted(wanted):
-            found[taught, remember] = (
+        for with_teacher, remember in sorted(wanted):
+            found[with_teacher, remember] = (
                 *abstract((engine.frozen, engine.arrays), engine.shared),
-                stack,
+                params,
                 moments if remember else None,
-                (flag, stack) if taught else None,
-                abstract(self.seats, engine.by_client),
-                abstract(share_out(self.plan(PURPOSES[-1], post=True), engine.devices.parts), engine.by_row),
+                (flag, params) if with_teacher else None,
+                abstract(self.layout, engine.by_client),
+                abstract(share_out(self.plan(PHASES[-1], post=True), engine.devices.parts), engine.by_row),
                 *abstract((np.zeros(keys.shape, np.float32), keys), engine.by_client),
             )
         return found
 
-    def abstract_stack(self, like: Blocks | None = None) -> Stack:
-        """The shapes of the cohort's stacks, of blocks or of what else has a vector per block."""
+    def abstract_params(self, like: Blocks | None = None) -> Packed:
+        """The shapes of the cohort's parameters, of blocks or of what else has a vector per block."""
         like = self.engine.like if like is None else like
-        shards, groups = len(self.table), self.engine.partition.members()
+        shards, groups = len(self.table), packed.members(self.engine.partition)
         names = {group: self.engine.partition.names[members[0]] for group, members in groups.items()}
         sizes = {group: blocks.count(like[name]) for group, name in names.items() if name in like}
         zero = {g: jax.ShapeDtypeStruct((shards, self.shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
         return abstract(zero, self.engine.by_client)
 
-    def aggregate(self, server: Stack, stack: Stack, losses: Losses) -> Stack:
+    def aggregate(self, server: Packed, params: Packed, losses: Losses) -> Packed:
         """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly; or with noise, see `engine.privacy`.
 
         What screening found is added to `verdicts`.
@@ -339,15 +339,15 @@ class Cohort:
             if self.verdicts:
                 raise ValueError("privacy is accounted for one aggregation a round; this is a second one")
             key = jax.random.fold_in(jax.random.key(self.engine.settings.seed), self.round)
-            key = self.engine.devices.put(jax.random.fold_in(key, PURPOSES.index("noise")), SHARED)
-        server, found = self.engine._aggregate(server, stack, self.flat_seats, weights, losses, key)
+            key = self.engine.devices.put(jax.random.fold_in(key, PHASES.index("noise")), SHARED)
+        server, found = self.engine._aggregate(server, params, self.flat_layout, weights, losses, key)
         self.verdicts.append(found)
         return server
 
-    def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:
+    def replace(self, personal: Packed, federated: Packed, indicator: Array) -> Packed:
         """Equation 4; `indicator` bool [P, O]. `personal` is consumed."""
         allowed = self.engine._replaceable[np.maximum(self.clients, 0)]
-        return self.engine._replace(personal, federated, self.flat_seats, indicator, allowed)
+        return self.engine._replace(personal, federated, self.flat_layout, indicator, allowed)
 
     @functools.cached_property
     def held_out_plan(self) -> Plan:
@@ -358,26 +358,26 @@ class Cohort:
         """
         return self.engine.probes.held_out_plan(self)
 
-    def held_out_loss(self, stack: Stack) -> Array:
+    def held_out_loss(self, params: Packed) -> Array:
         """See `methods.base.Cohort`."""
-        return self.engine.probes.held_out_loss(self, stack)
+        return self.engine.probes.held_out_loss(self, params)
 
-    def task_gradient(self, stack: Stack, task: Task) -> Stack:
+    def task_gradient(self, params: Packed, task: Task) -> Packed:
         """See `methods.base.Cohort`."""
-        return self.engine.probes.task_gradient(self, stack, task)
+        return self.engine.probes.task_gradient(self, params, task)
 
-    def similarity(self, stack: Stack, other: Stack) -> Array:
+    def similarity(self, params: Packed, other: Packed) -> Array:
         """See `methods.base.Cohort`."""
-        return self.engine.probes.similarity(self, stack, other)
+        return self.engine.probes.similarity(self, params, other)
 
-    def inner(self, stack: Stack, other: Stack) -> Array:
+    def inner(self, params: Packed, other: Packed) -> Array:
         """See `methods.base.Cohort`."""
-        return self.engine.probes.inner(self, stack, other)
+        return self.engine.probes.inner(self, params, other)
 
 
-def keeps_place(rule: LocalRule, stack: int) -> bool:
-    """`Cohort.keeps_place`, for stacks of so many bytes on a device."""
-    return rule.guided and (not rule.also_alone or stack <= PLACE_KEPT)
+def reserves_teacher(rule: LocalRule, params: int) -> bool:
+    """`Cohort.reserves_teacher`, for parameters of so many bytes on a device."""
+    return rule.takes_teacher and (not rule.teacher_optional or params <= TEACHER_RESERVED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,4 +407,4 @@ def shape_of(
     """
     positions = -(-clients // devices.shards)
     rows = capacities(data, families, shapes, positions=positions, batch=settings.batch, multiple=devices.parts)
-    return Shape(positions, partition.capacities(partition.owned, positions), rows)
+    return Shape(positions, packed.capacities(partition, partition.owned, positions), rows)

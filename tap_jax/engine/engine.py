@@ -14,14 +14,15 @@ import jax
 import numpy as np
 
 from tap_jax import blocks
-from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree
+from tap_jax.blocks import Blocks, Partition, Tree
 from tap_jax.data.families import families, offsets
 from tap_jax.data.sampling import ClientData, Plan, row_shapes, sample_cohort, share_out
 from tap_jax.data.store import stored
-from tap_jax.engine import stacks
-from tap_jax.engine.cohort import Cohort, Phase, Shape, shape_of
+from tap_jax.engine import exchange, packed
+from tap_jax.engine.cohort import Cohort, PhaseInputs, Shape, shape_of
 from tap_jax.engine.local_training import Losses, local_training
 from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
+from tap_jax.engine.packed import Layout, Packed
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED, Devices
 from tap_jax.engine.privacy import expected_owners
 from tap_jax.engine.probes import Probes
@@ -89,7 +90,7 @@ class Engine:
             image_tokens=model.config.image_tokens,
         )
         self.arrays = devices.put(stored(self.families, arrays), SHARED)
-        self.server_seats = blocks.server_seats(partition)
+        self.server_layout = packed.server_layout(partition)
         self.like = like
         self.moments_like = {
             name: jax.ShapeDtypeStruct((1 + 2 * blocks.count(tree),), np.float32) for name, tree in self.like.items()
@@ -108,9 +109,9 @@ class Engine:
         )
         self.probes = Probes(self)
         mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
-        self._lead = frozenset(k for k, found in enumerate(mine) if rule.coupled(found))
-        self._blank: dict[tuple, Stack] = {}
-        self.begins: str | None = None  # purpose of the first training of the cohort before
+        self._with_statistics = frozenset(k for k, found in enumerate(mine) if rule.needs_statistics(found))
+        self._blank: dict[tuple, Packed] = {}
+        self.begins: str | None = None  # phase of the first training of the cohort before
         self._drawn: dict[tuple, concurrent.futures.Future] = {}
         self._replaceable = partition.replaceable(settings.scope)
         self._work = [
@@ -120,25 +121,25 @@ class Engine:
         self.shape_of: Callable[[int], Shape] = functools.cache(
             lambda clients: shape_of(self.data, self.families, self.shapes, partition, settings, devices, clients)
         )
-        # (frozen, data, stack, moments, aid, seats, plan, rate, key); the stack is donated. The moments are not: two
-        # phases may start from the same ones.
+        # (frozen, data, params, moments, teacher, layout, plan, rate, key); the parameters are donated. The moments are
+        # not: two phases may start from the same ones.
         specs = (SHARED, SHARED, CLIENTS, CLIENTS, CLIENTS, CLIENTS, ROWS, CLIENTS, CLIENTS)
         self._train = Program(
-            functools.partial(stacks.train, devices.over(local_training(self.objective, settings.training), specs)),
+            functools.partial(exchange.train, devices.over(local_training(self.objective, settings.training), specs)),
             platform=devices.platform,
             donate_argnums=(2,),
             out_shardings=(self.by_client, self.by_client, self.shared),
         )
         self._broadcast = jax.jit(
-            lambda server, seats: blocks.broadcast(server, self.server_seats, seats), out_shardings=self.by_client
+            lambda server, layout: packed.broadcast(server, self.server_layout, layout), out_shardings=self.by_client
         )
         expected = expected_owners(partition.owned, partition.sent, settings.cohort_size)
         aggregate = functools.partial(
-            stacks.aggregate, settings.screening, settings.privacy, expected, self.server_seats
+            exchange.aggregate, settings.screening, settings.privacy, expected, self.server_layout
         )
         self._aggregate = jax.jit(aggregate, out_shardings=self.shared)
         self._regroup = jax.jit(regroup, donate_argnums=(0,), out_shardings=self.by_client)
-        self._replace = jax.jit(stacks.replace, donate_argnums=(0,), out_shardings=self.by_client)
+        self._replace = jax.jit(exchange.replace, donate_argnums=(0,), out_shardings=self.by_client)
 
     def _tabled(self, model, like: Blocks) -> BlockTables:
         tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
@@ -147,8 +148,8 @@ class Engine:
     @property
     def numerics(self) -> str:
         """What the platform decides where the configuration leaves it open, and numbers follow from."""
-        packed = ", packed" if self.settings.packed else ""
-        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}{packed}"
+        texts = ", packed" if self.settings.packed else ""
+        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}{texts}"
 
     def drawn(self, round_: int) -> tuple[int, ...]:
         """The clients that the seed draws for a round."""
@@ -175,7 +176,7 @@ class Engine:
     def draw_ahead(self, round_: int) -> None:
         """Draws the plans with which a round of the clients drawn for it will begin, beside what runs now.
 
-        It is taken to begin as the last one did. A plan is a function of (seed, round, purpose, clients), so whether it
+        It is taken to begin as the last one did. A plan is a function of (seed, round, phase, clients), so whether it
         was drawn ahead changes nothing.
         """
         kept = {key: plan for key, plan in self._drawn.items() if abs(key[0] - round_) <= 1}
@@ -184,23 +185,23 @@ class Engine:
             kept[key] = _DRAWING.submit(self._draw, *key)
         self._drawn = kept
 
-    def _draw(self, round_: int, purpose: str, clients: Sequence[int]) -> Plan:
-        return self.cohort(clients, round_).plan(purpose, post=False)
+    def _draw(self, round_: int, phase: str, clients: Sequence[int]) -> Plan:
+        return self.cohort(clients, round_).plan(phase, post=False)
 
     def train(
-        self, stack: Stack, moments: Stack | None, aid: Any, seats: Seats, phase: Phase
-    ) -> tuple[Stack, Stack | None, Losses]:
-        """Local training of whoever sits there -> (stack, moments, `Losses` [P, O]); the stack is consumed."""
+        self, params: Packed, moments: Packed | None, teacher: Any, layout: Layout, phase: PhaseInputs
+    ) -> tuple[Packed, Packed | None, Losses]:
+        """Local training of whoever sits there -> (params, moments, `Losses` [P, O]); the parameters are consumed."""
         rate, key = self.devices.put((phase.rate, phase.key), CLIENTS)
         plan = self.devices.put(phase.plan, ROWS)
-        return self._train(self.frozen, self.arrays, stack, moments, aid, seats, plan, rate, key)
+        return self._train(self.frozen, self.arrays, params, moments, teacher, layout, plan, rate, key)
 
-    def passes(self, round_: int, moments: Mapping | None = None) -> list[Cohort]:
-        """All clients, `clients_per_pass` at a time."""
-        size, everyone = self.settings.clients_per_pass, range(len(self.data))
+    def client_batches(self, round_: int, moments: Mapping | None = None) -> list[Cohort]:
+        """All clients, `clients_at_once` at a time."""
+        size, everyone = self.settings.clients_at_once, range(len(self.data))
         return [Cohort(self, everyone[i : i + size], round_, size=size, moments=moments) for i in everyone[::size]]
 
-    def nobody(self, shapes: Stack) -> Stack:
+    def nobody(self, shapes: Packed) -> Packed:
         """Stands in for a teacher where there is none; never read, made once per shape."""
         key = tuple((group, shape.shape) for group, shape in shapes.items())
         if key not in self._blank:
@@ -212,18 +213,17 @@ class Engine:
         """A plan of all shards, leaves [D, ...], on the devices that run its rows, leaves [D, E, ...]."""
         return self.devices.put(share_out(plan, self.devices.parts), ROWS)
 
-    def server_stack(self, server: Blocks) -> Stack:
+    def server_params(self, server: Blocks) -> Packed:
         """The server's blocks by name -> on the device."""
-        packed = blocks.pack(self.partition, self.server_seats, [server], self.like)
-        return self.devices.put(packed, SHARED)
+        return self.devices.put(packed.pack(self.partition, self.server_layout, [server], self.like), SHARED)
 
-    def server_shapes(self) -> Stack:
-        """The shapes of `server_stack`."""
-        members, names = self.partition.members(), self.partition.names
+    def server_shapes(self) -> Packed:
+        """The shapes of `server_params`."""
+        members, names = packed.members(self.partition), self.partition.names
         sizes = {group: (len(found), blocks.count(self.like[names[found[0]]])) for group, found in members.items()}
         shapes = {group: jax.ShapeDtypeStruct(size, np.float32) for group, size in sizes.items()}
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.shared), shapes)
 
-    def server_blocks(self, server: Stack) -> Blocks:
-        """The inverse of `server_stack`, on the host."""
-        return blocks.unpack(self.partition, self.server_seats, server, self.like)[0]
+    def server_blocks(self, server: Packed) -> Blocks:
+        """The inverse of `server_params`, on the host."""
+        return packed.unpack(self.partition, self.server_layout, server, self.like)[0]

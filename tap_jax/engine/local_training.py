@@ -13,9 +13,9 @@ import optax
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Seats, Stack
 from tap_jax.data.sampling import Plan
-from tap_jax.engine.objective import Objective, Where, collect, gradient, no_losses
+from tap_jax.engine.objective import Objective, Where, gradient, no_losses, statistics
+from tap_jax.engine.packed import Layout, Packed
 from tap_jax.methods.base import StepLosses
 
 
@@ -59,41 +59,41 @@ class TrainingSettings:
 def local_training(
     objective: Objective, settings: TrainingSettings
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array] | None, Losses]]:
-    """Builds `train(frozen, data, stack, moments, aid, seats, plan, rate, key) -> (stack, moments, Losses)`.
+    """Builds `train(frozen, data, params, moments, teacher, layout, plan, rate, key) -> (params, moments, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
-      frozen: Ŵ. data: family -> fields, whole training sets. stack: group -> [G, n]; a slot is updated only in the
-      steps in which its client is active, an idle slot never. moments: AdamW's state by slot, group -> [G, 1 + 2n]
-      (`remembered_update`), or None to start afresh and give none back. aid: what the rule's steps are given. rate:
-      learning rate of every position, float32 [K]. key: of (seed, round, purpose) of every position, [K].
+      frozen: Ŵ. data: family -> fields, whole training sets. params: group -> [G, n]; a slot is updated only in the
+      steps in which its client is active, an free slot never. moments: AdamW's state by slot, group -> [G, 1 + 2n]
+      (`remembered_update`), or None to start afresh and give none back. teacher: what the rule's steps are given. rate:
+      learning rate of every position, float32 [K]. key: of (seed, round, phase) of every position, [K].
     """
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
     rule = objective.rule
 
-    def train(frozen, data, stack, moments, aid, seats: Seats, plan: Plan, rate, key):
+    def train(frozen, data, params, moments, teacher, layout: Layout, plan: Plan, rate, key):
         remember = moments is not None
         zeros = jnp.zeros((plan.active.shape[1], len(objective.tasks)), jnp.float32)
         losses = Losses(zeros, zeros, zeros.astype(jnp.int32))
 
         def step(index, carry):
-            stack, state, losses = carry
+            params, state, losses = carry
             active = jnp.append(plan.active[index], False)
-            surroundings = frozen, data, seats, plan
+            surroundings = frozen, data, layout, plan
             tools = Tools(objective, settings, optimizer, remember, surroundings, index, key, rate, active)
-            stack, state, found = rule.step(tools, stack, state, aid)
+            params, state, found = rule.step(tools, params, state, teacher)
             losses = Losses(
                 losses.plain + found.plain,
                 losses.weighted + found.weighted,
                 losses.steps + (found.share > 0).astype(jnp.int32),
             )
-            return stack, state, losses
+            return params, state, losses
 
-        state = dict(moments) if remember else {group: optimizer.init(leaf) for group, leaf in stack.items()}
-        stack, state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(stack), state, losses))
-        broken = broken_clients(stack, seats)
+        state = dict(moments) if remember else {group: optimizer.init(leaf) for group, leaf in params.items()}
+        params, state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(params), state, losses))
+        broken = broken_clients(params, layout)
         if remember:  # whoever is broken starts afresh next time
-            state = {g: jnp.where(broken[seats.client[g]][:, None], 0, moment) for g, moment in state.items()}
-        return stack, state if remember else None, without_broken(losses, broken)
+            state = {g: jnp.where(broken[layout.owner[g]][:, None], 0, moment) for g, moment in state.items()}
+        return params, state if remember else None, without_broken(losses, broken)
 
     return train
 
@@ -106,44 +106,46 @@ class Tools:
     settings: TrainingSettings
     optimizer: optax.GradientTransformation
     remember: bool  # every slot has an optimizer state of its own
-    surroundings: tuple  # frozen, data, seats, plan
+    surroundings: tuple  # frozen, data, layout, plan
     step: Array
     key: Array
     rates: Array
     active: Array
 
-    def _where(self, draw) -> Where:
-        draw = 0 if self.objective.rule.draws == 1 else jnp.asarray(draw)
-        return Where(*self.surroundings, draw, self.step, self.key)
+    def _where(self, minibatch) -> Where:
+        minibatch = 0 if self.objective.rule.minibatches_per_step == 1 else jnp.asarray(minibatch)
+        return Where(*self.surroundings, minibatch, self.step, self.key)
 
     @property
     def rate(self) -> dict[str, Array]:
         """η of every slot, group -> [G, 1]; 0 where a slot is idle."""
-        _, _, seats, _ = self.surroundings
+        _, _, layout, _ = self.surroundings
         padded = jnp.append(self.rates, 0)
-        return {group: padded[client][:, None] for group, client in seats.client.items()}
+        return {group: padded[client][:, None] for group, client in layout.owner.items()}
 
     @property
     def no_losses(self) -> StepLosses:
         """Zeros [K, O]."""
         return no_losses(self.objective, self.surroundings[-1])
 
-    def gradient(self, stack: Stack, aid: Any = None, *, draw: Any = 0) -> tuple[dict[str, Array], StepLosses]:
+    def gradient(
+        self, params: Packed, auxiliary: Any = None, *, minibatch: Any = 0
+    ) -> tuple[dict[str, Array], StepLosses]:
         """See `gradient`."""
-        return gradient(self.objective, self._where(draw), stack, aid)
+        return gradient(self.objective, self._where(minibatch), params, auxiliary)
 
-    def collect(self, stack: Stack, *, draw: Any = 0) -> dict[str, Any]:
-        """See `collect`."""
-        return collect(self.objective, self._where(draw), stack)
+    def statistics(self, params: Packed, *, minibatch: Any = 0) -> dict[str, Any]:
+        """See `objective.statistics`."""
+        return statistics(self.objective, self._where(minibatch), params)
 
-    def update(self, stack: Stack, state: Mapping, gradient: Stack) -> tuple[dict[str, Array], dict[str, Any]]:
+    def update(self, params: Packed, state: Mapping, gradient: Packed) -> tuple[dict[str, Array], dict[str, Any]]:
         """One clipped AdamW update; of slots whose client is idle in this step, nothing changes."""
-        _, _, seats, _ = self.surroundings
+        _, _, layout, _ = self.surroundings
         if self.settings.clip_norm:
-            gradient = clip_per_client(gradient, seats, self.settings.clip_norm)
+            gradient = clip_per_client(gradient, layout, self.settings.clip_norm)
         updates, after, rate = {}, {}, self.rate
-        for group, matrix in stack.items():
-            live = self.active[seats.client[group]][:, None]
+        for group, matrix in params.items():
+            live = self.active[layout.owner[group]][:, None]
             if self.remember:
                 update, moments = remembered_update(self.optimizer, gradient[group], state[group], matrix)
                 after[group] = jnp.where(live, moments, state[group])
@@ -176,11 +178,11 @@ def remembered_update(
     return jax.vmap(one)(grads, moments, matrix)
 
 
-def broken_clients(stack: Stack, seats: Seats) -> Array:
+def broken_clients(params: Packed, layout: Layout) -> Array:
     """bool [K + 1], by position: the client holds a value that is no number."""
-    broken = jnp.zeros(seats.slot.shape[0] + 1, bool)
-    for group, matrix in stack.items():
-        broken = broken.at[seats.client[group]].max(~jnp.isfinite(matrix).all(1))
+    broken = jnp.zeros(layout.slot.shape[0] + 1, bool)
+    for group, matrix in params.items():
+        broken = broken.at[layout.owner[group]].max(~jnp.isfinite(matrix).all(1))
     return broken
 
 
@@ -196,11 +198,11 @@ def without_broken(losses: Losses, broken: Array) -> Losses:
     )
 
 
-def clip_per_client(grads: Stack, seats: Seats, bound: float) -> dict[str, Array]:
+def clip_per_client(grads: Packed, layout: Layout, bound: float) -> dict[str, Array]:
     """Scales each client's gradient, over all its blocks, to a global norm of at most `bound`."""
-    squares = jnp.zeros(seats.slot.shape[0] + 1, jnp.float32)
+    squares = jnp.zeros(layout.slot.shape[0] + 1, jnp.float32)
     for group, matrix in grads.items():
-        squares = squares.at[seats.client[group]].add(jnp.square(matrix).sum(1))
+        squares = squares.at[layout.owner[group]].add(jnp.square(matrix).sum(1))
     norm = jnp.sqrt(squares)
     factor = jnp.where(norm > bound, bound / norm, 1.0)
-    return {group: matrix * factor[seats.client[group]][:, None] for group, matrix in grads.items()}
+    return {group: matrix * factor[layout.owner[group]][:, None] for group, matrix in grads.items()}

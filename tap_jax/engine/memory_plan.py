@@ -11,7 +11,8 @@ import numpy as np
 
 from tap_jax import blocks
 from tap_jax.blocks import PRIVATE, Blocks, Partition
-from tap_jax.engine.cohort import keeps_place
+from tap_jax.engine import packed
+from tap_jax.engine.cohort import reserves_teacher
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.methods.base import Method
 
@@ -32,7 +33,7 @@ class PhaseMemory:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by name; stacks are sized for the most demanding clients.
+    """Bytes by name; parameters are sized for the most demanding clients.
 
     Attributes:
       devices: how many there are.
@@ -88,15 +89,15 @@ def memory_plan(
     row = max(_row_bytes(model.roles(stream), like) for stream in model.streams)
 
     def stack_of(positions: int) -> int:
-        slots = partition.capacities(partition.owned, positions)
-        return sum(slots[group] * int(sizes[of[0]]) for group, of in partition.members().items())
+        slots = packed.capacities(partition, partition.owned, positions)
+        return sum(slots[group] * int(sizes[of[0]]) for group, of in packed.members(partition).items())
 
     def phase(name: str, clients: int) -> PhaseMemory:
         positions, last = -(-clients // shards), name == LAST
-        stack = stack_of(positions)
-        found = {"blocks in training": stack, "their gradients": stack, "AdamW's two moments": 2 * stack}
+        params = stack_of(positions)
+        found = {"blocks in training": params, "their gradients": params, "AdamW's two moments": 2 * params}
         if settings.persist or settings.in_pieces and last:
-            found["optimizer states as they were before"] = 2 * stack
+            found["optimizer states as they were before"] = 2 * params
         if settings.window > 1 and not last:
             # A client that is drawn in every round of the window has its W̃ of the last one there until then.
             found["server's blocks before the window"] = server
@@ -106,28 +107,28 @@ def memory_plan(
         elif method.margins and not last:
             found["server's blocks of the next round"] = server
         if len(method.margins) > 1 and name == (WINDOW if settings.window > 1 else ROUND):
-            found["federated blocks"] = stack  # until the last personal chain trains
-        if keeps_place(method.rule, stack) or last and method.rule.guided:
-            found["teacher's blocks"] = stack
+            found["federated blocks"] = params  # until the last personal model trains
+        if reserves_teacher(method.rule, params) or last and method.rule.takes_teacher:
+            found["teacher's blocks"] = params
         found["one row's blocks and gradients"] = 2 * row
         return PhaseMemory(positions, found)
 
     owned = int((partition.owned @ sizes).sum())
-    mine = int((partition.owned @ (sizes * np.isin(partition.names, partition.chained))).sum())
-    stored = {f"{name} blocks of all clients, only those they own": mine for name in method.chains}
+    mine = int((partition.owned @ (sizes * np.isin(partition.names, partition.kept))).sum())
+    stored = {f"{name} blocks of all clients, only those they own": mine for name in method.client_models}
     if settings.persist:
-        trained = ("federated", *(method.chains if mine == owned else ()))
+        trained = ("federated", *(method.client_models if mine == owned else ()))
         stored |= {f"AdamW's two moments of {name} blocks": 2 * owned for name in trained}
     on_disk = sum(stored.values()) > host_bytes
     known = {} if data is None else {"training and test data, at most": data}
     # A teacher of two sets of adapters is about as large as both.
-    share = min(1.0, settings.clients_per_pass / len(partition.owned))
+    share = min(1.0, settings.clients_at_once / len(partition.owned))
     return MemoryPlan(
         devices=shards * parts,
         always={"frozen weights": frozen, "server's blocks": server, **known},
         phases={ROUND: phase(ROUND, settings.cohort_size)}
         | ({WINDOW: phase(WINDOW, settings.window_clients(len(partition.owned)))} if settings.window > 1 else {})
-        | ({LAST: phase(LAST, settings.clients_per_pass)} if after else {}),
+        | ({LAST: phase(LAST, settings.clients_at_once)} if after else {}),
         host=({} if on_disk else stored)
         | ({name.replace(", at", " as read, at"): size for name, size in known.items()}),
         disk=stored if on_disk else {},

@@ -2,8 +2,8 @@
 
 One gradient of the cohort is, for every family of streams and every shape of its rows, a loop over rows whose number is
 data and not part of a shape. Rows that are not there cost nothing, and one program serves any cohort, mix of tasks and
-data size. Each turn takes the blocks of one client out of the stack, differentiates the row's loss, and adds the
-gradient back.
+data size. Each turn takes the blocks of one client out of the packed parameters, differentiates the row's loss, and
+adds the gradient back.
 
 Letters: K cohort positions, O tasks, G slots of a group, τ steps, S samples of a row.
 """
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.blocks import Blocks, Partition, Seats, Stack, Tree, flatten, unflatten
+from tap_jax.blocks import Blocks, Partition, Tree
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
 from tap_jax.data.sampling import Plan, Table
 from tap_jax.data.store import cut
+from tap_jax.engine.packed import Layout, Packed, flatten, unflatten
 from tap_jax.federation import Stream, Task
 from tap_jax.methods.base import PLAIN, LocalRule, Row, StepLosses
 
@@ -55,21 +56,23 @@ def part_table(
     for part, example in by_variant[0].items():
         blocks = np.vectorize(number.__getitem__)(np.array([found[part] for found in by_variant]))
         first = example if isinstance(example, str) else example[0]
-        table[part] = Part(partition.groups[number[first]], blocks, like[first])
+        table[part] = Part(partition.shape_classes[number[first]], blocks, like[first])
     return table
 
 
-def slots_of(seats: Seats, table: Mapping[str, Part], client: Array, variant: Array) -> dict[str, Array]:
+def slots_of(layout: Layout, table: Mapping[str, Part], client: Array, variant: Array) -> dict[str, Array]:
     """Where the parts of one row's forward pass sit: part -> slots [] or [P]."""
-    mine = seats.slot[client]
+    mine = layout.slot[client]
     return {name: mine[jnp.asarray(part.blocks)[variant]] for name, part in table.items()}
 
 
-def take_parts(stack: Stack, seats: Seats, table: Mapping[str, Part], client: Array, variant: Array) -> dict[str, Tree]:
-    """The parts of one row's forward pass out of a stack: part -> tree, leaves [...] or [P, ...]."""
-    slots = slots_of(seats, table, client, variant)
+def take_parts(
+    params: Packed, layout: Layout, table: Mapping[str, Part], client: Array, variant: Array
+) -> dict[str, Tree]:
+    """The parts of one row's forward pass out of packed parameters: part -> tree, leaves [...] or [P, ...]."""
+    slots = slots_of(layout, table, client, variant)
     return {
-        name: unflatten(stack[part.group].at[slots[name]].get(mode="promise_in_bounds"), part.like)
+        name: unflatten(params[part.group].at[slots[name]].get(mode="promise_in_bounds"), part.like)
         for name, part in table.items()
     }
 
@@ -83,7 +86,7 @@ class Objective:
       tasks: the federation's tasks, O of them.
       families: their families. tables: family -> what `part_table` gives.
       shapes: family -> shapes of its rows, largest first.
-      rule: its `extra_loss` and `measure` are read here.
+      rule: its `extra_loss` and `statistics` are read here.
       sum_axis: axis of the mesh whose devices share out the rows; None where one has them all.
       generator: JAX's name of the generator that dropout masks are drawn from: "threefry2x32" or "rbg".
     """
@@ -99,40 +102,42 @@ class Objective:
 
 
 class Where(NamedTuple):
-    """A minibatch of a cohort: the plan (rows [draws, τ, ...]), which draw and step of it, and all positions' keys [K].
+    """A minibatch of a cohort: of which plan, its number in which step, and all positions' keys [K].
 
-    A row's dropout key is folded from its client's by client, step, family and row (and draw, where a step takes
+    A row's dropout key is folded from its client's by client, step, family and row (and minibatch, where a step takes
     several), so it does not depend on who else is in the cohort.
     """
 
     frozen: Tree
     data: Mapping
-    seats: Seats
+    layout: Layout
     plan: Plan
-    draw: Array | int
+    minibatch: Array | int
     step: Array
     key: Array
 
 
-def gradient(objective: Objective, where: Where, stack: Stack, aid: Any = None) -> tuple[dict[str, Array], StepLosses]:
+def gradient(
+    objective: Objective, where: Where, params: Packed, auxiliary: Any = None
+) -> tuple[dict[str, Array], StepLosses]:
     """Gradient of Σ_o λ_o ℓ_o (+ the rule's extra loss) of every client, and its losses [K, O].
 
     Args:
-      stack: group -> [G, n]; the gradient has the same shapes.
-      aid: for the extra loss.
+      params: group -> [G, n]; the gradient has the same shapes.
+      auxiliary: for the extra loss.
     """
 
     def one(row: Row, entry: Table, table):
         def loss_of(parts):
             outputs, latents, losses = objective.sample_loss(where.frozen, parts, row.task, row.batch, row.key)
-            loss = jnp.where(row.weights > 0, row.weights * losses, 0).sum()
+            loss = row.total(losses)
             total = entry.share * loss
             if objective.rule.extra_loss is not None:
-                total += objective.rule.extra_loss(row, outputs, latents, aid)
+                total += objective.rule.extra_loss(row, outputs, latents, auxiliary)
             return total, loss
 
-        (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(row.take(stack))
-        slots = slots_of(where.seats, table, entry.client, entry.variant)
+        (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(row.take(params))
+        slots = slots_of(where.layout, table, entry.client, entry.variant)
         return loss, {name: flatten(grads[name], slots[name].ndim) for name in grads}, slots
 
     def add(carry, found, entry: Table, table, task_of):
@@ -147,17 +152,17 @@ def gradient(objective: Objective, where: Where, stack: Stack, aid: Any = None) 
             losses.share.at[at].add(entry.share * entry.weights.sum()),  # the weights of all its rows add up to 1
         )
 
-    carry = (jax.tree.map(jnp.zeros_like, dict(stack)), no_losses(objective, where.plan))
+    carry = (jax.tree.map(jnp.zeros_like, dict(params)), no_losses(objective, where.plan))
     return over_rows(objective, where, one, add, carry, lambda rows: rows.count)
 
 
-def collect(objective: Objective, where: Where, stack: Stack) -> dict[str, Any]:
-    """Sums of the rule's `measure` over the minibatches of leading clients: name -> leaves [K, ...]."""
+def statistics(objective: Objective, where: Where, params: Packed) -> dict[str, Any]:
+    """Sums of the rule's `statistics` over the minibatches of the clients that need them: name -> leaves [K, ...]."""
     clients = where.plan.active.shape[1]
 
     def one(row: Row, entry: Table, table):
-        _, latents, _ = objective.sample_loss(where.frozen, row.take(stack), row.task, row.batch, row.key)
-        return objective.rule.measure(row, latents)
+        _, latents, _ = objective.sample_loss(where.frozen, row.take(params), row.task, row.batch, row.key)
+        return objective.rule.statistics(row, latents)
 
     def add(sums, found, entry: Table, table, task_of):
         added = {name: jax.tree.map(lambda x, y: x.at[entry.client].add(y), sums[name], found[name]) for name in found}
@@ -165,7 +170,7 @@ def collect(objective: Objective, where: Where, stack: Stack) -> dict[str, Any]:
 
     shapes = over_rows(objective, where, one, lambda sums, found, *_: sums | found, {}, None)
     sums = jax.tree.map(lambda leaf: jnp.zeros((clients, *leaf.shape), leaf.dtype), shapes)
-    return over_rows(objective, where, one, add, sums, lambda rows: rows.lead)
+    return over_rows(objective, where, one, add, sums, lambda rows: rows.with_statistics)
 
 
 def _key_of(generator: str, key: Array) -> Array:
@@ -187,13 +192,13 @@ def over_rows(
     Args:
       one: (row, its entry in the table, the family's parts) -> what is found of it.
       add: (carry, what is found, entry, the family's parts, variant -> number of the task) -> carry.
-      count: rows of one shape -> how many of them to visit, [draws, τ]; None: only shapes are wanted, of what `one`
-        finds.
+      count: rows of one shape -> how many of them to visit, [minibatches_per_step, τ]; None: only shapes are wanted, of
+        what `one` finds.
     """
-    plan, seats = where.plan, where.seats
+    plan, layout = where.plan, where.layout
     key = where.key
-    if not isinstance(where.draw, int):
-        key = jax.vmap(jax.random.fold_in, (0, None))(key, where.draw)
+    if not isinstance(where.minibatch, int):
+        key = jax.vmap(jax.random.fold_in, (0, None))(key, where.minibatch)
     for number, family in enumerate(objective.families):
         table = objective.tables[family.name]
         task_of = jnp.array([objective.tasks.index(stream.task) for stream in family.streams])
@@ -208,20 +213,20 @@ def over_rows(
                     batch=cut(where.data[family.name], entry.ids, shape, entry.text_at, entry.answer_at),
                     weights=entry.weights,
                     client=entry.client,
-                    take=lambda stack: take_parts(stack, seats, table, entry.client, entry.variant),
+                    take=lambda params: take_parts(params, layout, table, entry.client, entry.variant),
                     key=_key_of(objective.generator, jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.part)),
                 )
                 return one(row, entry, table)
 
             def turn(index, carry, rows=rows, table=table, task_of=task_of, visit=visit):
-                entry = jax.tree.map(lambda leaf: leaf[where.draw, where.step, index], rows.table)
+                entry = jax.tree.map(lambda leaf: leaf[where.minibatch, where.step, index], rows.table)
                 return add(carry, visit(entry), entry, table, task_of)
 
             if count is None:
                 entry = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[3:], leaf.dtype), rows.table)
                 carry = add(carry, jax.eval_shape(visit, entry))
             else:
-                carry = jax.lax.fori_loop(0, count(rows)[where.draw, where.step], turn, carry)
+                carry = jax.lax.fori_loop(0, count(rows)[where.minibatch, where.step], turn, carry)
     if count is not None and objective.sum_axis:
         carry = jax.lax.psum(carry, objective.sum_axis)
     return carry

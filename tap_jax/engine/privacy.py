@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.blocks import Seats, Stack
+from tap_jax.engine.packed import Layout, Packed
 from tap_jax.errors import UserError
 
 
@@ -62,10 +62,10 @@ def expected_owners(owned: np.ndarray, sent: np.ndarray, cohort: int) -> np.ndar
 
 
 def private_aggregate(
-    server: Stack,
-    cohort: Stack,
-    server_seats: Seats,
-    seats: Seats,
+    server: Packed,
+    cohort: Packed,
+    server_layout: Layout,
+    layout: Layout,
     sent: Array,
     norm: Array,
     *,
@@ -76,27 +76,27 @@ def private_aggregate(
     """The server's blocks after one round, see above.
 
     Args:
-      server: W̃ as it was broadcast, stack of `server_seats`. cohort: stack of `seats`.
+      server: W̃ as it was broadcast, params of `server_layout`. cohort: params of `layout`.
       sent: bool [P, R], client k's update of block r counts; what others hold has no influence.
       norm: `screening.update_norms`, float32 [P].
       expected: `expected_owners`.
       key: of (seed, round, "noise").
 
     Returns:
-      A stack like `server`. A block that nobody ever sends is returned bit by bit.
+      Like `server`. A block that nobody ever sends is returned bit by bit.
     """
     deviation = privacy.noise_multiplier * privacy.clip_norm if privacy.noise_multiplier else 0.0
     # Of a norm that overflows it is 0, of one that is no number not above 0.
     factor = jnp.minimum(privacy.clip_norm / norm, 1)
     weights = jnp.pad(jnp.where(sent, factor[:, None], 0), ((0, 1), (0, 0)))
-    place = jnp.asarray(server_seats.slot)[0]
+    place = jnp.asarray(server_layout.slot)[0]
 
     def one(number: int, group: str) -> Array:
-        weight, at = weights[seats.client[group], seats.block[group]][:, None], place[seats.block[group]]
+        weight, at = weights[layout.owner[group], layout.block[group]][:, None], place[layout.block[group]]
         update = jnp.where(weight > 0, weight * (cohort[group] - server[group][at]), 0)
         total = jnp.zeros_like(server[group]).at[at].add(update)
         noise = deviation * jax.random.normal(jax.random.fold_in(key, number), total.shape, total.dtype)
-        owners = jnp.asarray(expected)[server_seats.block[group]][:, None]
+        owners = jnp.asarray(expected)[server_layout.block[group]][:, None]
         return jnp.where(owners > 0, server[group] + (total + noise) / jnp.maximum(owners, 1), server[group])
 
     return {group: one(number, group) for number, group in enumerate(sorted(server))}

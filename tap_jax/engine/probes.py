@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.blocks import Stack
 from tap_jax.data.sampling import ClientData, Plan, capacities, draw_plan
 from tap_jax.engine.objective import Where, gradient, no_losses, over_rows
+from tap_jax.engine.packed import Packed
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
 from tap_jax.errors import UserError
 from tap_jax.federation import Task
@@ -39,24 +39,24 @@ class Probes:
 
         self.objective = dataclasses.replace(old, sample_loss=loss, rule=PLAIN)
 
-    def held_out_loss(self, cohort: "Cohort", stack: Stack) -> Array:
+    def held_out_loss(self, cohort: "Cohort", params: Packed) -> Array:
         """[P, O]."""
-        return self._mean_loss(*self._inputs(cohort, (stack,), cohort.held_out_plan))
+        return self._mean_loss(*self._inputs(cohort, (params,), cohort.held_out_plan))
 
-    def similarity(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
+    def similarity(self, cohort: "Cohort", params: Packed, other: Packed) -> Array:
         """[P, O]."""
-        return self._mean_cosine(*self._inputs(cohort, (stack, other), cohort.held_out_plan))
+        return self._mean_cosine(*self._inputs(cohort, (params, other), cohort.held_out_plan))
 
-    def task_gradient(self, cohort: "Cohort", stack: Stack, task: Task) -> Stack:
-        """Stacks [D, G, n]."""
+    def task_gradient(self, cohort: "Cohort", params: Packed, task: Task) -> Packed:
+        """Parameters [D, G, n]."""
         names = {stream.name for stream in task.streams}
         data = [mine.only(names) for mine in self.engine.data]
         plan = self._plan(cohort, data, "probe", cohort.rounds, self.engine.settings.batch, cohort.shape.rows)
-        return self._gradient(*self._inputs(cohort, stack, plan))
+        return self._gradient(*self._inputs(cohort, params, plan))
 
-    def inner(self, cohort: "Cohort", stack: Stack, other: Stack) -> Array:
+    def inner(self, cohort: "Cohort", params: Packed, other: Packed) -> Array:
         """[P, R]."""
-        return self._inner(stack, other, cohort.flat_seats)
+        return self._inner(params, other, cohort.flat_layout)
 
     def held_out_plan(self, cohort: "Cohort") -> Plan:
         """All held-out samples as one minibatch, on the devices.
@@ -78,8 +78,8 @@ class Probes:
         )
         return self._plan(cohort, held, "held_out", np.zeros_like(cohort.rounds), batch, rows)
 
-    def _plan(self, cohort, data: Sequence[ClientData], purpose, rounds, batch, rows) -> Plan:
-        """One minibatch of every client, with the shard axis and the axis of draws; on the devices."""
+    def _plan(self, cohort, data: Sequence[ClientData], phase, rounds, batch, rows) -> Plan:
+        """One minibatch of every client, with the shard axis and the axis of a step's minibatches; on the devices."""
         shards = [
             draw_plan(
                 data,
@@ -87,29 +87,29 @@ class Probes:
                 self.engine.families,
                 seed=self.engine.settings.seed,
                 round_=of,
-                purpose=purpose,
+                phase=phase,
                 batch=batch,
                 shapes=self.engine.shapes,
                 steps=1,
                 capacities=rows,
                 starts=self.engine.starts,
-                passes=None,
+                epochs=None,
             )
             for clients, of in zip(cohort.table, rounds, strict=True)
         ]
         shards = [plan.replace(rows=jax.tree.map(lambda leaf: leaf[None], plan.rows)) for plan in shards]
         return self.engine.placed(jax.tree.map(lambda *x: np.stack(x), *shards))
 
-    def _inputs(self, cohort, stacks, plan: Plan) -> tuple:
+    def _inputs(self, cohort, models, plan: Plan) -> tuple:
         engine = self.engine
-        return engine.frozen, engine.arrays, stacks, cohort.seats, plan
+        return engine.frozen, engine.arrays, models, cohort.layout, plan
 
     def _program(self, function: Callable, result: jax.sharding.Sharding) -> Callable:
-        """`function(where, stacks)` of one shard, over the devices; where its result is to lie."""
+        """`function(where, models)` of one shard, over the devices; where its result is to lie."""
 
-        def shard(frozen, data, stacks, seats, plan):
+        def shard(frozen, data, models, layout, plan):
             keys = jnp.broadcast_to(jax.random.key(0), plan.clients.shape)  # of no use without dropout
-            return function(Where(frozen, data, seats, plan, 0, jnp.int32(0), keys), stacks)
+            return function(Where(frozen, data, layout, plan, 0, jnp.int32(0), keys), models)
 
         spread = self.engine.devices.over(shard, (SHARED, SHARED, CLIENTS, CLIENTS, ROWS))
         return jax.jit(spread, out_shardings=result)
@@ -117,9 +117,9 @@ class Probes:
     def _mean(self, value: Callable) -> Callable:
         """Program of the mean over a minibatch of `value(row, *parts)` [s] per client and task, [P, O]."""
 
-        def total(where: Where, stacks):
+        def total(where: Where, models):
             def one(row: Row, entry, table):
-                return jnp.where(row.weights > 0, row.weights * value(row, *map(row.take, stacks)), 0).sum()
+                return row.total(value(row, *map(row.take, models)))
 
             def add(sums, found, entry, table, task_of):
                 return sums.at[entry.client, task_of[entry.variant]].add(found)
@@ -149,17 +149,17 @@ class Probes:
 
     @functools.cached_property
     def _gradient(self) -> Callable:
-        return self._program(lambda where, stack: gradient(self.objective, where, stack)[0], self.engine.by_client)
+        return self._program(lambda where, params: gradient(self.objective, where, params)[0], self.engine.by_client)
 
     @functools.cached_property
     def _inner(self) -> Callable:
         names = len(self.engine.partition.names)
 
-        def inner(stack, other, seats):
-            out = jnp.zeros((len(seats.slot) + 1, names), jnp.float32)
-            for group, matrix in stack.items():
+        def inner(params, other, layout):
+            out = jnp.zeros((len(layout.slot) + 1, names), jnp.float32)
+            for group, matrix in params.items():
                 product = (matrix * other[group]).reshape(-1, matrix.shape[-1]).sum(1)
-                out = out.at[seats.client[group], seats.block[group]].add(product)
+                out = out.at[layout.owner[group], layout.block[group]].add(product)
             return out[:-1]
 
         return jax.jit(inner, out_shardings=self.engine.shared)

@@ -30,9 +30,9 @@ LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_los
 def initial_state(
     engine: Engine, server: Blocks, method: Method, *, workdir: pathlib.Path | None = None, host_bytes: int = 0
 ) -> State:
-    """The state before round 0: every client's chains start as its blocks of the server's (Sec. 3.2).
+    """The state before round 0: every client's models start as its blocks of the server's (Sec. 3.2).
 
-    Where there are private blocks, chains are of those, since the server holds the others.
+    Where there are private blocks, they are of those, since the server holds the others.
 
     Args:
       workdir: where personal blocks go that would take more than `host_bytes` of memory; a run that has begun keeps
@@ -41,41 +41,41 @@ def initial_state(
     Raises:
       UserError: what is on disk cannot be used.
     """
-    partition, chains, persist = engine.partition, method.chains, engine.settings.persist
+    partition, models, persist = engine.partition, method.client_models, engine.settings.persist
     table = partition.task_mask
-    kept = partition.chained
-    trained = ("federated", *(chain for chain in chains if kept == partition.names))
+    kept = partition.kept
+    trained = ("federated", *(model for model in models if kept == partition.names))
     zeros = {name: np.zeros(like.shape, np.float32) for name, like in engine.moments_like.items()} if persist else {}
-    needed = host_bytes_of(partition, engine.like, len(chains), len(trained) if persist else 0)
+    needed = host_bytes_of(partition, engine.like, len(models), len(trained) if persist else 0)
     folder = None if workdir is None else store.folder_of(workdir, needed, host_bytes)
     if folder is not None:
         like, moments_like = {name: engine.like[name] for name in kept}, engine.moments_like
-        start = store.open_store(folder / "blocks", partition, server, like).chain() if chains else ()
-        untouched = store.open_store(folder / "moments", partition, zeros, moments_like).chain() if persist else ()
+        start = store.open_store(folder / "blocks", partition, server, like).models() if models else ()
+        untouched = store.open_store(folder / "moments", partition, zeros, moments_like).models() if persist else ()
     else:
         mine = [partition.blocks_of(k) for k in range(len(table))]
-        in_chains = set(kept)
-        start = tuple(blocks.take(server, [name for name in names if name in in_chains]) for names in mine)
-        untouched = tuple(blocks.take(zeros, names) for names in mine) if persist else ()
+        in_models = set(kept)
+        start = tuple(blocks.select(server, [name for name in names if name in in_models]) for names in mine)
+        untouched = tuple(blocks.select(zeros, names) for names in mine) if persist else ()
     never = np.full(table.shape, np.inf, np.float32)
     return State(
         round=0,
-        server=engine.server_stack(server),
-        chains=dict.fromkeys(chains, start),
+        server=engine.server_params(server),
+        client_models=dict.fromkeys(models, start),
         local_loss=never,
-        personal_loss={chain: never.copy() for chain in method.margins},
-        replacements={chain: np.zeros(table.shape, np.int32) for chain in method.margins},
+        personal_loss={model: never.copy() for model in method.margins},
+        replacements={model: np.zeros(table.shape, np.int32) for model in method.margins},
         seen=np.zeros(table.shape, bool),
         finite={name: np.ones(table.shape, bool) for name in trained},
         moments=dict.fromkeys(trained, untouched) if persist else {},
     )
 
 
-def host_bytes_of(partition: Partition, like: Blocks, chains: int, moments: int) -> int:
-    """Bytes of so many chains' blocks and so many chains' optimizer states once every client has its own."""
+def host_bytes_of(partition: Partition, like: Blocks, models: int, moments: int) -> int:
+    """Bytes of so many models' blocks and so many models' optimizer states once every client has its own."""
     sizes = np.array([blocks.size_bytes(like[name]) for name in partition.names])
-    one = partition.owned @ (sizes * np.isin(partition.names, partition.chained))
-    return int(chains * one.sum() + moments * (partition.owned @ (2 * sizes + 4)).sum())
+    one = partition.owned @ (sizes * np.isin(partition.names, partition.kept))
+    return int(models * one.sum() + moments * (partition.owned @ (2 * sizes + 4)).sum())
 
 
 def play_round(
@@ -87,7 +87,7 @@ def play_round(
       clients: who takes part, in the place of those drawn.
 
     Returns:
-      The new state and a JSON-ready line: round, clients, learning rate, losses by chain, client and task, and where
+      The new state and a JSON-ready line: round, clients, learning rate, losses by model, client and task, and where
       the method or the configuration has them replacements, bytes, updates that were dropped, their norms, epsilon.
 
     Raises:
@@ -192,7 +192,7 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
         "round": round_,
         "clients": [int(cohort.clients[p]) for p in real],
         "learning_rate": float(settings.rate(round_)),
-        "losses": {chain: by_client(metrics[key]) for key, chain in LOSSES.items() if key in metrics},
+        "losses": {model: by_client(metrics[key]) for key, model in LOSSES.items() if key in metrics},
     }
     if "replaced" in metrics:
         line["replacements"] = [

@@ -16,8 +16,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Seats, Stack
 from tap_jax.engine.local_training import Losses
+from tap_jax.engine.packed import Layout, Packed
 
 # Why an update is dropped; `Verdicts.reason` is one more than the place here.
 REASONS = ("blocks not finite", "loss not finite", "norm too large")
@@ -48,36 +48,36 @@ class Verdicts(struct.PyTreeNode):
     norm: Array | None
 
 
-def update_norms(server: Stack, cohort: Stack, server_seats: Seats, seats: Seats, sent: Array) -> Array:
+def update_norms(server: Packed, cohort: Packed, server_layout: Layout, layout: Layout, sent: Array) -> Array:
     """‖Δ_i‖_2 of every client over all its sent blocks, float32 [P].
 
     Args:
-      server: W̃ as it was broadcast, stack of `server_seats`.
-      cohort: stack of `seats`.
+      server: W̃ as it was broadcast, params of `server_layout`.
+      cohort: params of `layout`.
       sent: bool [P, R], client k sends block r.
     """
-    padded, place = jnp.pad(sent, ((0, 1), (0, 0))), jnp.asarray(server_seats.slot)[0]
+    padded, place = jnp.pad(sent, ((0, 1), (0, 0))), jnp.asarray(server_layout.slot)[0]
     squares = jnp.zeros(len(sent) + 1, jnp.float32)
     for group, matrix in cohort.items():
-        client, block = seats.client[group], seats.block[group]
+        client, block = layout.owner[group], layout.block[group]
         length = jnp.square(matrix - server[group][place[block]]).sum(1)
         squares = squares.at[client].add(jnp.where(padded[client, block], length, 0))
     return jnp.sqrt(squares[:-1])
 
 
 def screen(
-    cohort: Stack, seats: Seats, sent: Array, losses: Losses, norm: Array | None, max_norm: float
+    cohort: Packed, layout: Layout, sent: Array, losses: Losses, norm: Array | None, max_norm: float
 ) -> tuple[Array, Verdicts]:
     """(heard bool [P], `Verdicts`): whose update counts, and why others' do not.
 
     Args:
-      cohort: stack of `seats`. sent: bool [P, R].
+      cohort: params of `layout`. sent: bool [P, R].
       losses: of the local training. A client that took no step is not heard either: it has nothing to say.
       norm: `update_norms`, or None. max_norm: see `Screening`.
     """
     padded, broken = jnp.pad(sent, ((0, 1), (0, 0))), jnp.zeros(len(sent) + 1, bool)
     for group, matrix in cohort.items():
-        client, block = seats.client[group], seats.block[group]
+        client, block = layout.owner[group], layout.block[group]
         broken = broken.at[client].max(padded[client, block] & ~jnp.isfinite(matrix).all(1))
     lost = ~jnp.isfinite(losses.plain).all(1)
     # Of finite blocks, too, the difference or its square may overflow.

@@ -13,7 +13,7 @@ class EngineSettings:
     """How local training runs.
 
     Attributes:
-      cohort_size, clients_per_pass: clients in a round, and at once in phases over all clients.
+      cohort_size, clients_at_once: clients in a round, and at once in phases over all clients.
       batch: samples per iteration. local_steps: τ. post_steps: P.
       microbatch: samples of a row. packed: its texts share sequences, see `data.packing`.
       generator: of dropout masks, see `objective.Objective`.
@@ -29,7 +29,7 @@ class EngineSettings:
     """
 
     cohort_size: int
-    clients_per_pass: int
+    clients_at_once: int
     batch: int
     local_steps: int
     post_steps: int

@@ -1,8 +1,8 @@
 """Personal blocks on disk, for federations whose clients' blocks do not fit into memory.
 
-Blocks of one group (`blocks.Partition.groups`: equal shapes) are the rows of one file, n float32 each. A chain of the
-state is then a table: which row holds client k's block r. Rows are never changed while anybody refers to them: to give
-a client new blocks is to write new rows and to make a new table. So older states stay as they are, a checkpoint is the
+Blocks of one shape class (equal shapes) are the rows of one file, n float32 each. Models of the state are then a
+table: which row holds client k's block r. Rows are never changed while anybody refers to them: to give a client new
+blocks is to write new rows and to make a new table. So older states stay as they are, a checkpoint is the
 table alone, and a process that is killed at any moment leaves every row that a checkpoint names as it was.
 
 A row is free once no table in this process and no checkpoint that is kept refers to it. Which tables there are, Python
@@ -32,6 +32,7 @@ import numpy as np
 
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition
+from tap_jax.engine import packed
 from tap_jax.engine.agreement import all_said, any_says, first_said, in_step
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.file_lock import hold
@@ -46,12 +47,12 @@ _ABOUT = "store.json"
 
 
 class Store:
-    """Rows of blocks in one folder, for any number of chains.
+    """Rows of blocks in one folder, for any number of models.
 
     Args:
       folder: made by `create`.
       partition: the federation's blocks.
-      like: block name -> shapes of the blocks that are stored; others are left out of the chains.
+      like: block name -> shapes of the blocks that are stored; others are left out.
 
     Raises:
       UserError: no store there, or one of other blocks.
@@ -78,7 +79,7 @@ class Store:
         self.file_of, self._start = np.full(len(partition.names), -1), np.full(len(partition.names), -1)
         for g, of in enumerate(members):
             self.file_of[of], self._start[of] = g, np.arange(len(of))
-        self._tables: weakref.WeakSet[StoredChain] = weakref.WeakSet()
+        self._tables: weakref.WeakSet[StoredModels] = weakref.WeakSet()
         self._committed: dict[int, list[np.ndarray]] = {}  # step -> tables of rows
         # Checkpoints of earlier processes may refer to any row that is there already.
         self._protected: list[int] = [self._file(g, self._mine).rows for g in range(len(members))]
@@ -116,13 +117,13 @@ class Store:
             raise
         return cls(folder, partition, like)
 
-    def chain(self) -> "StoredChain":
-        """The chain before round 0: all clients refer to the same rows."""
+    def models(self) -> "StoredModels":
+        """The models before round 0: all clients refer to the same rows."""
         rows = np.where(self.partition.owned, self._start, -1)
         known = np.zeros(len(self._start), np.uint32)
         for r in np.flatnonzero(self.file_of >= 0):
             known[r] = zlib.crc32(self._file(self.file_of[r], 0).read(self._start[r]))
-        return StoredChain(self, rows, np.where(rows >= 0, known, 0).astype(np.uint32))
+        return StoredModels(self, rows, np.where(rows >= 0, known, 0).astype(np.uint32))
 
     def read(self, rows: np.ndarray, sums: np.ndarray) -> dict[str, blocks.Tree]:
         """Blocks by name, copied from the rows [R] of one client; those of other processes' files are checked.
@@ -142,20 +143,20 @@ class Store:
                     f"workdir: block {name} is not in {self._file(g, writer).path} as another process wrote it; all"
                     " processes must see one disk, and it must be whole"
                 )
-            found[name] = blocks.unflatten(vector, self.like[name])
+            found[name] = packed.unflatten(vector, self.like[name])
         return found
 
-    def put(self, chain: "StoredChain", update: Mapping[int, Blocks]) -> "StoredChain":
-        """The chain with the updated clients' blocks exchanged; see `methods.base.put_chain`.
+    def put(self, models: "StoredModels", update: Mapping[int, Blocks]) -> "StoredModels":
+        """The models with the updated clients' blocks exchanged; see `methods.base.put_models`.
 
-        Of several processes each brings some clients, and all get the chain with everybody's.
+        Of several processes each brings some clients, and all get the models of all.
 
         Raises:
-          OSError: the rows cannot be written (a full disk); the chain is as it was.
+          OSError: the rows cannot be written (a full disk); the models are as they were.
           ValueError: a client's blocks are not those that it has.
         """
         with self._lock:
-            rows, sums = chain.rows.copy(), chain.sums.copy()
+            rows, sums = models.rows.copy(), models.sums.copy()
             for k, mine in update.items():
                 if {self.partition.names[r] for r in np.flatnonzero(rows[k] >= 0)} != set(mine):
                     raise ValueError(f"client {k} has other blocks than {sorted(mine)}")
@@ -173,16 +174,16 @@ class Store:
                     self._sync()
             for theirs, new_rows, new_sums in _shared(clients, rows[clients], sums[clients]):
                 rows[theirs], sums[theirs] = new_rows, new_sums
-            return StoredChain(self, rows, sums)
+            return StoredModels(self, rows, sums)
 
-    def commit(self, step: int, chains: Sequence["StoredChain"]) -> None:
-        """To be called before checkpoint `step` of these chains is written: what they refer to is on the disk now.
+    def commit(self, step: int, tables: Sequence["StoredModels"]) -> None:
+        """To be called before checkpoint `step` of these models is written: what they refer to is on the disk now.
 
         It stays there until `release` is told that the checkpoint is gone.
         """
         with self._lock:
             self._committed.pop(step, None)
-            self._committed[step] = [chain.rows for chain in chains]
+            self._committed[step] = [models.rows for models in tables]
         with in_step():
             self._sync()
 
@@ -199,21 +200,21 @@ class Store:
             if steps and set(steps) <= set(self._committed):
                 self._protected = [0] * len(self._members)
 
-    def verify(self, chain: "StoredChain") -> None:
-        """Reads every row that the chain refers to; of several processes each some clients'.
+    def verify(self, models: "StoredModels") -> None:
+        """Reads every row that the models refer to; of several processes each some clients'.
 
         Raises:
           UserError: one of them is missing or damaged.
         """
         with in_step():
-            mine = np.arange(self._mine, len(chain), jax.process_count())
+            mine = np.arange(self._mine, len(models), jax.process_count())
             for g, of in enumerate(self._members):
                 table = np.ix_(mine, of)
-                clients, which = np.nonzero(chain.rows[table] >= 0)
-                rows, first = np.unique(chain.rows[table][clients, which], return_index=True)
+                clients, which = np.nonzero(models.rows[table] >= 0)
+                rows, first = np.unique(models.rows[table][clients, which], return_index=True)
                 for at, row in zip(first, rows, strict=True):
                     k, r = mine[clients[at]], of[which[at]]
-                    if self._checked(g, row, chain.sums[k, r]) is None:
+                    if self._checked(g, row, models.sums[k, r]) is None:
                         raise UserError(
                             f"workdir: block {self.partition.names[r]} of client {k} is damaged in"
                             f" {self._file(g, row // WRITER).path}; delete the newest checkpoint to go on from the one"
@@ -254,7 +255,7 @@ class Store:
         if len(file.free) < count:
             used = np.zeros(file.rows, bool)
             used[: max(self._protected[g], 0 if self._mine else len(self._members[g]))] = True
-            tables = [chain.rows for chain in self._tables] + sum(self._committed.values(), [])
+            tables = [models.rows for models in self._tables] + sum(self._committed.values(), [])
             for rows in tables:
                 found = rows[:, self._members[g]]
                 used[found[found // WRITER == self._mine] % WRITER] = True  # -1 is nobody's
@@ -274,11 +275,11 @@ class Store:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class StoredChain(Sequence):
-    """A chain of the state whose blocks are in a `Store`; to a method, a sequence of one mapping per client.
+class StoredModels(Sequence):
+    """Models of the state whose blocks are in a `Store`; to a method, a sequence of one mapping per client.
 
     Attributes:
-      rows: int64 [K, R], the row of client k's block r; -1 where the chain has none.
+      rows: int64 [K, R], the row of client k's block r; -1 where there is none.
       sums: uint32 [K, R], CRC-32 of what is in the row.
 
     As a pytree its leaves are these two tables. It is never changed.
@@ -297,7 +298,7 @@ class StoredChain(Sequence):
         """The client's blocks by name, as `Store.read` gives them."""
         return self.store.read(self.rows[client], self.sums[client])
 
-    def put(self, update: Mapping[int, Blocks]) -> "StoredChain":
+    def put(self, update: Mapping[int, Blocks]) -> "StoredModels":
         """See `Store.put`."""
         return self.store.put(self, update)
 
@@ -307,7 +308,7 @@ class StoredChain(Sequence):
         return ((key("rows"), self.rows), (key("sums"), self.sums)), self.store
 
     @classmethod
-    def tree_unflatten(cls, store: Store, leaves: Sequence[Any]) -> "StoredChain":
+    def tree_unflatten(cls, store: Store, leaves: Sequence[Any]) -> "StoredModels":
         """See `jax.tree_util`."""
         return cls(store, *leaves)
 
@@ -355,32 +356,32 @@ def open_store(folder: pathlib.Path, partition: Partition, start: Blocks, like: 
     return Store(folder, partition, like)
 
 
-def stored_chains(state: State) -> dict[Store, list[StoredChain]]:
-    """The stores of a state and their chains; none where all is in memory."""
-    found: dict[Store, list[StoredChain]] = {}
-    for chain in (*state.chains.values(), *state.moments.values()):
-        if isinstance(chain, StoredChain):
-            found.setdefault(chain.store, []).append(chain)
+def stored_models(state: State) -> dict[Store, list[StoredModels]]:
+    """The stores of a state and their models; none where all is in memory."""
+    found: dict[Store, list[StoredModels]] = {}
+    for models in (*state.client_models.values(), *state.moments.values()):
+        if isinstance(models, StoredModels):
+            found.setdefault(models.store, []).append(models)
     return found
 
 
 def commit(state: State, step: int) -> None:
     """`Store.commit` of a state that is about to be saved as checkpoint `step`."""
-    for store, chains in stored_chains(state).items():
-        store.commit(step, chains)
+    for store, tables in stored_models(state).items():
+        store.commit(step, tables)
 
 
 def release(state: State, steps: Collection[int]) -> None:
     """`Store.release` for the stores of a state."""
-    for store in stored_chains(state):
+    for store in stored_models(state):
         store.release(steps)
 
 
 def verify(state: State) -> None:
     """`Store.verify` of all that a restored state refers to."""
-    for store, chains in stored_chains(state).items():
-        for chain in chains:
-            store.verify(chain)
+    for store, tables in stored_models(state).items():
+        for models in tables:
+            store.verify(models)
 
 
 def _shared(clients: np.ndarray, rows: np.ndarray, sums: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
@@ -397,7 +398,7 @@ def _file_name(g: int, writer: int) -> str:
 
 def _members(partition: Partition, like: Blocks) -> list[np.ndarray]:
     """The blocks of each group that is stored."""
-    return [of for of in partition.members().values() if partition.names[of[0]] in like]
+    return [of for of in packed.members(partition).values() if partition.names[of[0]] in like]
 
 
 def _about(partition: Partition, like: Blocks) -> dict:

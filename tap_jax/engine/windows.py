@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.blocks import Stack
+from tap_jax.engine.packed import Packed, flat
 from tap_jax.engine.parallel import CLIENTS
-from tap_jax.engine.stacks import flat
 from tap_jax.methods.base import SplitRound, State, Trained
 
 if TYPE_CHECKING:
@@ -105,15 +104,15 @@ def play_parts(
     return state, [(cohort, _of_round(cohort, found)) for cohort in cohorts]
 
 
-def regroup(out: Stack | None, stack: Stack, index: Stack) -> Stack:
-    """The slots of a stack [D, G, n] in the places where another cohort's stack [D, H, n] wants them.
+def regroup(out: Packed | None, params: Packed, index: Packed) -> Packed:
+    """The slots of parameters [D, G, n] in the places where those of another cohort [D, H, n] want them.
 
     Args:
-      out: [D, H, n], keeps what is not wanted from this stack; None: that is 0.
+      out: [D, H, n], keeps what is not wanted from this params; None: that is 0.
       index: group -> int32 [D, H], slots among all D·G, -1 where nothing is wanted.
     """
     found = {}
-    for group, rows in flat(stack).items():
+    for group, rows in flat(params).items():
         wanted = rows[jnp.maximum(index[group], 0)]
         rest = jnp.zeros_like(wanted) if out is None else out[group]
         found[group] = jnp.where((index[group] >= 0)[..., None], wanted, rest)
@@ -134,12 +133,12 @@ def _pairs(cohort: "Cohort") -> list[tuple[int, int]]:
 
 def _together(engine: "Engine", wave: "Cohort", cohorts: Sequence["Cohort"], kept: list[Trained | None]) -> Trained:
     """What the clients of a wave have trained in their rounds; takes it out of `kept`, which has None of others."""
-    stack, losses = None, None
+    params, losses = None, None
     for n, cohort in enumerate(cohorts):
         if kept[n] is None:
             continue
         index = engine.devices.put(_index(wave, cohort), CLIENTS)
-        stack = engine._regroup(stack, kept[n].federated, index)
+        params = engine._regroup(params, kept[n].federated, index)
         mine, theirs = _places(cohort, wave)
 
         def exchanged(rest: np.ndarray, table: Array, mine=mine, theirs=theirs) -> np.ndarray:
@@ -150,7 +149,7 @@ def _together(engine: "Engine", wave: "Cohort", cohorts: Sequence["Cohort"], kep
             losses = jax.tree.map(lambda t: np.zeros((len(wave.clients), *t.shape[1:]), t.dtype), kept[n].losses)
         losses = jax.tree.map(exchanged, losses, kept[n].losses)
         kept[n] = None
-    return Trained(stack, engine.devices.put(losses, engine.shared.spec))
+    return Trained(params, engine.devices.put(losses, engine.shared.spec))
 
 
 def _index(wave: "Cohort", cohort: "Cohort") -> dict[str, np.ndarray]:
@@ -158,13 +157,13 @@ def _index(wave: "Cohort", cohort: "Cohort") -> dict[str, np.ndarray]:
     source = np.full(len(wave.clients) + 1, -1)
     mine, theirs = _places(cohort, wave)
     source[theirs] = mine
-    slot, index = np.asarray(cohort.flat_seats.slot), {}
+    slot, index = np.asarray(cohort.flat_layout.slot), {}
     for group, size in cohort.shape.slots.items():
         index[group] = np.full((len(wave.table), wave.shape.slots[group]), -1, np.int32)
-        for shard, seats in enumerate(wave.shard_seats):
-            real = seats.client[group] < wave.positions
-            position = source[np.where(real, seats.client[group] + shard * wave.positions, -1)]
-            at = position // cohort.positions * size + slot[position, seats.block[group]]
+        for shard, layout in enumerate(wave.shard_layouts):
+            real = layout.owner[group] < wave.positions
+            position = source[np.where(real, layout.owner[group] + shard * wave.positions, -1)]
+            at = position // cohort.positions * size + slot[position, layout.block[group]]
             index[group][shard] = np.where(position >= 0, at, -1)
     return index
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tap_jax.evaluation.drawing import BLACK, CHAINS, MARGIN_STYLES, grid, new_figure, task_style
+from tap_jax.evaluation.drawing import BLACK, MARGIN_STYLES, MODEL_COLOURS, grid, new_figure, task_style
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
 from tap_jax.evaluation.selection import Comparison
@@ -99,19 +99,19 @@ def margins(comparison: Comparison) -> Figure | None:
 
 
 def losses(runs: Sequence[FinishedRun]) -> Figure | None:
-    """Training loss per task over the rounds, a line per chain; None where the runs left no metrics.
+    """Training loss per task over the rounds, a line per model; None where the runs left no metrics.
 
     Dots are the mean over the clients of a round (and seeds); the line is a mean over the rounds around, as its label
     says.
     """
-    found: dict[str, dict[str, dict[int, list[float]]]] = {}  # task -> chain -> round -> losses
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}  # task -> model -> round -> losses
     for run in runs:
         for line in run.lines():
-            for chain, clients in line.get("losses", {}).items():
+            for model, clients in line.get("losses", {}).items():
                 for tasks in clients.values():
                     for task, value in tasks.items():
                         if value is not None:
-                            found.setdefault(task, {}).setdefault(chain, {}).setdefault(line["round"], []).append(value)
+                            found.setdefault(task, {}).setdefault(model, {}).setdefault(line["round"], []).append(value)
     if not found:
         return None
     tasks = [task for task in TASKS if task in found] + [task for task in found if task not in TASKS]
@@ -119,12 +119,12 @@ def losses(runs: Sequence[FinishedRun]) -> Figure | None:
     reach = max(1, rounds // 25)
     figure, axes = grid(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
-        for chain in sorted(found[task], key=[*CHAINS, *found[task]].index):
-            at = sorted(found[task][chain])
-            values = np.array([np.mean(found[task][chain][number]) for number in at])
-            colour = CHAINS.get(chain, BLACK)
+        for model in sorted(found[task], key=[*MODEL_COLOURS, *found[task]].index):
+            at = sorted(found[task][model])
+            values = np.array([np.mean(found[task][model][number]) for number in at])
+            colour = MODEL_COLOURS.get(model, BLACK)
             axis.plot(1 + np.array(at), values, ".", color=colour, markersize=3, alpha=0.35)
-            axis.plot(1 + np.array(at), running_mean(at, values, reach), color=colour, linewidth=1.8, label=chain)
+            axis.plot(1 + np.array(at), running_mean(at, values, reach), color=colour, linewidth=1.8, label=model)
         axis.set_title(TASK_LABELS.get(task, task))
         axis.set_xlim(0.5, rounds + 0.5)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))

@@ -1,4 +1,4 @@
-"""How all figures look: matplotlib without a display, the palette of Okabe and Ito, one colour per task and chain."""
+"""How all figures look: matplotlib without a display, the palette of Okabe and Ito, one colour per task and model."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tap_jax.federation import TASKS
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C",
 )  # fmt: skip
-CHAINS = {"federated": BLUE, "personal": VERMILION, "local": GREY}
+MODEL_COLOURS = {"federated": BLUE, "personal": VERMILION, "local": GREY}
 MARGIN_STYLES = [
     {"color": color, "linestyle": style}
     for color, style in zip(

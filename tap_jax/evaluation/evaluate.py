@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import jax
 import numpy as np
 
-from tap_jax.blocks import Blocks, Stack
+from tap_jax.blocks import Blocks, Params
 from tap_jax.data.families import Family, offsets
 from tap_jax.data.packing import RowShape, capacities, pack, padded
 from tap_jax.data.sampling import row_shapes
@@ -95,8 +95,8 @@ class Evaluator:
                 self._programs[family.name],
                 (
                     *abstract((engine.frozen, self.arrays[family.name]), engine.shared),
-                    cohort.abstract_stack(engine.finished.like),
-                    abstract(cohort.seats, engine.by_client),
+                    cohort.abstract_params(engine.finished.like),
+                    abstract(cohort.layout, engine.by_client),
                     abstract(rows, engine.by_row),
                 ),
             )
@@ -107,7 +107,7 @@ class Evaluator:
         return np.arange(len(self.tests[task])) if self.personal is None else self.personal[client][task]
 
     def predict(
-        self, cohort: Cohort, stack: Stack, wanted: Mapping[str, set[int]], name: str = "the model"
+        self, cohort: Cohort, params: Params, wanted: Mapping[str, set[int]], name: str = "the model"
     ) -> dict[tuple[int, str], np.ndarray]:
         """Predictions of the cohort's clients.
 
@@ -128,8 +128,8 @@ class Evaluator:
                 values = self._programs[family.name](
                     self.engine.frozen,
                     self.arrays[family.name],
-                    stack,
-                    cohort.seats,
+                    params,
+                    cohort.layout,
                     self.engine.devices.put(rows, ROWS),
                 )
                 if jax.default_backend() == "cpu":  # which would run all families side by side, each with its memory
@@ -223,13 +223,13 @@ class Evaluator:
         for client, mine in models.items():
             finite[client] &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dict(mine)))
         wanted = {task.name: {k for k in models if mask[k, o]} for o, task in enumerate(self.engine.tasks)}
-        stack = cohort.load(models, like=self.engine.finished.like)
+        params = cohort.load(models, like=self.engine.finished.like)
         if self.sampler:
-            self.sampler.images(variant, cohort, stack)
-        return self._score_all(variant, self.predict(cohort, stack, wanted, variant), finite)
+            self.sampler.images(variant, cohort, params)
+        return self._score_all(variant, self.predict(cohort, params, wanted, variant), finite)
 
     def evaluate_server(
-        self, variant: str, server: Stack, finite: np.ndarray | None = None, seen: np.ndarray | None = None
+        self, variant: str, server: Params, finite: np.ndarray | None = None, seen: np.ndarray | None = None
     ) -> list[Row]:
         """The server's blocks for every client; with common test sets each task is predicted once.
 
@@ -245,13 +245,13 @@ class Evaluator:
         rows = []
         owners = {task.name: np.flatnonzero(mask[:, o]) for o, task in enumerate(self.engine.tasks)}
         wanted = {name: {int(k) for k in (found if self.personal else found[:1])} for name, found in owners.items()}
-        for cohort in self.engine.passes(0):
+        for cohort in self.engine.client_batches(0):
             present = {name: clients & {int(k) for k in cohort.clients} for name, clients in wanted.items()}
             if any(present.values()):
-                stack = cohort.broadcast(server)
+                params = cohort.broadcast(server)
                 if self.sampler:
-                    self.sampler.images(variant, cohort, stack)
-                rows += self._score_all(variant, self.predict(cohort, stack, present, variant), finite)
+                    self.sampler.images(variant, cohort, params)
+                rows += self._score_all(variant, self.predict(cohort, params, present, variant), finite)
         if self.personal is None:
             rows = [Row({**row, "client": int(k)}) for row in rows for k in owners[row["task"]]]
         return rows

@@ -13,13 +13,14 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Seats, Stack
+from tap_jax.blocks import Params
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
 from tap_jax.data.store import cut
 from tap_jax.data.text import WordPiece
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.objective import take_parts
+from tap_jax.engine.packed import Layout
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
 from tap_jax.federation import Task
 
@@ -65,7 +66,7 @@ class TestRows(struct.PyTreeNode):
 def predictor(
     engine: Engine, family: Family, shapes: Sequence[RowShape], tokenizer: WordPiece | None, output: Callable
 ) -> Callable:
-    """(frozen, fields, stack, seats, rows) -> per shape [D, E, N, S, ...]: what `output` makes of a sample, or answers.
+    """(frozen, fields, params, layout, rows) -> per shape [D, E, N, S, ...]: what `output` makes of it, or answers.
 
     Args:
       shapes: of the rows, which are a tuple of one `TestRows` for each.
@@ -88,12 +89,12 @@ def image(task: Task, outputs: Array, batch: Mapping[str, Array]) -> Array:
 
 
 def _predict(
-    output, model, task: Task, table, shapes, tokenizer, frozen, fields, stack: Stack, seats: Seats, tests
+    output, model, task: Task, table, shapes, tokenizer, frozen, fields, params: Params, layout: Layout, tests
 ) -> tuple[Array, ...]:
     """Predictions of every row of a shard, per shape [N, S, ...]; rows past `count` are not computed."""
 
     def one(rows: TestRows, shape: RowShape, n):
-        parts = take_parts(stack, seats, table, rows.client[n], rows.variant[n])
+        parts = take_parts(params, layout, table, rows.client[n], rows.variant[n])
         text_at = None if rows.text_at is None else rows.text_at[n]
         batch = cut(fields, jnp.maximum(rows.ids[n], 0), shape, text_at)
         vectors = model.represent(frozen, parts, task, batch)

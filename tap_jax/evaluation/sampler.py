@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from tap_jax.blocks import Stack
+from tap_jax.blocks import Params
 from tap_jax.compiling import compiler_options
 from tap_jax.data.families import Family
 from tap_jax.data.packing import padded
@@ -46,7 +46,7 @@ class Sampler:
                 (generated,), references = decode(ids[None]), tuple(test.references[example])
                 self.samples.append(TextSample(variant, client, task.name, example, given, generated, references))
 
-    def images(self, variant: str, cohort: Cohort, stack: Stack) -> None:
+    def images(self, variant: str, cohort: Cohort, params: Params) -> None:
         """Sees the models of a cohort before they are scored."""
         for family, painter in self._painters.items() if variant == self.variant else ():
             rows, kept = self._rows(cohort, family)
@@ -55,8 +55,8 @@ class Sampler:
                 painted = painter(
                     self.engine.frozen,
                     self.evaluator.arrays[family.name],
-                    stack,
-                    cohort.seats,
+                    params,
+                    cohort.layout,
                     self.engine.devices.put((rows,), ROWS),
                 )
                 painted = to_uint8(self.engine.devices.fetch(painted[0]))

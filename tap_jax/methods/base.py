@@ -1,29 +1,31 @@
 """What a method is: pure functions of the state and of a cohort that can train.
 
 The engine knows no method by name. It hands a method two things to compose. A `Cohort`: the clients of a round (or of a
-pass over all clients) with the compiled operations on their stacks; see `methods/tap.py`. And, inside the compiled
-local training, the `Tools` of one step: gradient, update, collect; see `plain_step` here and `methods/per_fedavg.py`.
+pass over all clients) with the compiled operations on their parameters; see `methods/tap.py`. And, inside the compiled
+local training, the `Tools` of one step: gradient, update, statistics; see `plain_step` and `methods/per_fedavg.py`.
 
 Letters: K clients of the federation, P positions of a cohort (some may be empty), O tasks, R blocks, s samples of a
-row; D shards of a cohort, G slots of a group of blocks, n parameters of one of them, B blocks of the group.
+row; D shards of a cohort, G slots of a shape class, n parameters of one of its blocks, B blocks of the class.
 
-A stack of a cohort is group -> float32 [D, G, n]; the server's, with a slot for each block, [B, n]. Inside a step,
-which sees one shard, P is of that shard and a stack is [G, n].
+The parameters of a cohort are a tree of float32 arrays for `jax.tree.map` and optax. How the engine packs them: shape
+class -> [D, G, n]; the server's, with a slot for each block, [B, n]. Inside a step, which sees one shard, P is of that
+shard and they are [G, n].
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Blocks, Stack, Tree
+from tap_jax.blocks import Blocks, Params, Tree
 from tap_jax.federation import Task
 
 
-class StoredChain(Protocol):
+class StoredModels(Protocol):
     """Blocks of all clients that are not in memory; see `engine.store`."""
 
     def __len__(self) -> int: ...
@@ -31,12 +33,12 @@ class StoredChain(Protocol):
     def __getitem__(self, client: int) -> Blocks:
         """The client's blocks, copied into memory."""
 
-    def put(self, update: Mapping[int, Blocks]) -> "StoredChain":
-        """The chain with the updated clients' blocks exchanged; this one stays as it is."""
+    def put(self, update: Mapping[int, Blocks]) -> "StoredModels":
+        """The models with the updated clients' blocks exchanged; these stay as they are."""
 
 
 # One mapping of owned blocks per client, on the host.
-Chain = tuple[Blocks, ...] | StoredChain
+ClientModels = tuple[Blocks, ...] | StoredModels
 
 
 class State(struct.PyTreeNode):
@@ -44,29 +46,29 @@ class State(struct.PyTreeNode):
 
     Attributes:
       round: rounds done.
-      server: W̃, stack with one slot per block.
-      chains: name -> one mapping of owned blocks per client, in memory or on disk. "personal" is X, "local" the chain
-        of a client that never communicates.
+      server: W̃, parameters with one slot per block.
+      client_models: name -> one mapping of owned blocks per client, in memory or on disk. "personal" is X, "local" the
+        model of a client that never communicates.
       local_loss: h^(l), float32 [K, O]; +inf before the first participation.
-      personal_loss: name of a personal chain -> h^(p), likewise.
-      replacements: name of a personal chain -> int32 [K, O], how often R_i[o] was 1.
+      personal_loss: name of a personal model -> h^(p), likewise.
+      replacements: name of a personal model -> int32 [K, O], how often R_i[o] was 1.
       seen: bool [K, O], tasks that have ever been in a minibatch of the rounds.
-      finite: name of a trained chain ("federated" or one of `chains`) -> bool [K, O]: the task's loss has always
+      finite: name of a trained model ("federated" or one of `client_models`) -> bool [K, O]: the task's loss has always
         been a number.
-      moments: where optimizer states persist, name of a trained chain -> per client, block -> float32 [1 + 2n]: steps
+      moments: where optimizer states persist, name of a trained model -> per client, block -> float32 [1 + 2n]: steps
         taken, first and second moments; else empty. Cohorts are given them and the loop takes them back: methods
         need not know.
     """
 
     round: int
-    server: Stack
-    chains: Mapping[str, Chain]
+    server: Params
+    client_models: Mapping[str, ClientModels]
     local_loss: np.ndarray
     personal_loss: Mapping[str, np.ndarray]
     replacements: Mapping[str, np.ndarray]
     seen: np.ndarray
     finite: Mapping[str, np.ndarray]
-    moments: Mapping[str, Chain] = struct.field(default_factory=dict)
+    moments: Mapping[str, ClientModels] = struct.field(default_factory=dict)
 
 
 class Losses(Protocol):
@@ -90,7 +92,7 @@ class Row(NamedTuple):
       batch: the samples' fields, [s, ...].
       weights: float32 [s]; over a client's minibatch and task they add up to 1, and padding has 0.
       client: int32, position in the cohort shard.
-      take: a stack -> the parts of this row's forward pass, of the row's client.
+      take: parameters -> the parts of this row's forward pass, of the row's client.
       key: dropout key of the row.
     """
 
@@ -99,8 +101,12 @@ class Row(NamedTuple):
     batch: Mapping[str, Array]
     weights: Array
     client: Array
-    take: Callable[[Stack], Tree]
+    take: Callable[[Params], Tree]
     key: Array
+
+    def total(self, losses: Array) -> Array:
+        """Σ_n w_n ℓ_n over the row's real samples: losses float32 [s] -> a scalar."""
+        return jnp.where(self.weights > 0, self.weights * losses, 0).sum()
 
 
 class StepLosses(NamedTuple):
@@ -112,7 +118,7 @@ class StepLosses(NamedTuple):
 
 
 class Tools(Protocol):
-    """What one step of local training is made of; every stack is the whole cohort's.
+    """What one step of local training is made of; all parameters are the whole cohort's.
 
     Attributes:
       rate: η of every slot, group -> float32 [G, 1]: clients that train side by side may be of different rounds.
@@ -122,45 +128,48 @@ class Tools(Protocol):
     rate: Mapping[str, Array]
     no_losses: StepLosses
 
-    def gradient(self, stack: Stack, aid: Any = None, *, draw: Any = 0) -> tuple[Stack, StepLosses]:
-        """Gradient of Σ_o λ_o ℓ_o, plus the rule's `extra_loss` given `aid`, on minibatch number `draw` of the step.
+    def gradient(self, params: Params, auxiliary: Any = None, *, minibatch: Any = 0) -> tuple[Params, StepLosses]:
+        """Gradient of Σ_o λ_o ℓ_o plus the rule's `extra_loss`, on minibatch number `minibatch` of the step.
 
         Args:
-          stack: group -> [G, n], where the gradient is taken.
-          aid: what the extra loss is given.
-          draw: 0 to `LocalRule.draws` - 1; a number or an int32 scalar.
+          params: group -> [G, n], where the gradient is taken.
+          auxiliary: what the extra loss is given.
+          minibatch: 0 to `LocalRule.minibatches_per_step` - 1; a number or an int32 scalar.
 
         Returns:
-          The gradient, group -> float32 [G, n] as the stack, 0 in idle slots; and the losses, [P, O].
+          The gradient, group -> float32 [G, n] as the parameters, 0 in free slots; and the losses, [P, O].
         """
 
-    def collect(self, stack: Stack, *, draw: Any = 0) -> Mapping[str, Any]:
-        """Sums of the rule's `measure` over a client's minibatch: name -> leaves [P, ...]; same dropout as `gradient`.
+    def statistics(self, params: Params, *, minibatch: Any = 0) -> Mapping[str, Any]:
+        """The rule's `statistics`, summed over a client's minibatch: name -> leaves [P, ...]; dropout as of `gradient`.
 
-        Only for clients that the rule says are `coupled`; others may have sums of 0, or of part of the minibatch.
+        Only for clients of which the rule says `needs_statistics`; others may have sums of 0, or of a part of the
+        minibatch.
         """
 
-    def update(self, stack: Stack, state: Mapping, gradient: Stack) -> tuple[Stack, Mapping]:
+    def update(self, params: Params, state: Mapping, gradient: Params) -> tuple[Params, Mapping]:
         """One clipped AdamW update of the clients that take this step; the blocks of others stay as they are.
 
         Args:
-          stack: group -> [G, n].
+          params: group -> [G, n].
           state: the optimizer's, a mapping by group; a step is given it, and hands on what this returns.
           gradient: group -> [G, n].
 
         Returns:
-          The new stack and state, of the same groups and shapes.
+          The new parameters and state, of the same shape classes and shapes.
         """
 
 
-# (tools, stack, optimizer state, aid) -> (stack, optimizer state, the step's losses)
-LocalStep = Callable[[Tools, Stack, Mapping, Any], tuple[Stack, Mapping, StepLosses]]
+# `ServerModel.forward`: (frozen, parts, task, batch, key=...) -> (outputs, latents)
+Forward = Callable[..., tuple[Any, Array]]
+# (tools, params, optimizer state, teacher) -> (params, optimizer state, the step's losses)
+LocalStep = Callable[[Tools, Params, Mapping, Any], tuple[Params, Mapping, StepLosses]]
 
 
-def plain_step(tools: Tools, stack: Stack, state: Mapping, aid: Any) -> tuple[Stack, Mapping, StepLosses]:
+def plain_step(tools: Tools, params: Params, state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
     """One gradient, one AdamW update: Local, FedAvg, TAP."""
-    gradient, losses = tools.gradient(stack, aid)
-    return *tools.update(stack, state, gradient), losses
+    gradient, losses = tools.gradient(params, teacher)
+    return *tools.update(params, state, gradient), losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,24 +178,24 @@ class LocalRule:
 
     Attributes:
       step: see `LocalStep`.
-      draws: minibatches that one step reads, drawn independently of each other.
-      guided: whether training may be given a second stack (`Cohort.train`'s `teacher`). A step's `aid` is then
-        (whether it was, bool; that stack, or zeros), else None.
-      also_alone: it does without, too: in trainings that are given none, `aid` may be None, which saves the memory of
-        the zeros where blocks are large.
-      extra_loss: (row, outputs, latents, aid) -> a further term of the objective on this row, a scalar; `outputs` and
-        `latents` are those of the model's `forward`. It is added to λ_o ℓ_o as it is.
-      measure: (row, latents) -> name -> tree of sums over the row's samples, for `Tools.collect`.
-      coupled: tasks of a client -> whether it is worth collecting for.
+      minibatches_per_step: minibatches that one step reads, drawn independently of each other.
+      takes_teacher: whether training may be given a teacher's parameters (`Cohort.train`'s `teacher`). A step's
+        `teacher` is then (whether there is one, bool; its parameters, or zeros), else None.
+      teacher_optional: it does without, too: in trainings that are given none, `teacher` may be None, which saves the
+        memory of the zeros where blocks are large.
+      extra_loss: (row, outputs, latents, auxiliary) -> a further term of the objective on this row, a scalar; outputs
+        and latents are those of the model's `forward`. It is added to λ_o ℓ_o as it is.
+      statistics: (row, latents) -> name -> tree of sums over the row's samples, for `Tools.statistics`.
+      needs_statistics: tasks of a client -> whether its step reads them.
     """
 
     step: LocalStep = plain_step
-    draws: int = 1
-    guided: bool = False
-    also_alone: bool = False
+    minibatches_per_step: int = 1
+    takes_teacher: bool = False
+    teacher_optional: bool = False
     extra_loss: Callable[[Row, Array, Array, Any], Array] | None = None
-    measure: Callable[[Row, Array], Mapping[str, Any]] | None = None
-    coupled: Callable[[Sequence[Task]], bool] = lambda tasks: False
+    statistics: Callable[[Row, Array], Mapping[str, Any]] | None = None
+    needs_statistics: Callable[[Sequence[Task]], bool] = lambda tasks: False
 
 
 PLAIN = LocalRule()
@@ -201,78 +210,78 @@ class Cohort(Protocol):
 
     clients: np.ndarray
 
-    def broadcast(self, server: Stack) -> Stack:
-        """W̃[i] for every client: the server's stack [B, n] -> [D, G, n]."""
+    def broadcast(self, server: Params) -> Params:
+        """W̃[i] for every client: the server's parameters [B, n] -> [D, G, n]."""
 
-    def load(self, chain: Sequence[Blocks] | Mapping[int, Blocks], rest: Stack | None = None) -> Stack:
-        """The clients' blocks from a chain of the state; where that is of private blocks, with those of `rest`.
+    def load(self, models: Sequence[Blocks] | Mapping[int, Blocks], rest: Params | None = None) -> Params:
+        """The clients' blocks from models of the state; where those are of private blocks, with those of `rest`.
 
         Args:
-          chain: client number -> its blocks, for the cohort's clients at least.
-          rest: a stack of the groups that the chain does not have; taken as it is.
+          models: client number -> its blocks, for the cohort's clients at least.
+          rest: parameters of the shape classes that the models do not have; taken as they are.
 
         Returns:
-          Group -> float32 [D, G, n], on the devices; 0 in idle slots.
+          Group -> float32 [D, G, n], on the devices; 0 in free slots.
         """
 
-    def put(self, chain: Chain, stack: Stack) -> Chain:
-        """The chain with the clients' blocks exchanged for those of the stack; the given one is as it was.
+    def put(self, models: ClientModels, params: Params) -> ClientModels:
+        """The models with the clients' blocks exchanged for those of `params`; the given ones are as they were.
 
         Args:
-          stack: [D, G, n]; groups that the chain does not have are left out.
+          params: [D, G, n]; groups that the models do not have are left out.
         """
 
-    def unload(self, stack: Stack) -> dict[int, Blocks]:
-        """Client number -> its blocks by name, on the host, from a stack [D, G, n]; no entry for empty positions."""
+    def unload(self, params: Params) -> dict[int, Blocks]:
+        """Client number -> its blocks by name, on the host, from parameters [D, G, n]; no entry for empty positions."""
 
     def train(
         self,
-        stack: Stack,
-        purpose: str,
+        params: Params,
+        phase: str,
         *,
-        chain: str | None = None,
+        model: str | None = None,
         post: bool = False,
-        teacher: Stack | None = None,
+        teacher: Params | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
-    ) -> tuple[Stack, "Losses"]:
-        """Local training -> (stack, Losses): τ steps of the round, or P steps after the last one.
+    ) -> tuple[Params, "Losses"]:
+        """Local training -> (params, Losses): τ steps of the round, or P steps after the last one.
 
-        `purpose` names the draw of minibatches and dropout. `chain` is what is trained, where optimizer states persist
-        (default: what the purpose says). The stack given is consumed, the teacher is not; for a TAP-like rule the loss
-        is equation 6 where there is one. `steps`: only those from the first to before the second; where the first is
-        not 0, the optimizer goes on from the call before. `idle`, bool [P]: positions that take none of them.
+        `phase` names the random stream of minibatches and dropout. `model` is what is trained, where optimizer states
+        persist (default: what the phase says). The parameters given are consumed, the teacher's are not; for TAP's rule
+        the loss is equation 6 where there is a teacher. `steps`: only those from the first to before the second; where
+        the first is not 0, the optimizer goes on from the call before. `idle`, bool [P]: positions that take none.
         """
 
-    def aggregate(self, server: Stack, stack: Stack, losses: "Losses") -> Stack:
+    def aggregate(self, server: Params, params: Params, losses: "Losses") -> Params:
         """Component-wise FedAvg, or its private form; an update that screening drops has no say.
 
         Args:
           server: what was broadcast in this round, [B, n].
-          stack: what the clients send, [D, G, n].
+          params: what the clients send, [D, G, n].
           losses: of the training that made it; screening reads them.
 
         Returns:
-          The server's new stack, [B, n].
+          The server's new parameters, [B, n].
         """
 
-    def replace(self, personal: Stack, federated: Stack, indicator: Array) -> Stack:
+    def replace(self, personal: Params, federated: Params, indicator: Array) -> Params:
         """Equation 4 with R = `indicator` bool [P, O]."""
 
-    def held_out_loss(self, stack: Stack) -> Array:
+    def held_out_loss(self, params: Params) -> Array:
         """Mean loss of every client and task on its held-out samples, without dropout, float32 [P, O].
 
         0 where a client has none of the task.
         """
 
-    def task_gradient(self, stack: Stack, task: Task) -> Stack:
+    def task_gradient(self, params: Params, task: Task) -> Params:
         """Gradient of ℓ_o alone, without dropout, on a minibatch of the client's samples; 0 for clients without any."""
 
-    def similarity(self, stack: Stack, other: Stack) -> Array:
+    def similarity(self, params: Params, other: Params) -> Array:
         """Mean cosine between two models' mean path vectors of the same held-out samples, float32 [P, O]."""
 
-    def inner(self, stack: Stack, other: Stack) -> Array:
-        """Inner products of two stacks per client and block, float32 [P, R]."""
+    def inner(self, params: Params, other: Params) -> Array:
+        """Inner products of two models per client and block, float32 [P, R]."""
 
 
 class Trained(NamedTuple):
@@ -283,7 +292,7 @@ class Trained(NamedTuple):
       losses: of that training, [P, O].
     """
 
-    federated: Stack
+    federated: Params
     losses: "Losses"
 
 
@@ -299,7 +308,7 @@ class SplitRound:
       federated: (cohort, state) -> (state, `Trained`). The state's round and server's blocks are new; of all else, the
         method may read only what the personal part does not write.
       personal: (cohort, state, `Trained`) -> (state, metrics). The cohort's clients may be of different rounds. It
-        writes clients' chains and rows of the state's tables; it neither reads nor writes the server's blocks or the
+        writes clients' models and rows of the state's tables; it neither reads nor writes the server's blocks or the
         round. Metrics are those of `Method.round`. Who calls it keeps no reference to its `Trained`.
     """
 
@@ -317,17 +326,17 @@ class Method:
     """A federated algorithm.
 
     Attributes:
-      chains: names of the per-client chains that the state must carry.
+      client_models: names of the models of each client that the state must carry.
       round: (cohort, state) -> (state, metrics). Metrics are tables [P, O]: "seen", and of "federated_loss",
         "personal_loss" and "local_loss" those that the method has; "replaced" maps variants to such tables. A
         `SplitRound` where a part of it may be deferred.
       finish: (cohort, state, variants) yields (variant, client -> blocks), for one pass over some clients after the
         last round. It leaves out variants whose models are the server's blocks.
       rule: how clients train locally.
-      margins: name of a personal chain -> variant, for each chain with its own margins.
+      margins: name of a personal model -> variant, for each with margins of its own.
     """
 
-    chains: tuple[str, ...]
+    client_models: tuple[str, ...]
     round: Callable[[Cohort, State], tuple[State, dict[str, Any]]]
     finish: Callable[[Cohort, State, Sequence[str]], Iterator[tuple[str, dict[int, Blocks]]]]
     rule: LocalRule = PLAIN
@@ -348,8 +357,8 @@ def take_rows(table: np.ndarray, clients: np.ndarray) -> np.ndarray:
     return table[np.maximum(clients, 0)]
 
 
-def put_chain(chain: Chain, update: Mapping[int, Blocks]) -> Chain:
-    """The chain with the updated clients' blocks exchanged; the others, and the given chain, are as they were."""
-    if not isinstance(chain, tuple):  # on disk
-        return chain.put(update)
-    return tuple(update.get(client, blocks) for client, blocks in enumerate(chain))
+def put_models(models: ClientModels, update: Mapping[int, Blocks]) -> ClientModels:
+    """The models with the updated clients' blocks exchanged; the others, and the given ones, are as they were."""
+    if not isinstance(models, tuple):  # on disk
+        return models.put(update)
+    return tuple(update.get(client, blocks) for client, blocks in enumerate(models))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.blocks import Stack, replacement_indicator
+from tap_jax.blocks import Params, replacement_indicator
 from tap_jax.federation import Task
 from tap_jax.methods.base import Cohort
 
@@ -25,7 +25,7 @@ class Evidence(NamedTuple):
 
     Attributes:
       cohort: the clients, with the operations of `Cohort`.
-      federated, personal: stacks W̃[i] and X[i]; not to be consumed.
+      federated, personal: W̃[i] and X[i], packed; not to be consumed.
       federated_loss, personal_loss: h^(l), h^(p) float32 [P, O]; h^(p) is +inf before the first participation.
       margin: m, float32 [O] or [P, O].
       seen: bool [P, O], tasks in the round's minibatches.
@@ -33,8 +33,8 @@ class Evidence(NamedTuple):
     """
 
     cohort: Cohort
-    federated: Stack
-    personal: Stack
+    federated: Params
+    personal: Params
     federated_loss: Array
     personal_loss: Array
     margin: Array

@@ -31,7 +31,7 @@ def groups_of(task: Task) -> tuple[str, ...]:
     return tuple(f"{modality}/{task.kind}" for modality in task.modalities)
 
 
-def coupled(tasks: Sequence[Task]) -> bool:
+def has_counterparts(tasks: Sequence[Task]) -> bool:
     """Whether a client with these tasks can have a pair of groups."""
     return len({group for task in tasks for group in groups_of(task)}) > 1
 
@@ -85,13 +85,13 @@ def disentafl(*, weight: float = 0.5) -> Method:
       weight: of the disentanglement loss (Table 21).
     """
 
-    def step(tools: Tools, stack, state, aid):
-        others = counterparts(tools.collect(stack))
-        gradient, losses = tools.gradient(stack, others)
-        return *tools.update(stack, state, gradient), losses
+    def step(tools: Tools, params, state, teacher):
+        others = counterparts(tools.statistics(params))
+        gradient, losses = tools.gradient(params, others)
+        return *tools.update(params, state, gradient), losses
 
     def extra_loss(row: Row, outputs: Array, latents: Array, others) -> Array:
         return weight * disentanglement(row, latents, others)
 
-    rule = LocalRule(step, extra_loss=extra_loss, measure=second_moments, coupled=coupled)
+    rule = LocalRule(step, extra_loss=extra_loss, statistics=second_moments, needs_statistics=has_counterparts)
     return fedavg("disentafl", rule)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tap_jax.blocks import Blocks, Stack
+from tap_jax.blocks import Blocks, Params
 from tap_jax.methods.base import Cohort
 
 
@@ -27,8 +27,8 @@ class Patience:
 def distil(
     cohort: Cohort,
     blocks: Sequence[Blocks] | Mapping[int, Blocks],
-    chain: str,
-    teacher: Stack | None,
+    model: str,
+    teacher: Params | None,
     patience: Patience | None = None,
 ) -> dict[int, Blocks]:
     """Stage 2 of every client of the cohort: client number -> its blocks.
@@ -38,29 +38,29 @@ def distil(
     A client without held-out samples takes all P steps.
 
     Args:
-      blocks: the students, by client number; `chain`: whose they are.
+      blocks: the students, by client number; `model`: whose they are.
       teacher: not consumed; None: the tasks' losses alone.
     """
-    stack = cohort.load(blocks)
+    params = cohort.load(blocks)
     if patience is None:
-        return cohort.unload(cohort.train(stack, "distil", chain=chain, post=True, teacher=teacher)[0])
-    least = np.asarray(cohort.held_out_loss(stack)).sum(1)
-    found, stale, start = cohort.unload(stack), np.zeros(len(least), int), 0
+        return cohort.unload(cohort.train(params, "distil", model=model, post=True, teacher=teacher)[0])
+    least = np.asarray(cohort.held_out_loss(params)).sum(1)
+    found, stale, start = cohort.unload(params), np.zeros(len(least), int), 0
     while start < patience.steps and (stale < patience.looks).any():
         stop = min(start + patience.every, patience.steps)
-        stack, _ = cohort.train(
-            stack,
+        params, _ = cohort.train(
+            params,
             "distil",
-            chain=chain,
+            model=model,
             post=True,
             teacher=teacher,
             steps=(start, stop),
             idle=stale >= patience.looks,
         )
-        now = np.asarray(cohort.held_out_loss(stack)).sum(1)
+        now = np.asarray(cohort.held_out_loss(params)).sum(1)
         # A loss of 0: nothing is held out, so nothing says when to stop.
         better = ((now < least) | (now == 0) & (cohort.clients >= 0)) & (stale < patience.looks)
         least, stale, start = np.where(better, now, least), np.where(better, 0, stale + 1), stop
         clients = cohort.clients[better]
-        found |= {k: mine for k, mine in cohort.unload(stack).items() if k in clients}
+        found |= {k: mine for k, mine in cohort.unload(params).items() if k in clients}
     return found

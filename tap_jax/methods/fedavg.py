@@ -24,14 +24,14 @@ def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
     ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
 
-def still_finite(cohort: Cohort, state: State, chain: str, losses: Losses) -> dict:
-    """`State.finite` after training `chain`."""
-    finite = put_rows(state.finite[chain], cohort.clients, losses.mean() * 0 == 0, losses.seen) & state.finite[chain]
-    return {**state.finite, chain: finite}
+def still_finite(cohort: Cohort, state: State, model: str, losses: Losses) -> dict:
+    """`State.finite` after training `model`."""
+    finite = put_rows(state.finite[model], cohort.clients, losses.mean() * 0 == 0, losses.seen) & state.finite[model]
+    return {**state.finite, model: finite}
 
 
 def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
-    """FedAvg as a method: no chains beside the server's.
+    """FedAvg as a method: no client models beside the server's.
 
     Args:
       name: of its variants NAME (the server's blocks), NAME+post and NAME+2p.
@@ -41,10 +41,10 @@ def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
         if not {f"{name}+post", f"{name}+2p"} & set(variants):
             return
-        stack, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
+        params, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
         if f"{name}+post" in variants:
-            yield f"{name}+post", cohort.unload(stack)
+            yield f"{name}+post", cohort.unload(params)
         if f"{name}+2p" in variants:
-            yield f"{name}+2p", cohort.unload(cohort.train(stack, "post_again", post=True)[0])
+            yield f"{name}+2p", cohort.unload(cohort.train(params, "post_again", post=True)[0])
 
     return Method((), federated_round, finish, rule)

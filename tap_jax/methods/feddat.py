@@ -14,7 +14,7 @@ afterwards (+ post): each client goes on so, for P iterations
 "Heads" are all trainables that are no adapters: decoders, glue of the encoders, shared projection. The teacher is what
 is evaluated. A minibatch has one dropout mask for all its forward passes.
 
-In a client's stack A1 sits in the groups of the model's adapters and A0 in their private twins
+In a client's parameters A1 lies in the shape classes of the model's adapters and A0 in their private twins
 (`Partition.with_private`).
 """
 
@@ -25,31 +25,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tap_jax.blocks import PRIVATE, Blocks, Stack, Tree
-from tap_jax.methods.base import Cohort, LocalRule, Method, Row, State, StepLosses, Tools
+from tap_jax.blocks import PRIVATE, Blocks, Params, Tree
+from tap_jax.methods.base import Cohort, Forward, LocalRule, Method, Row, State, StepLosses, Tools
 from tap_jax.methods.fedavg import still_finite
+from tap_jax.methods.losses import distillation_loss
 
-CHAIN = "private"
-
-
-def with_own(stack: Stack) -> dict[str, Array]:
-    """The stack as a model with A0 sees it: in the place of A1, and no private groups."""
-    return {group: stack.get(PRIVATE + group, matrix) for group, matrix in shared(stack).items()}
+MODEL = "private"
 
 
-def shared(stack: Stack) -> dict[str, Array]:
-    """The stack as a model with A1 sees it."""
-    return {group: matrix for group, matrix in stack.items() if not group.startswith(PRIVATE)}
+def with_own(params: Params) -> dict[str, Array]:
+    """The parameters as a model with A0 sees it: in the place of A1, and no private groups."""
+    return {group: params.get(PRIVATE + group, matrix) for group, matrix in shared(params).items()}
 
 
-def put(stack: Stack, seen: Stack, own: Array) -> dict[str, Array]:
-    """`stack` with what a model saw put back: adapters into A0 where `own`, else into A1; the rest as it is."""
-    out = dict(stack)
+def shared(params: Params) -> dict[str, Array]:
+    """The parameters as a model with A1 sees it."""
+    return {group: matrix for group, matrix in params.items() if not group.startswith(PRIVATE)}
+
+
+def put(params: Params, seen: Params, own: Array) -> dict[str, Array]:
+    """`params` with what a model saw put back: adapters into A0 where `own`, else into A1; the rest as it is."""
+    out = dict(params)
     for group, matrix in seen.items():
         twin = PRIVATE + group
-        if twin in stack:
-            out[twin] = choose(own, matrix, stack[twin])
-            out[group] = choose(own, stack[group], matrix)
+        if twin in params:
+            out[twin] = choose(own, matrix, params[twin])
+            out[group] = choose(own, params[group], matrix)
         else:
             out[group] = matrix
     return out
@@ -60,72 +61,94 @@ def choose(flag: Array, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
 
 
-def step(tools: Tools, stack: Stack, state: Mapping, aid: Any) -> tuple[Stack, Mapping, StepLosses]:
+def step(tools: Tools, params: Params, state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
     """Both updates on one minibatch, as two turns of one loop, so that the gradient is compiled once.
 
     The losses are those of A1's turn, since that is what the client sends.
     """
-    _, received = aid
-    before = stack
+    _, received = teacher
+    before = params
 
     def turn(number, carry):
-        stack, state, sent = carry
+        params, state, sent = carry
         own = number == 1
-        seen, moments = (choose(own, with_own(tree), shared(tree)) for tree in (stack, state))
+        seen, moments = (choose(own, with_own(tree), shared(tree)) for tree in (params, state))
         # The teacher: the heads as they are with A0 and, of what was received, A2. In the second turn A1 as it was
         # before the first; ½A1 + ½A1 = A1 to the bit.
         first = choose(own, shared(before), with_own(before))
         second = choose(own, shared(before), shared(received))
         gradient, losses = tools.gradient(seen, (first, second))
         seen, moments = tools.update(seen, moments, gradient)
-        return put(stack, seen, own), put(state, moments, own), choose(own, sent, losses)
+        return put(params, seen, own), put(state, moments, own), choose(own, sent, losses)
 
-    return jax.lax.fori_loop(0, 2, turn, (stack, state, tools.no_losses))
+    return jax.lax.fori_loop(0, 2, turn, (params, state, tools.no_losses))
+
+
+def adapter_divergence(
+    forward: Forward, dual: Callable[[Tree, Tree], Tree], *, weight: float, image_loss: str
+) -> Callable[[Row, Any, Array, Any], Array]:
+    """weight · Σ_n w_n KL_n(teacher ‖ model being trained) of a row, as `LocalRule.extra_loss`.
+
+    The teacher has two sets of adapters, ½ each, and all other parts of the first. It has the row's dropout, and no
+    gradient flows through it.
+    """
+
+    def term(row: Row, outputs: Any, latents: Array, both: tuple[Params, Params]) -> Array:
+        first, second = both
+        parts = dual(row.take(first), row.take(second))
+        teacher, _ = forward(row.frozen, parts, row.task, row.batch, key=row.key)
+        teacher = jax.lax.stop_gradient(teacher)
+        return weight * row.total(distillation_loss(row.task.kind, teacher, outputs, row.batch, image_loss=image_loss))
+
+    return term
 
 
 def feddat(
-    divergence: Callable[[Row, Array, Stack, Stack], Array], teacher: Callable[[Blocks, Blocks], Blocks]
+    forward: Forward,
+    dual: Callable[[Blocks, Blocks], Blocks],
+    *,
+    weight: float = 2e-3,
+    image_loss: str = "kl",
 ) -> Method:
     """FedDAT as a method, with the variants "feddat" and "feddat+post".
 
     Args:
-      divergence: (row, outputs, first, second) -> weight · KL between the outputs of the model with both stacks'
-        adapters, ½ each (other parts from the first), and `outputs`: a scalar.
-      teacher: (a client's blocks with A0 in their place, A2's) -> blocks of the dual-adapter teacher, on the host.
+      forward: `ServerModel.forward`.
+      dual: `ServerModel.dual`: (blocks or parts with the first adapters, with the second) -> with both, ½ each.
+      weight: of the KL terms (Table 21).
+      image_loss: of `losses.distillation_loss`.
     """
 
-    def extra_loss(row: Row, outputs: Array, latents: Array, stacks) -> Array:
-        return divergence(row, outputs, *stacks)
-
-    def start(cohort: Cohort, state: State) -> tuple[Stack, Stack]:
-        """A client's stack, and what it received of the server."""
+    def start(cohort: Cohort, state: State) -> tuple[Params, Params]:
+        """A client's parameters, and what it received of the server."""
         received = cohort.broadcast(state.server)
-        return cohort.load(state.chains[CHAIN], received), cohort.broadcast(state.server)
+        return cohort.load(state.client_models[MODEL], received), cohort.broadcast(state.server)
 
     def feddat_round(cohort: Cohort, state: State) -> tuple[State, dict]:
-        stack, received = start(cohort, state)
-        stack, losses = cohort.train(stack, "federated", teacher=received)
+        params, received = start(cohort, state)
+        params, losses = cohort.train(params, "federated", teacher=received)
         return state.replace(
             round=state.round + 1,
-            server=cohort.aggregate(state.server, stack, losses),
-            chains={**state.chains, CHAIN: cohort.put(state.chains[CHAIN], stack)},
+            server=cohort.aggregate(state.server, params, losses),
+            client_models={**state.client_models, MODEL: cohort.put(state.client_models[MODEL], params)},
             finite=still_finite(cohort, state, "federated", losses),
         ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
-        stack, received = start(cohort, state)
+        params, received = start(cohort, state)
         frozen_copy = cohort.unload(received)
 
-        def teachers(stack: Stack) -> dict:
-            return {k: teacher(with_own_blocks(mine), frozen_copy[k]) for k, mine in cohort.unload(stack).items()}
+        def teachers(params: Params) -> dict:
+            return {k: dual(with_own_blocks(mine), frozen_copy[k]) for k, mine in cohort.unload(params).items()}
 
         if "feddat" in variants:
-            yield "feddat", teachers(stack)
+            yield "feddat", teachers(params)
         if "feddat+post" in variants:
-            yield "feddat+post", teachers(cohort.train(stack, "post", post=True, teacher=received)[0])
+            yield "feddat+post", teachers(cohort.train(params, "post", post=True, teacher=received)[0])
 
-    rule = LocalRule(step, guided=True, extra_loss=extra_loss)
-    return Method((CHAIN,), feddat_round, finish, rule)
+    divergence = adapter_divergence(forward, dual, weight=weight, image_loss=image_loss)
+    rule = LocalRule(step, takes_teacher=True, extra_loss=divergence)
+    return Method((MODEL,), feddat_round, finish, rule)
 
 
 def with_own_blocks(blocks: Blocks) -> dict:

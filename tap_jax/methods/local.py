@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from tap_jax.methods.base import Cohort, Method, State
 from tap_jax.methods.fedavg import still_finite
 
-CHAIN = "local"
+MODEL = "local"
 
 
 def train_local(cohort: Cohort, state: State) -> tuple[State, dict]:
-    """The cohort's local chains go on for τ iterations; the round counter is left alone."""
-    stack, losses = cohort.train(cohort.load(state.chains[CHAIN]), "local")
-    chain = cohort.put(state.chains[CHAIN], stack)
-    finite = still_finite(cohort, state, CHAIN, losses)
-    state = state.replace(chains={**state.chains, CHAIN: chain}, finite=finite)
+    """The cohort's local models go on for τ iterations; the round counter is left alone."""
+    params, losses = cohort.train(cohort.load(state.client_models[MODEL]), "local")
+    models = cohort.put(state.client_models[MODEL], params)
+    finite = still_finite(cohort, state, MODEL, losses)
+    state = state.replace(client_models={**state.client_models, MODEL: models}, finite=finite)
     return state, {"local_loss": losses.mean(), "seen": losses.seen}
 
 
@@ -29,15 +29,15 @@ def local_round(cohort: Cohort, state: State) -> tuple[State, dict]:
 
 
 def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
-    """Local has no phase after the rounds: its result is its chain."""
-    yield "local", as_it_is(cohort, state, CHAIN)
+    """Local has no phase after the rounds: its result is the local model."""
+    yield "local", as_it_is(cohort, state, MODEL)
 
 
-def as_it_is(cohort: Cohort, state: State, chain: str) -> dict:
-    """Client number -> its blocks of a chain, untouched."""
-    return {int(k): state.chains[chain][k] for k in cohort.clients if k >= 0}
+def as_it_is(cohort: Cohort, state: State, model: str) -> dict:
+    """Client number -> its blocks of a model, untouched."""
+    return {int(k): state.client_models[model][k] for k in cohort.clients if k >= 0}
 
 
 def local() -> Method:
     """Local as a method."""
-    return Method((CHAIN,), local_round, finish)
+    return Method((MODEL,), local_round, finish)

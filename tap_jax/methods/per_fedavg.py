@@ -27,26 +27,26 @@ def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
       exact: with the Hessian-vector product, by forward differentiation of the gradient; else first-order.
     """
 
-    def step(tools: Tools, stack, state, aid):
+    def step(tools: Tools, params, state, teacher):
         alpha = {group: scale * rate for group, rate in tools.rate.items()}
 
-        def descend(draw, carry):
+        def descend(minibatch, carry):
             at, *_ = carry
-            gradient, losses = tools.gradient(at, draw=draw)
+            gradient, losses = tools.gradient(at, minibatch=minibatch)
             return jax.tree.map(lambda w, a, g: w - a * g, at, alpha, gradient), gradient, losses
 
         # Two steps of one loop, so that the gradient is compiled once. The second starts from w': its gradient is the
         # outer one, and where it leads does not matter.
-        nothing = jax.tree.map(jnp.zeros_like, stack)
-        _, outer, losses = jax.lax.fori_loop(0, 2, descend, (stack, nothing, tools.no_losses))
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        _, outer, losses = jax.lax.fori_loop(0, 2, descend, (params, nothing, tools.no_losses))
         if exact:
-            _, curved = jax.jvp(lambda w: tools.gradient(w, draw=0)[0], (stack,), (outer,))
+            _, curved = jax.jvp(lambda w: tools.gradient(w, minibatch=0)[0], (params,), (outer,))
             outer = jax.tree.map(lambda g, a, h: g - a * h, outer, alpha, curved)
-        return *tools.update(stack, state, outer), losses
+        return *tools.update(params, state, outer), losses
 
     return step
 
 
 def per_fedavg(*, scale: float = 1.0, exact: bool = False) -> Method:
     """Per-FedAvg as a method, with the variants "per-fedavg" and "per-fedavg+post"; see `meta_step`."""
-    return fedavg("per-fedavg", LocalRule(meta_step(scale=scale, exact=exact), draws=2))
+    return fedavg("per-fedavg", LocalRule(meta_step(scale=scale, exact=exact), minibatches_per_step=2))

@@ -16,21 +16,35 @@ follows "send W̃[i]" may wait until the W̃ of some more rounds are trained (`m
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.blocks import Stack
+from tap_jax.blocks import Params
 from tap_jax.federation import Task
 from tap_jax.methods import local
-from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, SplitRound, State, Trained, put_rows, take_rows
+from tap_jax.methods.base import (
+    Cohort,
+    Forward,
+    LocalRule,
+    Method,
+    Row,
+    SplitRound,
+    State,
+    Trained,
+    put_rows,
+    take_rows,
+)
 from tap_jax.methods.criteria import Criterion, Evidence, loss, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
 from tap_jax.methods.fedavg import still_finite
+from tap_jax.methods.losses import distillation_loss
 
-CHAIN = "personal"
+MODEL = "personal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +67,57 @@ class Replacement:
 PAPER = Replacement()
 
 
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Choices of Stage 2.
+
+    Attributes:
+      weights: task kind -> β_o of equation 6; Table 21's.
+      temperature, power, image_loss: of equation 5, see `losses.distillation_loss`.
+    """
+
+    weights: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {
+            "image_classification": 2e-3,
+            "image_generation": 2e-3,
+            "text_classification": 2e-3,
+            "text_generation": 1.0,
+        }
+    )
+    temperature: float = 1.0
+    power: float = -2.0
+    image_loss: str = "kl"
+
+
+def distillation_term(forward: Forward, choice: Distillation) -> Callable[[Row, Any, Array, Any], Array]:
+    """The second term of equation 6, Σ_n w_n β_o KL_n(teacher ‖ student), where there is a teacher; 0 where not.
+
+    The teacher computes without dropout, and no gradient flows through it. As `LocalRule.extra_loss`.
+    """
+
+    def term(row: Row, outputs: Any, latents: Array, auxiliary: Any) -> Array:
+        if auxiliary is None:
+            return jnp.zeros(())
+        given, teacher = auxiliary
+
+        def with_teacher(outputs: Any) -> Array:
+            found, _ = forward(row.frozen, row.take(teacher), row.task, row.batch)
+            divergence = distillation_loss(
+                row.task.kind,
+                jax.lax.stop_gradient(found),
+                outputs,
+                row.batch,
+                temperature=choice.temperature,
+                power=choice.power,
+                image_loss=choice.image_loss,
+            )
+            return choice.weights[row.task.kind] * row.total(divergence)
+
+        return jax.lax.cond(given, with_teacher, lambda _: jnp.zeros(()), outputs)
+
+    return term
+
+
 def tap(
     tasks: Sequence[Task],
     margins: Mapping[str, np.ndarray],
@@ -60,20 +125,21 @@ def tap(
     variants: Sequence[str] = ("tap",),
     replacement: Replacement = PAPER,
     patience: Patience | None = None,
-    rule: LocalRule = PLAIN,
+    forward: Forward,
+    distillation: Distillation | None = None,
 ) -> Method:
     """TAP as a method.
 
     Args:
       tasks: of the federation, O of them.
       margins: variant -> m [O], in the loss's units (Table 22): "tap" and any number of "tap@LABEL".
-      variants: what the run is to yield; "local" and "tap-stage2" need a chain that never communicates, trained on the
+      variants: what the run is to yield; "local" and "tap-stage2" need a model that never communicates, trained on the
         same rounds.
       patience: when to stop distilling before P iterations are over; None: never.
-      rule: with the distillation loss of equation 6; without it nothing can be distilled.
+      forward: `ServerModel.forward`, by which the teacher computes.
     """
-    chains = {CHAIN + variant.removeprefix("tap"): variant for variant in margins}
-    last = list(chains)[-1]
+    personal_models = {MODEL + variant.removeprefix("tap"): variant for variant in margins}
+    last = list(personal_models)[-1]
     with_local = bool({"local", "tap-stage2"} & set(variants))
 
     def federated(cohort: Cohort, state: State) -> tuple[State, Trained]:
@@ -82,14 +148,14 @@ def tap(
         server = cohort.aggregate(state.server, trained.federated, trained.losses)
         return state.replace(round=state.round + 1, server=server), trained
 
-    def replaced(cohort: Cohort, state: State, chain: str, trained: Trained) -> tuple[Stack, Array]:
-        """Equations 3 and 4 for one personal chain -> (X, R)."""
+    def replaced(cohort: Cohort, state: State, model: str, trained: Trained) -> tuple[Params, Array]:
+        """Equations 3 and 4 for one personal model -> (X, R)."""
         losses = trained.losses
-        h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[chain], cohort.clients)
-        margin = margins[chains[chain]]
+        h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[model], cohort.clients)
+        margin = margins[personal_models[model]]
         if replacement.relative:
             margin = relative_margin(margin, h_l, take_rows(state.local_loss, cohort.clients))
-        personal = cohort.load(state.chains[chain])
+        personal = cohort.load(state.client_models[model])
         evidence = Evidence(cohort, trained.federated, personal, h_l, h_p, margin, losses.seen, tuple(tasks))
         indicator = replacement.criterion(evidence)
         never = np.isposinf(h_p)
@@ -100,30 +166,30 @@ def tap(
         return cohort.replace(personal, trained.federated, indicator), indicator
 
     def train_personal(
-        cohort: Cohort, state: State, chain: str, personal: Stack, indicator: Array
+        cohort: Cohort, state: State, model: str, personal: Params, indicator: Array
     ) -> tuple[State, Array]:
-        """The rest of Stage 1 of one personal chain -> (state, its losses)."""
-        personal, own = cohort.train(personal, "personal", chain=chain)
-        count = take_rows(state.replacements[chain], cohort.clients) + np.asarray(indicator)
-        h_p = put_rows(state.personal_loss[chain], cohort.clients, own.mean(replacement.history), own.seen)
+        """The rest of Stage 1 of one personal model -> (state, its losses)."""
+        personal, own = cohort.train(personal, "personal", model=model)
+        count = take_rows(state.replacements[model], cohort.clients) + np.asarray(indicator)
+        h_p = put_rows(state.personal_loss[model], cohort.clients, own.mean(replacement.history), own.seen)
         return state.replace(
-            chains={**state.chains, chain: cohort.put(state.chains[chain], personal)},
-            personal_loss={**state.personal_loss, chain: h_p},
-            replacements={**state.replacements, chain: put_rows(state.replacements[chain], cohort.clients, count)},
-            finite=still_finite(cohort, state, chain, own),
+            client_models={**state.client_models, model: cohort.put(state.client_models[model], personal)},
+            personal_loss={**state.personal_loss, model: h_p},
+            replacements={**state.replacements, model: put_rows(state.replacements[model], cohort.clients, count)},
+            finite=still_finite(cohort, state, model, own),
         ), own.mean()
 
     def personal(cohort: Cohort, state: State, trained: Trained) -> tuple[State, dict]:
         """X[i] of every client, of all margins, given W̃[i] after its local training."""
         losses, after = trained.losses, state
         metrics = {"federated_loss": losses.mean(), "seen": losses.seen, "replaced": {}}
-        for chain, variant in chains.items():
-            stack, indicator = replaced(cohort, after, chain, trained)
-            if chain == last:
+        for model, variant in personal_models.items():
+            params, indicator = replaced(cohort, after, model, trained)
+            if model == last:
                 del trained  # W̃[i] need not be kept while the last X trains
-            after, mean = train_personal(cohort, after, chain, stack, indicator)
+            after, mean = train_personal(cohort, after, model, params, indicator)
             metrics["replaced"][variant] = indicator
-            if chain == CHAIN:
+            if model == MODEL:
                 metrics["personal_loss"] = mean
         after = after.replace(
             local_loss=put_rows(state.local_loss, cohort.clients, losses.mean(replacement.history), losses.seen),
@@ -137,25 +203,30 @@ def tap(
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
         teacher, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
 
-        def student(chain: str, teacher: Stack | None = teacher) -> dict:
-            return distil(cohort, state.chains[chain], chain, teacher, patience)
+        def student(model: str, teacher: Params | None = teacher) -> dict:
+            return distil(cohort, state.client_models[model], model, teacher, patience)
 
         # First, so that the time until it is there is Stage 2's.
-        for chain, variant in chains.items():
+        for model, variant in personal_models.items():
             if variant in variants:
-                yield variant, student(chain)
+                yield variant, student(model)
         if "tap-stage2" in variants:
-            yield "tap-stage2", student(local.CHAIN)
+            yield "tap-stage2", student(local.MODEL)
         if "tap-stage1" in variants:
-            yield "tap-stage1", local.as_it_is(cohort, state, CHAIN)
+            yield "tap-stage1", local.as_it_is(cohort, state, MODEL)
         if "tap-no-kd" in variants:
-            yield "tap-no-kd", student(CHAIN, teacher=None)
+            yield "tap-no-kd", student(MODEL, teacher=None)
         if "local" in variants:
-            yield "local", local.as_it_is(cohort, state, local.CHAIN)
+            yield "local", local.as_it_is(cohort, state, local.MODEL)
         if "fedavg+post" in variants:
             yield "fedavg+post", cohort.unload(teacher)
         if "fedavg+2p" in variants:
             yield "fedavg+2p", cohort.unload(cohort.train(teacher, "post_again", post=True)[0])
 
-    carried = (*chains, local.CHAIN) if with_local else tuple(chains)
-    return Method(carried, SplitRound(federated, personal), finish, rule, margins=chains)
+    carried = (*personal_models, local.MODEL) if with_local else tuple(personal_models)
+    rule = LocalRule(
+        takes_teacher=True,
+        teacher_optional=True,
+        extra_loss=distillation_term(forward, distillation or Distillation()),
+    )
+    return Method(carried, SplitRound(federated, personal), finish, rule, margins=personal_models)

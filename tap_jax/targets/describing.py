@@ -72,7 +72,7 @@ def about(run: Experiment, target: Target) -> tuple[str, ...]:
     return (
         f"{target.name}: {devices.size} x {platform.device} ({mesh}), {memory}{peak}",
         f"{model.dtype}, attention '{model.attention}', rows of {settings.microbatch}, remat {model.remat},"
-        f" {settings.cohort_size} clients in a round and {settings.clients_per_pass} at once after the last",
+        f" {settings.cohort_size} clients in a round and {settings.clients_at_once} at once after the last",
     )
 
 

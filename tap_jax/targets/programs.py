@@ -41,20 +41,20 @@ def programs(run: Experiment) -> list[RunProgram]:
       run: of `experiment.build` with a target.
     """
     engine = run.engine
-    cohort, everyone = engine.cohort(range(engine.settings.cohort_size), 0), engine.passes(0)[0]
+    cohort, everyone = engine.cohort(range(engine.settings.cohort_size), 0), engine.client_batches(0)[0]
     same = cohort.positions == everyone.positions
-    found = _training(run, cohort, "round", TRAINING, guided=same or not engine.rule.also_alone)
+    found = _training(run, cohort, "round", TRAINING, takes_teacher=same or not engine.rule.teacher_optional)
     found += _exchange(run, cohort)
     if not same:
-        found += _training(run, everyone, "stage 2", STAGE2, guided=True)
+        found += _training(run, everyone, "stage 2", STAGE2, takes_teacher=True)
     return found + _prediction(run, everyone)
 
 
-def _training(run: Experiment, cohort: Cohort, name: str, phase: str, *, guided: bool) -> list[RunProgram]:
+def _training(run: Experiment, cohort: Cohort, name: str, phase: str, *, takes_teacher: bool) -> list[RunProgram]:
     bodies = sum(map(len, run.engine.shapes.values()))
     found = []
-    for (taught, remember), args in cohort.training(guided=guided).items():
-        extra = ", with a teacher" * taught + ", with optimizer states" * remember
+    for (with_teacher, remember), args in cohort.training(takes_teacher=takes_teacher).items():
+        extra = ", with a teacher" * with_teacher + ", with optimizer states" * remember
         title = f"{name}: local training of {len(cohort.given)} clients{extra}"
         found.append(RunProgram(title, phase, lambda args=args: run.engine._train.lower(*args), bodies))
     return found
@@ -64,7 +64,7 @@ def _exchange(run: Experiment, cohort: Cohort) -> list[RunProgram]:
     """What server and clients do with each other's blocks."""
     engine = run.engine
     positions, tasks = len(cohort.clients), len(engine.tasks)
-    stack, (shards, seats) = cohort.abstract_stack(), (cohort.seats, cohort.flat_seats)
+    params, (shards, layout) = cohort.abstract_params(), (cohort.layout, cohort.flat_layout)
     server = engine.server_shapes()
     weights = np.zeros((positions, len(engine.partition.names)), np.float32)
     zeros = jnp.zeros((positions, tasks), jnp.float32)
@@ -72,12 +72,12 @@ def _exchange(run: Experiment, cohort: Cohort) -> list[RunProgram]:
     key = abstract(jax.random.key(0), engine.devices.sharding(SHARED)) if engine.settings.privacy else None
     found = {
         "broadcast": lambda: engine._broadcast.lower(server, shards),
-        "aggregate": lambda: engine._aggregate.lower(server, stack, seats, weights, losses, key),
+        "aggregate": lambda: engine._aggregate.lower(server, params, layout, weights, losses, key),
     }
     if run.method.margins:
         indicator = jax.ShapeDtypeStruct((positions, tasks), bool)
         allowed = engine._replaceable[np.maximum(cohort.clients, 0)]
-        found["replace"] = lambda: engine._replace.lower(stack, stack, seats, indicator, allowed)
+        found["replace"] = lambda: engine._replace.lower(params, params, layout, indicator, allowed)
     return [RunProgram(name, EXCHANGE, lower) for name, lower in found.items()]
 
 

@@ -6,7 +6,7 @@ from tap_jax.targets import hlo, roofline
 from tap_jax.targets.compile import Found, gib
 from tap_jax.targets.session import Built
 
-LOWER = "lower engine.microbatch, engine.clients_per_pass, or set engine.remat"
+LOWER = "lower engine.microbatch, engine.clients_at_once, or set engine.remat"
 _HEAD = (
     "program",
     "fits",

@@ -69,7 +69,7 @@ def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
 def calls(run: Experiment) -> dict[str, float]:
     """Phase -> how often a run trains so."""
     settings, clients = run.engine.settings, len(run.engine.data)
-    chains = 1 + len(run.method.margins) if run.method.margins else max(1, len(run.method.chains))
-    passes = -(-clients // settings.clients_per_pass)
-    last = 2 if run.engine.rule.guided else 1 if settings.post_steps else 0
-    return {"training": run.config.rounds * chains, "stage 2": passes * last}
+    models = 1 + len(run.method.margins) if run.method.margins else max(1, len(run.method.client_models))
+    passes = -(-clients // settings.clients_at_once)
+    last = 2 if run.engine.rule.takes_teacher else 1 if settings.post_steps else 0
+    return {"training": run.config.rounds * models, "stage 2": passes * last}

@@ -38,12 +38,12 @@ def plan_of(
     batch=16,
     shapes=PADDED,
     steps=5,
-    passes=1,
-    purpose="federated",
+    epochs=1,
+    phase="federated",
     seed=3,
     round_=2,
-    draw=0,
-    lead=(),
+    minibatch=0,
+    first_clients=(),
 ):
     rows = capacities(data, FAMILIES, shapes, positions=len(clients), batch=batch)
     return draw_plan(
@@ -52,15 +52,15 @@ def plan_of(
         FAMILIES,
         seed=seed,
         round_=round_,
-        purpose=purpose,
+        phase=phase,
         batch=batch,
         shapes=shapes,
         steps=steps,
         capacities=rows,
         starts=STARTS,
-        passes=passes,
-        draw=draw,
-        lead=lead,
+        epochs=epochs,
+        minibatch=minibatch,
+        first_clients=first_clients,
     )
 
 
@@ -124,31 +124,31 @@ def test_a_small_client_takes_fewer_steps_and_a_long_phase_reuses_its_data():
     rng = np.random.default_rng(0)
     data = [client(rng, {"ag_news": 20}), client(rng, {"ag_news": 100})]
     assert plan_of(data, [0, 1]).active.sum(0).tolist() == [2, 5]
-    again = plan_of(data, [0, 1], passes=None)
+    again = plan_of(data, [0, 1], epochs=None)
     assert again.active.sum(0).tolist() == [5, 5] and again.steps == 5
     ids = [[id_ for _, id_, *_ in found] for found in drawn(again, 0)]
     assert sorted(ids[0] + ids[1]) == sorted(ids[2] + ids[3]) == sorted(data[0].streams["ag_news"].tolist())
 
 
-def test_a_client_draws_the_same_whoever_is_with_it_and_otherwise_for_every_seed_round_and_purpose():
+def test_a_client_draws_the_same_whoever_is_with_it_and_otherwise_for_every_seed_round_and_phase():
     rng = np.random.default_rng(1)
     data = [client(rng, {"ag_news": 60, "mmlu/law": 9, "common_gen": 30}) for _ in range(3)]
     alone = drawn(plan_of(data, [2]), 0)
     assert drawn(plan_of(data, [0, -1, 2]), 2) == alone == drawn(plan_of(data, [2]), 0)
-    for change in ({"seed": 4}, {"round_": 3}, {"purpose": "personal"}, {"draw": 1}):
+    for change in ({"seed": 4}, {"round_": 3}, {"phase": "personal"}, {"minibatch": 1}):
         assert drawn(plan_of(data, [2], **change), 0) != alone
 
 
 def test_rows_of_leading_clients_come_first_and_are_counted():
     rng = np.random.default_rng(2)
     data = [client(rng, {"ag_news": 40, "common_gen": 20}) for _ in range(3)]
-    plain, led = plan_of(data, [0, 1, 2]), plan_of(data, [0, 1, 2], lead={2})
+    plain, led = plan_of(data, [0, 1, 2]), plan_of(data, [0, 1, 2], first_clients={2})
     for family in FAMILIES:
         (rows,) = led.rows[family.name]
         for step in range(led.steps):
             clients = rows.table.client[step, : rows.count[step]]
-            assert (clients[: rows.lead[step]] == 2).all() and (clients[rows.lead[step] :] != 2).all()
-        assert rows.lead.sum() > 0 and not plain.rows[family.name][0].lead.any()
+            assert (clients[: rows.with_statistics[step]] == 2).all() and (clients[rows.with_statistics[step] :] != 2).all()
+        assert rows.with_statistics.sum() > 0 and not plain.rows[family.name][0].with_statistics.any()
     for position in range(3):
         assert drawn(led, position) == drawn(plain, position)
 
@@ -181,7 +181,7 @@ def test_what_is_held_out_is_not_trained_on(sizes, part, seed):
 
 
 def test_minibatches_and_cohorts():
-    parts = minibatches(np.random.default_rng(0), 10, batch=4, steps=9, passes=1)
+    parts = minibatches(np.random.default_rng(0), 10, batch=4, steps=9, epochs=1)
     assert [len(part) for part in parts] == [4, 4, 2] and sorted(np.concatenate(parts)) == list(range(10))
     cohorts = {tuple(sample_cohort(0, round_, 30, 2)) for round_ in range(400)}
     assert len(cohorts) > 200 and all(a < b for a, b in cohorts)

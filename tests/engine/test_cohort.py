@@ -53,21 +53,21 @@ def counted(tiny):
     return experiment, experiment.model.forward
 
 
-def rows_needed(experiment, clients, purpose, round_=0, *, post=False) -> dict[str, int]:
+def rows_needed(experiment, clients, phase, round_=0, *, post=False) -> dict[str, int]:
     """How many rows of at most 4 samples the clients' minibatches make."""
     config, needed = experiment.config, collections.Counter()
-    steps, passes = (config.post_steps, None) if post else (config.local_steps, 1)
+    steps, epochs = (config.post_steps, None) if post else (config.local_steps, 1)
     for i in clients:
         data = experiment.data.clients[i]
-        for minibatch in minibatches(data, experiment.model.streams, config, i, round_, purpose, steps, passes):
+        for minibatch in minibatches(data, experiment.model.streams, config, i, round_, phase, steps, epochs):
             for task, samples in minibatch.items():
                 needed[task] += -(-len(samples) // 4)
     return dict(needed)
 
 
-def train(experiment, clients, purpose="federated", round_=0, **kwargs):
+def train(experiment, clients, phase="federated", round_=0, **kwargs):
     cohort = experiment.engine.cohort(clients, round_)
-    return cohort.train(cohort.broadcast(experiment.init().server), purpose, **kwargs)
+    return cohort.train(cohort.broadcast(experiment.init().server), phase, **kwargs)
 
 
 def test_one_program_and_only_useful_rows(counted):
@@ -115,22 +115,22 @@ def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
     before = engine.server_blocks(state.server)
     personal = cohort.unload(cohort.broadcast(state.server))
     sick = {k: jax.tree.map(lambda x, k=k: np.full_like(x, np.nan) if k == 1 else x, personal[k]) for k in (0, 1)}
-    stack, losses = cohort.train(
+    params, losses = cohort.train(
         cohort.load([sick[0] if where == "before training" else personal[0], sick[1]]), "local"
     )
     if where == "in the last step":
         _, losses = cohort.train(cohort.load([personal[0], personal[1]]), "local")
         assert np.isfinite(losses.plain).all()
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), dict(stack))
-        losses = without_broken(losses, broken_clients(flat, cohort.flat_seats))
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), dict(params))
+        losses = without_broken(losses, broken_clients(flat, cohort.flat_layout))
     # Nor does it reach the personal blocks.
     indicator = replacement_indicator(losses.mean(), np.inf, 0.0, losses.seen)
     healthy = (cohort.clients == 0)[:, None] & np.asarray(losses.seen)
     np.testing.assert_array_equal(indicator, healthy)
-    after = engine.server_blocks(cohort.aggregate(state.server, stack, losses))
+    after = engine.server_blocks(cohort.aggregate(state.server, params, losses))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     # What only client 1 has is as it was; what both have is client 0's.
-    trained = cohort.unload(stack)[0]
+    trained = cohort.unload(params)[0]
     for name, block in after.items():
         jax.tree.map(np.testing.assert_array_equal, block, trained[name] if name in trained else before[name])
 
@@ -167,22 +167,22 @@ def test_a_model_with_a_nan_has_no_result(counted):
     """As after a last phase that diverged: an argmax over NaN would look like a result."""
     experiment, _ = counted
     state = experiment.init()
-    chain = list(state.chains["personal"])
+    chain = list(state.client_models["personal"])
     chain[0] = jax.tree.map(lambda x: np.full_like(x, np.nan), chain[0])
-    rows = experiment.evaluate(state.replace(chains={"personal": tuple(chain)}))
+    rows = experiment.evaluate(state.replace(client_models={"personal": tuple(chain)}))
     assert {row["client"] for row in rows if row["value"] is None} == {0}
     assert {row["variant"] for row in rows if row["value"] is None} == {"personal"}
 
 
-@pytest.mark.parametrize("purpose", ["post", "distil"])
-def test_a_client_that_diverges_after_the_last_round_loses_its_own_result_only(counted, monkeypatch, purpose):
+@pytest.mark.parametrize("phase", ["post", "distil"])
+def test_a_client_that_diverges_after_the_last_round_loses_its_own_result_only(counted, monkeypatch, phase):
     """As a teacher or as a student; all rounds went well, so the server's blocks have their values."""
     experiment, _ = counted
     phase, victim = Cohort.phase, 1
 
     def too_fast(self, now, **kwargs):
         found = phase(self, now, **kwargs)
-        rate = np.where((self.table == victim) & (now == purpose), np.float32(1e30), found.rate)
+        rate = np.where((self.table == victim) & (now == phase), np.float32(1e30), found.rate)
         return found._replace(rate=rate)
 
     monkeypatch.setattr(Cohort, "phase", too_fast)
@@ -209,8 +209,8 @@ def test_each_client_has_its_own_part_of_the_test_set(counted):
         return experiment.model.apply(experiment.engine.frozen, parts, task, {"tokens": test.tokens})
 
     server = noisy(experiment.initial_blocks)
-    chain = tuple(noisy(mine) for mine in experiment.init().chains["personal"])
-    state = experiment.init().replace(chains={"personal": chain}, server=experiment.engine.server_stack(server))
+    chain = tuple(noisy(mine) for mine in experiment.init().client_models["personal"])
+    state = experiment.init().replace(client_models={"personal": chain}, server=experiment.engine.server_params(server))
     found = {(row["variant"], row["client"], row["task"]): row["value"] for row in experiment.evaluate(state)}
     for variant, models in (("personal", chain), ("fedavg", (server, server))):
         for client, ids in enumerate(parts):
@@ -227,8 +227,8 @@ def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):
     for _ in range(4):
         waiting = dict(experiment.engine._drawn)
         state, line = experiment.round(state)
-        for (round_, purpose, clients), plan in waiting.items():
-            expected = experiment.engine.cohort(clients, round_).plan(purpose, post=False)
+        for (round_, phase, clients), plan in waiting.items():
+            expected = experiment.engine.cohort(clients, round_).plan(phase, post=False)
             jax.tree.map(np.testing.assert_array_equal, plan.result(), expected)
             assert clients == tuple(line["clients"]) and plan not in experiment.engine._drawn.values()
             drawn.append(round_)
@@ -240,7 +240,7 @@ def test_no_place_for_a_teacher_where_blocks_are_large(tiny, monkeypatch):
     experiment = experiments.build(tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), {"rounds": 2, "post_steps": 2}))
     kept = play(experiment)
     assert experiment.engine._train.traces == 1
-    monkeypatch.setattr(cohorts, "PLACE_KEPT", 0)
+    monkeypatch.setattr(cohorts, "TEACHER_RESERVED", 0)
     played, finished = play(experiment)
     assert experiment.engine._train.traces == 2
     for (state, line), (expected, expected_line) in zip(played, kept[0], strict=True):
@@ -254,15 +254,17 @@ def test_no_place_for_a_teacher_where_blocks_are_large(tiny, monkeypatch):
         assert difference(mine, theirs) < 1e-6
 
 
-@pytest.mark.parametrize(("guided", "also_alone", "aids"), [(False, False, 1), (True, False, 1), (True, True, 2)])
-def test_a_program_for_each_way_of_training_is_made_ready(counted, monkeypatch, guided, also_alone, aids):
+@pytest.mark.parametrize(
+    ("takes_teacher", "teacher_optional", "aids"), [(False, False, 1), (True, False, 1), (True, True, 2)]
+)
+def test_a_program_for_each_way_of_training_is_made_ready(counted, monkeypatch, takes_teacher, teacher_optional, aids):
     """A rule that always has a teacher has one only, however large blocks are."""
     experiment, _ = counted
     engine, prepared = experiment.engine, []
-    monkeypatch.setattr(cohorts, "PLACE_KEPT", 0)
-    monkeypatch.setattr(engine, "rule", LocalRule(guided=guided, also_alone=also_alone))
+    monkeypatch.setattr(cohorts, "TEACHER_RESERVED", 0)
+    monkeypatch.setattr(engine, "rule", LocalRule(takes_teacher=takes_teacher, teacher_optional=teacher_optional))
     monkeypatch.setattr(engine._train, "prepare", lambda *args: prepared.append(args[4]))
     cohort = engine.cohort([0, 1], 0)
     cohort.prepare()
     assert len(prepared) == aids
-    assert (prepared[0] is None) == (cohort._aid(None) is None) == (also_alone or not guided)
+    assert (prepared[0] is None) == (cohort._aid(None) is None) == (teacher_optional or not takes_teacher)

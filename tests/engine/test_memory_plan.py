@@ -14,7 +14,7 @@ from tap_jax.experiment import Experiment
 from tap_jax.outline import outline
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3, "cifar100": 0.5}, {"ag_news": 0.4, "fashion_mnist": 1.0})
-# Blocks that are large beside what is not described: plans, seats, losses.
+# Blocks that are large beside what is not described: plans, layout, losses.
 FIELDS = {"variants": ("tap",), "model.width": 64, "model.mlp": 128, "data.train_size": 64, "data.test_size": 16}
 PROGRAM = ("their gradients", "AdamW's two moments", "one row's blocks and gradients")  # made and dropped inside it
 
@@ -24,7 +24,7 @@ def test_how_many_clients_are_in_a_pass(tiny, monkeypatch):
     config = tiny(ROWS)
     for platform, clients in (("cpu", config.cohort_size), ("gpu", 30)):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert assembly.engine_settings(config, 30).clients_per_pass == clients
+        assert assembly.engine_settings(config, 30).clients_at_once == clients
 
 
 def test_what_is_described_is_there(tiny, monkeypatch):
@@ -49,11 +49,11 @@ def test_what_is_described_is_there(tiny, monkeypatch):
     assert 0 <= found[3] - outside < 0.03 * outside
     assert data <= plan.always["training and test data, at most"] < 1.1 * data
     # On the host: everybody has trained, so nobody's blocks are anybody else's.
-    chains = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(state.chains)}
+    chains = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(state.client_models)}
     assert sum(chains.values()) == plan.host["personal blocks of all clients, only those they own"]
-    # The bytes of a stack are those of the program's own state.
-    stack = run.engine.cohort((0, 1), 0).broadcast(state.server)
-    size = sum(leaf.nbytes for leaf in stack.values())
+    # The bytes of parameters are those of the program's own state.
+    params = run.engine.cohort((0, 1), 0).broadcast(state.server)
+    size = sum(leaf.nbytes for leaf in params.values())
     parts = plan.phases[ROUND].parts
     assert parts["blocks in training"] == parts["their gradients"] == size
     assert parts["AdamW's two moments"] == 2 * size
@@ -100,7 +100,9 @@ def test_a_run_does_not_keep_the_blocks_that_it_began_with(tiny, tmp_path, monke
     def watched(function):
         def call(*args, **kwargs):
             state = function(*args, **kwargs)
-            held.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(state.chains) if isinstance(leaf, np.ndarray))
+            held.extend(
+                weakref.ref(leaf) for leaf in jax.tree.leaves(state.client_models) if isinstance(leaf, np.ndarray)
+            )
             return state
 
         return call

@@ -19,16 +19,16 @@ from scipy import optimize, stats
 
 from tap_jax import blocks, runs
 from tap_jax import experiment as experiments
+from tap_jax.engine import exchange, packed
 from tap_jax.engine import privacy as mechanism
-from tap_jax.engine import stacks
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.privacy import Privacy
 from tap_jax.engine.rounds import resume
 from tap_jax.engine.screening import Screening, update_norms
 from tap_jax.errors import UserError
+from tests.engine.test_packed import LIKE, NAMES, TASKS, draw, masks, partition, seeds
 from tests.engine.test_screening import hostile
-from tests.test_blocks import LIKE, NAMES, TASKS, draw, masks, partition, seeds
 
 FEDERATION = 7  # K
 cohorts = st.integers(1, FEDERATION)  # m
@@ -61,35 +61,35 @@ def moved(rng, server, names):
 
 
 def seated(w, sent=None):
-    """What `private_aggregate` takes of a world: server, cohort, their seats, and what is sent bool [P, R]."""
+    """What `private_aggregate` takes of a world: server, cohort, their layout, and what is sent bool [P, R]."""
     owned = w.p.owned[w.clients]
-    seats, server_seats = blocks.seat(w.p, owned), blocks.server_seats(w.p)
-    server = blocks.pack(w.p, server_seats, [w.server], w.like)
-    cohort = blocks.pack(w.p, seats, w.sent if sent is None else sent, w.like)
-    return *jax.tree.map(jnp.asarray, (server, cohort)), server_seats, seats, owned & w.p.sent
+    layout, server_layout = packed.lay_out(w.p, owned), packed.server_layout(w.p)
+    server = packed.pack(w.p, server_layout, [w.server], w.like)
+    cohort = packed.pack(w.p, layout, w.sent if sent is None else sent, w.like)
+    return *jax.tree.map(jnp.asarray, (server, cohort)), server_layout, layout, owned & w.p.sent
 
 
 def average(w, privacy, *, sent=None, key=0):
-    """`private_aggregate` of all finite updates, as a stack."""
-    server, cohort, server_seats, seats, counts = seated(w, sent)
+    """`private_aggregate` of all finite updates, packed."""
+    server, cohort, server_layout, layout, counts = seated(w, sent)
     finite = [
         all(np.isfinite(flat(tree)).all() for tree in mine.values()) for mine in (w.sent if sent is None else sent)
     ]
     return mechanism.private_aggregate(
         server,
         cohort,
-        server_seats,
-        seats,
+        server_layout,
+        layout,
         counts & np.array(finite)[:, None],
-        update_norms(server, cohort, server_seats, seats, counts),
+        update_norms(server, cohort, server_layout, layout, counts),
         expected=mechanism.expected_owners(w.p.owned, w.p.sent, len(w.clients)),
         privacy=privacy,
         key=jax.random.key(key) if isinstance(key, int) else key,
     )
 
 
-def by_name(w, stack):
-    return blocks.unpack(w.p, blocks.server_seats(w.p), stack, w.like)[0]
+def by_name(w, params):
+    return packed.unpack(w.p, packed.server_layout(w.p), params, w.like)[0]
 
 
 def clipped_sum(w, bound, sent=None):
@@ -156,8 +156,8 @@ def test_of_everybody_without_bound_and_noise_it_is_the_uniform_mean():
     for mine in w.sent:  # of one size, so that neither swallows the other in float32
         mine.update({name: jax.tree.map(lambda x: x + np.float32(0.1), w.server[name]) for name in mine})
     w.sent[2] = {name: jax.tree.map(lambda x: x - np.float32(0.4), w.server[name]) for name in w.sent[2]}
-    server, cohort, server_seats, seats, sent = seated(w)
-    plain = by_name(w, blocks.aggregate(server, cohort, server_seats, seats, sent.astype(np.float32)))
+    server, cohort, server_layout, layout, sent = seated(w)
+    plain = by_name(w, packed.aggregate(server, cohort, server_layout, layout, sent.astype(np.float32)))
     for name, tree in by_name(w, average(w, Privacy(0.0, np.inf, 1e-5))).items():
         np.testing.assert_allclose(flat(tree), flat(plain[name]), rtol=1e-5, atol=1e-6)
 
@@ -312,14 +312,14 @@ def test_what_a_method_sends_is_clipped_and_what_it_keeps_stays(tiny, monkeypatc
 
 def test_switched_off_it_is_the_plain_aggregate_to_the_bit():
     w = world(np.ones((TASKS, len(NAMES)), bool), [[1, 1, 1]] * FEDERATION, 3, 4)
-    server, cohort, server_seats, seats, sent = seated(w)
+    server, cohort, server_layout, layout, sent = seated(w)
     weights = np.where(sent, np.array([[3.0], [5.0], [1.0], [7.0]]), 0).astype(np.float32)
     ones = np.ones((4, TASKS), np.float32)
     losses, shard = Losses(ones, ones, ones.astype(np.int32)), {group: leaf[None] for group, leaf in cohort.items()}
-    switched_off = jax.jit(lambda *args: stacks.aggregate(Screening(), None, None, server_seats, *args, None)[0])
-    plain = jax.jit(lambda *args: blocks.aggregate(*args[:2], server_seats, *args[2:]))
+    switched_off = jax.jit(lambda *args: exchange.aggregate(Screening(), None, None, server_layout, *args, None)[0])
+    plain = jax.jit(lambda *args: packed.aggregate(*args[:2], server_layout, *args[2:]))
     jax.tree.map(
         np.testing.assert_array_equal,
-        switched_off(server, shard, seats, weights, losses),
-        plain(server, cohort, seats, weights),
+        switched_off(server, shard, layout, weights, losses),
+        plain(server, cohort, layout, weights),
     )

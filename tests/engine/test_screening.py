@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tap_jax import blocks, runs
 from tap_jax import experiment as experiments
 from tap_jax.config import override
-from tap_jax.engine import screening
+from tap_jax.engine import packed, screening
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import Losses
 from tap_jax.errors import UserError
 from tap_jax.terminal import Terminal
-from tests.test_blocks import CLIENTS, LIKE, NAMES, TASKS, draw, masks, owners, partition, seeds
+from tests.engine.test_packed import CLIENTS, LIKE, NAMES, TASKS, draw, masks, owners, partition, seeds
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.4, "cifar100": 0.5})
 METHODS = ("tap", "fedavg", "per_fedavg", "disentafl", "feddat", "centralised")
@@ -51,12 +51,12 @@ def test_verdicts_are_those_of_a_loop_over_clients(touches, tasks, seed, max_nor
         clients.append(mine)
     steps = rng.integers(0, 3, (CLIENTS, TASKS))
     plain = np.where(rng.random((CLIENTS, TASKS)) < 0.1, np.nan, 1.0).astype(np.float32) * (steps > 0)
-    seats, server_seats = blocks.seat(p, p.owned), blocks.server_seats(p)
-    stacks = blocks.pack(p, server_seats, [server], like), blocks.pack(p, seats, clients, like)
+    layout, server_layout = packed.lay_out(p, p.owned), packed.server_layout(p)
+    both = packed.pack(p, server_layout, [server], like), packed.pack(p, layout, clients, like)
     sent = p.owned & p.sent & (samples > 0)[:, None]
 
-    norm = screening.update_norms(*stacks, server_seats, seats, sent)
-    heard, found = screening.screen(stacks[1], seats, sent, Losses(plain, plain, steps), norm, max_norm)
+    norm = screening.update_norms(*both, server_layout, layout, sent)
+    heard, found = screening.screen(both[1], layout, sent, Losses(plain, plain, steps), norm, max_norm)
 
     for k in range(CLIENTS):
         names = [name for name in clients[k] if not name.startswith(blocks.PRIVATE) and samples[k]]
@@ -80,19 +80,19 @@ def hostile(monkeypatch, change, *, client=HOSTILE, rounds=None):
     """The client sends `change` of what it has trained; returns a list to which every aggregation is added."""
     train, aggregate, sent = Cohort.train, Cohort.aggregate, []
 
-    def changed(self, stack, purpose, **kwargs):
-        stack, losses = train(self, stack, purpose, **kwargs)
-        if purpose == "federated" and client in self.clients and (rounds is None or self.round in rounds):
+    def changed(self, params, phase, **kwargs):
+        params, losses = train(self, params, phase, **kwargs)
+        if phase == "federated" and client in self.clients and (rounds is None or self.round in rounds):
             (position,) = np.flatnonzero(self.clients == client)
             mine = {
-                group: (at == position).reshape(stack[group].shape[:2]) for group, at in self.flat_seats.client.items()
+                group: (at == position).reshape(params[group].shape[:2]) for group, at in self.flat_layout.owner.items()
             }
-            stack = {group: jnp.where(mine[group][..., None], change(leaf), leaf) for group, leaf in stack.items()}
-        return stack, losses
+            params = {group: jnp.where(mine[group][..., None], change(leaf), leaf) for group, leaf in params.items()}
+        return params, losses
 
-    def seen(self, server, stack, losses):
-        sent.append(types.SimpleNamespace(before=self.engine.server_blocks(server), clients=self.unload(stack)))
-        return aggregate(self, server, stack, losses)
+    def seen(self, server, params, losses):
+        sent.append(types.SimpleNamespace(before=self.engine.server_blocks(server), clients=self.unload(params)))
+        return aggregate(self, server, params, losses)
 
     monkeypatch.setattr(Cohort, "train", changed)
     monkeypatch.setattr(Cohort, "aggregate", seen)

@@ -8,9 +8,9 @@ import numpy as np
 from tap_jax.engine import row_file
 from tap_jax.engine.agreement import any_says
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.store import WRITER, StoredChain, folder_of, open_store
+from tap_jax.engine.store import WRITER, StoredModels, folder_of, open_store
 from tap_jax.errors import UserError
-from tap_jax.methods.base import put_chain
+from tap_jax.methods.base import put_models
 from tests.engine.test_store import CLIENTS, LIKE, PARTITION, drawn, in_memory, same
 
 me, workdir = jax.process_index(), pathlib.Path(sys.argv[1])
@@ -20,7 +20,7 @@ start = drawn(np.random.default_rng(0), "abc")
 folder = folder_of(workdir, needed=10, limit=100 if me == 0 else 1)
 assert folder == workdir / "store"
 store = open_store(folder / "blocks", PARTITION, start, LIKE)
-chain, expected = store.chain(), in_memory(start)
+chain, expected = store.models(), in_memory(start)
 
 # Clients go from process to process; each gives what it has trained. All draw all, to know what to expect.
 rng, reads = np.random.default_rng(1), []
@@ -31,7 +31,7 @@ for round_ in range(30):
     update = {k: drawn(rng, PARTITION.blocks_of(k)) for k in rng.choice(CLIENTS, 3, replace=False).tolist()}
     mine = {k: found for k, found in update.items() if dealt[k] == me}
     reads.clear()
-    chain, expected = put_chain(chain, mine), put_chain(expected, update)
+    chain, expected = put_models(chain, mine), put_models(expected, update)
     assert not reads, "to write reads nothing"
     if round_ % 7 == 6:
         store.commit(round_, [chain])
@@ -44,7 +44,7 @@ assert set(writers) == {0, 1}
 for mine, theirs in zip(chain, expected, strict=True):
     same(mine, theirs)
 store.verify(chain)
-old = StoredChain(store, *saved)
+old = StoredModels(store, *saved)
 for mine, theirs in zip(old, saved_blocks, strict=True):
     same(mine, theirs)
 files = [path for path in (folder / "blocks").iterdir() if path.suffix == ".rows"]
@@ -58,7 +58,7 @@ write = row_file.RowFile.write
 if me == 1:
     row_file.RowFile.write = full
 try:
-    put_chain(chain, {me: drawn(rng, PARTITION.blocks_of(me))})
+    put_models(chain, {me: drawn(rng, PARTITION.blocks_of(me))})
 except (OSError, UserError) as error:
     assert isinstance(error, OSError) == (me == 1) and "No space left" in str(error)
 else:

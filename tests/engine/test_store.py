@@ -19,9 +19,9 @@ from tap_jax.blocks import Partition
 from tap_jax.config import load_config, to_json
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.store import Store, StoredChain, commit, release
+from tap_jax.engine.store import Store, StoredModels, commit, release
 from tap_jax.errors import UserError
-from tap_jax.methods.base import put_chain
+from tap_jax.methods.base import put_models
 from tests.test_resume import without_time
 
 CLIENTS = 5
@@ -51,7 +51,7 @@ def start():
 
 @pytest.fixture
 def chain(tmp_path, start):
-    return Store.create(tmp_path / "blocks", PARTITION, start, LIKE).chain()
+    return Store.create(tmp_path / "blocks", PARTITION, start, LIKE).models()
 
 
 def in_memory(start):
@@ -64,14 +64,14 @@ def test_any_history_has_the_bits_of_the_one_in_memory(tmp_path_factory, data):
     """Updates, forgotten and kept states, checkpoints, and processes that come back after a kill."""
     folder, rng = tmp_path_factory.mktemp("store") / "blocks", np.random.default_rng(data.draw(st.integers(0, 99)))
     start = drawn(rng, "abc")
-    chain, expected, step = Store.create(folder, PARTITION, start, LIKE).chain(), in_memory(start), 0
+    chain, expected, step = Store.create(folder, PARTITION, start, LIKE).models(), in_memory(start), 0
     states, saved = [], {}
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["put", "put", "put", "keep", "forget", "save", "kill"]))
         if action == "put":
             clients = data.draw(st.sets(st.integers(0, CLIENTS - 1), min_size=1))
             update = {k: drawn(rng, PARTITION.blocks_of(k)) for k in clients}
-            chain, expected = put_chain(chain, update), put_chain(expected, update)
+            chain, expected = put_models(chain, update), put_models(expected, update)
         elif action == "keep":
             states.append((chain, expected))
         elif action == "forget" and states:
@@ -86,13 +86,13 @@ def test_any_history_has_the_bits_of_the_one_in_memory(tmp_path_factory, data):
             states, store = [], Store(folder, PARTITION, LIKE)
             step = data.draw(st.sampled_from(sorted(saved)))
             saved = {s: saved[s] for s in saved if s <= step}
-            chain, expected = StoredChain(store, *saved[step][:2]), saved[step][2]
+            chain, expected = StoredModels(store, *saved[step][:2]), saved[step][2]
     for found, wanted in (*states, (chain, expected)):
         chain.store.verify(found)
         for mine, theirs in zip(found, wanted, strict=True):
             same(mine, theirs)
     for rows, sums, wanted in saved.values():
-        old = StoredChain(chain.store, rows, sums)
+        old = StoredModels(chain.store, rows, sums)
         chain.store.verify(old)
         for mine, theirs in zip(old, wanted, strict=True):
             same(mine, theirs)
@@ -107,25 +107,25 @@ def test_a_federation_that_has_not_trained_takes_one_copy(chain, start):
 def test_rows_are_used_again_once_nobody_refers_to_them(chain):
     rng, store = np.random.default_rng(1), chain.store
     for _ in range(200):
-        chain = put_chain(chain, {k: drawn(rng, PARTITION.blocks_of(k)) for k in (0, 3)})
+        chain = put_models(chain, {k: drawn(rng, PARTITION.blocks_of(k)) for k in (0, 3)})
     owned = 4 * (PARTITION.owned @ [23, 23, 5000]).sum()
     assert store.size_bytes() < 2 * owned
     # Whoever keeps every state keeps every row.
     kept = [chain]
     for _ in range(20):
-        kept.append(put_chain(kept[-1], {0: drawn(rng, "abc")}))
+        kept.append(put_models(kept[-1], {0: drawn(rng, "abc")}))
     assert store.size_bytes() > 20 * 4 * 5000
     before = store.size_bytes()
     del kept
     gc.collect()
     for _ in range(20):
-        chain = put_chain(chain, {0: drawn(rng, "abc")})
+        chain = put_models(chain, {0: drawn(rng, "abc")})
     assert store.size_bytes() == before
 
 
 def test_rows_of_kept_checkpoints_are_not_used_again(chain):
     rng, store = np.random.default_rng(2), chain.store
-    chain = put_chain(chain, {0: drawn(rng, "abc")})
+    chain = put_models(chain, {0: drawn(rng, "abc")})
     store.commit(1, [chain])
     rows, sums, mine = chain.rows, chain.sums, chain[0]
     for step, steps, survives in ((1, [], True), (1, [1], True), (2, [1], True), (2, [1, 2], True), (3, [2, 3], False)):
@@ -133,8 +133,8 @@ def test_rows_of_kept_checkpoints_are_not_used_again(chain):
             store.commit(step, [chain])
         store.release(steps)
         for _ in range(5):
-            chain = put_chain(chain, {0: drawn(rng, "abc")})
-        old = StoredChain(store, rows, sums)
+            chain = put_models(chain, {0: drawn(rng, "abc")})
+        old = StoredModels(store, rows, sums)
         if survives:
             store.verify(old)
             same(old[0], mine)
@@ -146,22 +146,22 @@ def test_rows_of_kept_checkpoints_are_not_used_again(chain):
 
 def test_a_checkpoint_that_is_still_being_written_counts(chain):
     rng, store = np.random.default_rng(3), chain.store
-    chain = put_chain(chain, {0: drawn(rng, "abc")})
+    chain = put_models(chain, {0: drawn(rng, "abc")})
     store.commit(7, [chain])
     rows, sums, mine = chain.rows, chain.sums, chain[0]
     store.release([5, 8])  # the second is damaged: it is given up when this one is written
     for _ in range(5):
-        chain = put_chain(chain, {0: drawn(rng, "abc")})
-    same(StoredChain(store, rows, sums)[0], mine)
+        chain = put_models(chain, {0: drawn(rng, "abc")})
+    same(StoredModels(store, rows, sums)[0], mine)
 
 
 def test_blocks_read_are_copies(chain):
     rng = np.random.default_rng(4)
-    chain = put_chain(chain, {0: drawn(rng, "abc")})
+    chain = put_models(chain, {0: drawn(rng, "abc")})
     mine = chain[0]
     before = jax.tree.map(np.array, mine)
     for _ in range(10):
-        chain = put_chain(chain, {0: drawn(rng, "abc")})
+        chain = put_models(chain, {0: drawn(rng, "abc")})
     same(mine, before)
 
 
@@ -169,14 +169,14 @@ def test_as_a_pytree_it_is_its_tables(chain):
     leaves, structure = jax.tree.flatten(chain)
     assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [((CLIENTS, 3), np.int64), ((CLIENTS, 3), np.uint32)]
     again = structure.unflatten(leaves)
-    assert isinstance(again, StoredChain) and again.store is chain.store
+    assert isinstance(again, StoredModels) and again.store is chain.store
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"personal": chain})]
     assert paths == ["['personal'].rows", "['personal'].sums"]
 
 
 def test_a_full_disk_leaves_the_chain_as_it_was(chain, monkeypatch):
     rng = np.random.default_rng(5)
-    chain = put_chain(chain, {0: drawn(rng, "abc")})
+    chain = put_models(chain, {0: drawn(rng, "abc")})
     before, written, whole = [chain[k] for k in range(CLIENTS)], [], os.pwrite
 
     def full(descriptor, data, at):
@@ -187,31 +187,31 @@ def test_a_full_disk_leaves_the_chain_as_it_was(chain, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
-        put_chain(chain, {k: drawn(rng, PARTITION.blocks_of(k)) for k in range(CLIENTS)})
+        put_models(chain, {k: drawn(rng, PARTITION.blocks_of(k)) for k in range(CLIENTS)})
     monkeypatch.undo()
     chain.store.verify(chain)
     for mine, theirs in zip(chain, before, strict=True):
         same(mine, theirs)
     update = {1: drawn(rng, "a")}
-    same(put_chain(chain, update)[1], update[1])
+    same(put_models(chain, update)[1], update[1])
 
 
 def test_short_writes_are_continued(chain, monkeypatch):
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: whole(descriptor, data[:1000], at))
     update = {0: drawn(np.random.default_rng(6), "abc")}
-    same(put_chain(chain, update)[0], update[0])
+    same(put_models(chain, update)[0], update[0])
 
 
 def test_blocks_that_a_client_has_not_are_refused(chain):
     with pytest.raises(ValueError, match="client 1 has other blocks than .*c"):
-        put_chain(chain, {1: drawn(np.random.default_rng(7), "ac")})
+        put_models(chain, {1: drawn(np.random.default_rng(7), "ac")})
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "missing", "other", "about"])
 def test_damage_is_found_when_a_run_goes_on(chain, damage):
     folder = chain.store.folder
-    chain = put_chain(chain, {0: drawn(np.random.default_rng(8), "abc")})
+    chain = put_models(chain, {0: drawn(np.random.default_rng(8), "abc")})
     victim = folder / "1.0.rows"
     content = bytearray(victim.read_bytes())
     partition, like = PARTITION, LIKE
@@ -228,16 +228,16 @@ def test_damage_is_found_when_a_run_goes_on(chain, damage):
         like = LIKE | {"c": jax.ShapeDtypeStruct((5001,), np.float32)}
     with pytest.raises(UserError) as error:
         store = Store(folder, partition, like)
-        store.verify(StoredChain(store, chain.rows, chain.sums))
+        store.verify(StoredModels(store, chain.rows, chain.sums))
     assert str(error.value).startswith("workdir: ") and "\n" not in str(error.value)
 
 
 def test_a_second_writer_is_refused(chain):
-    put_chain(chain, {1: drawn(np.random.default_rng(9), "a")})
-    second = Store(chain.store.folder, PARTITION, LIKE).chain()
+    put_models(chain, {1: drawn(np.random.default_rng(9), "a")})
+    second = Store(chain.store.folder, PARTITION, LIKE).models()
     assert second[1].keys() == {"a"}, "reading is free to all"
     with pytest.raises(UserError, match="another process is training"):
-        put_chain(second, {1: drawn(np.random.default_rng(9), "a")})
+        put_models(second, {1: drawn(np.random.default_rng(9), "a")})
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
@@ -269,10 +269,10 @@ def test_rounds_on_disk_are_the_rounds_in_memory(tiny, tmp_path, fields):
             save(checkpoints, disk)
     del disk
     disk = rounds.resume(checkpoints, experiment.init(tmp_path))
-    for chains, stored in ((memory.chains, disk.chains), (memory.moments, disk.moments)):
+    for chains, stored in ((memory.client_models, disk.client_models), (memory.moments, disk.moments)):
         assert chains.keys() == stored.keys()
         for name, chain in chains.items():
-            assert isinstance(chain, tuple) and isinstance(stored[name], StoredChain)
+            assert isinstance(chain, tuple) and isinstance(stored[name], StoredModels)
             for mine, theirs in zip(stored[name], chain, strict=True):
                 same(mine, dict(theirs))
     finished = [experiment.finish(state).models for state in (disk, memory)]
@@ -296,12 +296,12 @@ def test_a_run_keeps_the_form_in_which_it_began(experiment, tiny, tmp_path):
         state = first.init(workdir)
         assert (workdir / "store").exists() == stored
         save(Checkpoints(workdir / "checkpoints"), state)
-        assert isinstance(second.init(workdir).chains["personal"], StoredChain) == stored
+        assert isinstance(second.init(workdir).client_models["personal"], StoredModels) == stored
 
 
 def test_the_store_of_a_state_in_use_is_not_made_anew(experiment, tmp_path):
     state = experiment.init(tmp_path)
-    chain = state.chains["personal"]
+    chain = state.client_models["personal"]
     chain = chain.put({0: chain[0]})
     with pytest.raises(UserError, match="workdir: .*store has the personal blocks of a state that is in use"):
         experiment.init(tmp_path)
@@ -311,7 +311,7 @@ def test_the_store_of_a_state_in_use_is_not_made_anew(experiment, tmp_path):
 
 
 def test_without_a_folder_all_is_in_memory(experiment):
-    assert isinstance(experiment.init().chains["personal"], tuple)
+    assert isinstance(experiment.init().client_models["personal"], tuple)
 
 
 def test_a_checkpoint_holds_tables_and_no_blocks(experiment, tmp_path):
@@ -319,7 +319,7 @@ def test_a_checkpoint_holds_tables_and_no_blocks(experiment, tmp_path):
     save(checkpoints, state)
     _, tree, _ = checkpoints.restore_latest(jax.device_get(state))
     shape = (len(ROWS), len(experiment.partition.names))
-    leaves = jax.tree.leaves(tree.chains)
+    leaves = jax.tree.leaves(tree.client_models)
     assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [(shape, np.int64), (shape, np.uint32)]
 
 
@@ -391,7 +391,7 @@ def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(tiny, tmp_p
     ]
     assert states[0].round == 4
     jax.tree.map(np.testing.assert_array_equal, states[0].server, states[1].server)
-    for chains, others in ((states[0].chains, states[1].chains), (states[0].moments, states[1].moments)):
+    for chains, others in ((states[0].client_models, states[1].client_models), (states[0].moments, states[1].moments)):
         for name in chains:
             for mine, theirs in zip(others[name], chains[name], strict=True):
                 same(mine, theirs)

@@ -58,7 +58,10 @@ def same(played, expected, tolerance=1e-5):
             for client, by_task in by_client.items():
                 assert line["losses"][chain][client] == pytest.approx(by_task, rel=tolerance)
     assert difference(state.server, expected_state.server) <= tolerance
-    for chains, others in ((state.chains, expected_state.chains), (state.moments, expected_state.moments)):
+    for chains, others in (
+        (state.client_models, expected_state.client_models),
+        (state.moments, expected_state.moments),
+    ):
         assert chains.keys() == others.keys()
         for name in others:
             for k in range(len(ROWS)):
@@ -264,9 +267,9 @@ def test_what_does_not_go_with_it_is_refused(tiny):
 
 def test_clients_of_several_rounds_have_no_aggregate(experiment):
     cohort, state = experiment.engine.cohort((0, 1), (0, 1)), experiment.init()
-    stack, losses = cohort.train(cohort.broadcast(state.server), "federated")
+    params, losses = cohort.train(cohort.broadcast(state.server), "federated")
     with pytest.raises(ValueError, match="clients of several rounds have no aggregate"):
-        cohort.aggregate(state.server, stack, losses)
+        cohort.aggregate(state.server, params, losses)
 
 
 def test_memory_is_planned_for_the_clients_of_a_window(tiny):

@@ -54,17 +54,17 @@ def write_run(folder, rows, fields=None, *, replacements=(), timing=None, lines=
     return folder
 
 
-def training_lines(model="flava", rounds=20, seed=0, chains=("federated", "personal", "local")):
+def training_lines(model="flava", rounds=20, seed=0, models=("federated", "personal", "local")):
     """Lines of metrics.jsonl with falling losses of two clients a round."""
     rng, federation = np.random.default_rng(seed), paper_federation(model)
     for number in range(rounds):
         clients = sorted(rng.choice(30, 2, replace=False).tolist())
         losses = {
-            chain: {
+            name: {
                 str(k): {task.name: 3 / (1 + 0.2 * number) + rng.normal(0, 0.05) for task in federation.tasks_of(k)}
                 for k in clients
             }
-            for chain in chains
+            for name in models
         }
         yield {"round": number, "clients": clients, "losses": losses, "seconds": 1.0}
 

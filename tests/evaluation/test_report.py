@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
         folder / "vilt", scores("tap", level(50), "vilt"), VILT, replacements=events, lines=training_lines("vilt")
     )
     fields = {"method": "per_fedavg"}
-    write_run(folder / "per", scores("per-fedavg", level(40)), fields, lines=training_lines(chains=("federated",)))
+    write_run(folder / "per", scores("per-fedavg", level(40)), fields, lines=training_lines(models=("federated",)))
     return folder
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tap_jax.blocks import take
+from tap_jax.blocks import select
 from tap_jax.data.store import cut
 from tap_jax.evaluation.samples import EXAMPLES, ImageSample, TextSample, to_uint8
 from tap_jax.experiment import build
@@ -20,11 +20,11 @@ def evaluated(tiny):
     def scores():
         return [
             row
-            for cohort in experiment.engine.passes(0)
+            for cohort in experiment.engine.client_batches(0)
             for row in evaluator.evaluate(
                 "tap",
                 cohort,
-                {int(k): take(experiment.initial_blocks, partition.blocks_of(k)) for k in cohort.clients if k >= 0},
+                {int(k): select(experiment.initial_blocks, partition.blocks_of(k)) for k in cohort.clients if k >= 0},
             )
         ]
 

@@ -159,7 +159,7 @@ class FedDAT(FedAvg):
         """A1 as client i receives it."""
         return {b: tree for b, tree in self.received(i).items() if is_adapter(b)}
 
-    def train(self, blocks: dict, i: int, t: int, purpose: str, *, post: bool = False, teacher=None):
+    def train(self, blocks: dict, i: int, t: int, phase: str, *, post: bool = False, teacher=None):
         a1 = self.adam({b: tree for b, tree in blocks.items() if is_adapter(b)}, self.rate(t, post))
         heads = self.adam({b: tree for b, tree in blocks.items() if not is_adapter(b)}, self.rate(t, post))
         a0, a2 = self.adam(self.private[i], self.rate(t, post)), a1.blocks
@@ -172,7 +172,7 @@ class FedDAT(FedAvg):
                 adam.resume(before)
         weight = dict.fromkeys(self.config.distillation.weights, self.config.feddat.weight)
         seen: dict[str, list[float]] = {}
-        for (minibatch,) in self.steps(i, t, purpose, post):
+        for (minibatch,) in self.steps(i, t, phase, post):
             z_t = self.outputs(halves(a0.blocks, a2) | heads.blocks, minibatch)
             z_1 = self.outputs(a1.blocks | heads.blocks, minibatch)
             losses, gradient = self.gradient(a1.blocks | heads.blocks, minibatch, z_t, weight)

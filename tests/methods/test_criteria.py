@@ -248,7 +248,7 @@ def test_a_run_with_relative_margins_on_held_out_losses(experiment):
         federated = cohort.unload(cohort.train(cohort.broadcast(before.server), "federated")[0])
         for i in line["clients"]:
             mine = held_out_losses(experiment, federated[i], i)
-            theirs = held_out_losses(experiment, before.chains["personal"][i], i)
+            theirs = held_out_losses(experiment, before.client_models["personal"][i], i)
             for o, now in line["losses"]["federated"][str(i)].items():
                 last = before.local_loss[i, names.index(o)]
                 margin = experiment.config.margins[experiment.model.tasks[names.index(o)].kind]
@@ -267,11 +267,11 @@ def course(experiment, models):
     """Stage 2 of clients 0 and 1 a step at a time: blocks and summed held-out loss after 0, 1, ... P steps."""
     cohort = experiment.engine.cohort([0, 1], 5)
     teacher = cohort.load(models[1])
-    stack = cohort.load(models[0])
-    looked = [(cohort.unload(stack), np.asarray(cohort.held_out_loss(stack)).sum(1))]
+    params = cohort.load(models[0])
+    looked = [(cohort.unload(params), np.asarray(cohort.held_out_loss(params)).sum(1))]
     for step in range(experiment.config.post_steps):
-        stack, _ = cohort.train(stack, "distil", post=True, teacher=teacher, steps=(step, step + 1))
-        looked.append((cohort.unload(stack), np.asarray(cohort.held_out_loss(stack)).sum(1)))
+        params, _ = cohort.train(params, "distil", post=True, teacher=teacher, steps=(step, step + 1))
+        looked.append((cohort.unload(params), np.asarray(cohort.held_out_loss(params)).sum(1)))
     return looked
 
 
@@ -341,7 +341,7 @@ def test_stage_2_without_a_teacher_has_the_same_patience(experiment, monkeypatch
         return {}
 
     monkeypatch.setattr("tap_jax.methods.tap.distil", noted)
-    passes = {variant for _, variant, _ in experiment.finish_in_passes(experiment.init())}
+    passes = {variant for _, variant, _ in experiment.finish_in_batches(experiment.init())}
     patience = Patience(experiment.config.post_steps, 1, 2)
     assert passes == {"tap", "tap-no-kd"}
     assert set(asked) == {("personal", True, patience), ("personal", False, patience)}
@@ -359,10 +359,10 @@ def plain_tap(experiment):
 class Silent:
     """A cohort that holds nothing out."""
 
-    def held_out_loss(self, stack):
+    def held_out_loss(self, params):
         return np.zeros((1, 2))
 
-    def similarity(self, stack, other):
+    def similarity(self, params, other):
         return np.zeros((1, 2))
 
 

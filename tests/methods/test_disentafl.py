@@ -64,12 +64,12 @@ def test_the_comparison_notices(experiment, run, fault):
 
 def test_clients_with_one_group_train_as_in_fedavg(experiment, run, tiny):
     """Client 0's rows are worth no collecting; others' latents do not touch it."""
-    assert experiment.engine._lead == {1, 2, 3}
+    assert experiment.engine._with_statistics == {1, 2, 3}
     trained = []
     for clients in ([0, 1, 3], [0]):
         cohort = experiment.engine.cohort(clients, 0)
-        stack, _ = cohort.train(cohort.broadcast(experiment.init().server), "federated")
-        trained.append(cohort.unload(stack)[0])
+        params, _ = cohort.train(cohort.broadcast(experiment.init().server), "federated")
+        trained.append(cohort.unload(params)[0])
     jax.tree.map(np.testing.assert_array_equal, *trained)
     plain = FedAvg(experiment)
     expected, *_ = plain.train(plain.received(0), 0, 0, "federated")
@@ -85,9 +85,9 @@ def test_a_broken_client_stays_alone(tiny):
     sick = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), owned[1])
     for second in (owned[1], sick):
         cohort = experiment.engine.cohort([0, 1], 0)
-        stack, losses = cohort.train(cohort.load([owned[0], second]), "federated")
+        params, losses = cohort.train(cohort.load([owned[0], second]), "federated")
         assert cohort.clients[0] == 0, "padding names position 0"
-        found.append((cohort.unload(stack)[0], np.asarray(losses.plain)[0]))
+        found.append((cohort.unload(params)[0], np.asarray(losses.plain)[0]))
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 

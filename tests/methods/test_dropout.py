@@ -11,8 +11,9 @@ import pytest
 from tap_jax import assembly
 from tap_jax import experiment as experiments
 from tap_jax.config import default_config
-from tap_jax.engine.objective import Where, collect, gradient
+from tap_jax.engine.objective import Where, gradient, statistics
 from tap_jax.federation import find_task
+from tap_jax.methods import feddat
 from tap_jax.methods.base import Row
 from tap_jax.methods.losses import distillation_loss
 from tap_jax.models.layers import ModelConfig
@@ -41,7 +42,7 @@ def built(bottleneck: int = 0):
 
 
 def row_of(frozen, key) -> Row:
-    """One whose stacks are the parts themselves."""
+    """One whose parameters are the parts themselves."""
     return Row(frozen, NEWS, BATCH, WEIGHTS, jnp.int32(0), lambda parts: parts, key)
 
 
@@ -53,7 +54,9 @@ def test_the_teacher_of_stage_2_has_no_dropout_and_the_student_has():
     @jax.jit
     def run(key):
         outputs, latents, _ = assembly.sample_loss(model)(frozen, student, NEWS, BATCH, key)
-        extra = functools.partial(assembly.teaching_loss(config, model), row_of(frozen, key), outputs, latents)
+        extra = functools.partial(
+            assembly.method_of(config, model, ("tap",)).rule.extra_loss, row_of(frozen, key), outputs, latents
+        )
         teachers = [model.apply(frozen, teacher, NEWS, BATCH, key=used) for used in (None, key)]
         divergences = [distillation_loss(NEWS.kind, guide, outputs, BATCH) for guide in teachers]
         students = [model.apply(frozen, student, NEWS, BATCH, key=used) for used in (None, key)]
@@ -70,14 +73,14 @@ def test_the_teacher_of_stage_2_has_no_dropout_and_the_student_has():
 def test_feddat_s_passes_over_a_minibatch_have_one_mask():
     """½A1 + ½A1 is A1: then nothing is between the two outputs but the mask."""
     model, frozen, parts, _ = built(bottleneck=3)
-    config = default_config()
-    config.feddat.weight = 1.0
 
     @jax.jit
     def run(key, other):
-        divergence = functools.partial(assembly.adapter_divergence(config, model), row_of(frozen, key))
+        divergence = functools.partial(
+            feddat.adapter_divergence(model.forward, model.dual, weight=1.0, image_loss="kl"), row_of(frozen, key)
+        )
         passes = [model.apply(frozen, parts, NEWS, BATCH, key=used) for used in (key, other, None)]
-        return [divergence(outputs, parts, parts) for outputs in passes]
+        return [divergence(outputs, None, (parts, parts)) for outputs in passes]
 
     same, other, none = map(float, run(jax.random.key(5), jax.random.key(6)))
     assert abs(same) < 1e-6 and other > 1e-3 and none > 1e-3
@@ -89,7 +92,7 @@ def test_a_row_has_a_mask_of_its_own(tiny):
     settings = {"method": "disentafl", "variants": ("disentafl",), "batch_size": 12, "engine.microbatch": 2}
     experiment = experiments.build(tiny(rows, settings))
     engine = experiment.engine
-    server, kinds = engine.server_stack(experiment.initial_blocks), [task.kind for task in engine.tasks]
+    server, kinds = engine.server_params(experiment.initial_blocks), [task.kind for task in engine.tasks]
 
     def sample_loss(frozen, parts, task, batch, key):
         drawn, size = jax.random.uniform(key), len(batch["tokens"])
@@ -99,21 +102,21 @@ def test_a_row_has_a_mask_of_its_own(tiny):
         drawn = latents[0, 0, 0]
         return {row.task.kind: row.weights.sum() * jnp.array([drawn, drawn**2])}
 
-    rule = dataclasses.replace(engine.rule, measure=measure, extra_loss=None)
+    rule = dataclasses.replace(engine.rule, statistics=measure, extra_loss=None)
     objective = dataclasses.replace(engine.objective, sample_loss=sample_loss, rule=rule)
 
     @jax.jit
-    def run(seats, plan, step, key, stack):
-        where = Where(engine.frozen, engine.arrays, seats, plan, 0, step, key)
-        return gradient(objective, where, stack)[1].plain, collect(objective, where, stack)
+    def run(layout, plan, step, key, params):
+        where = Where(engine.frozen, engine.arrays, layout, plan, 0, step, key)
+        return gradient(objective, where, params)[1].plain, statistics(objective, where, params)
 
     def means(clients, step) -> dict:
         """(client, task kind, step) -> the mean over the minibatch's samples of what is drawn for their rows."""
         cohort = engine.cohort(clients, 0)
-        (plan, _, key), stack = cohort.phase("federated"), cohort.broadcast(server)
-        seats, key, stack = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (cohort.seats, key, stack))
+        (plan, _, key), params = cohort.inputs("federated"), cohort.broadcast(server)
+        layout, key, params = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (cohort.layout, key, params))
         plan = jax.tree.map(lambda leaf: leaf[0, 0], plan)  # of one shard, which has one device
-        losses, sums = jax.device_get(run(seats, plan, step, key, stack))
+        losses, sums = jax.device_get(run(layout, plan, step, key, params))
         found = {}
         for at, client in enumerate(cohort.clients):
             for o, kind in enumerate(kinds):

@@ -24,7 +24,7 @@ def opposed(evidence):
     cohort, columns = evidence.cohort, []
     federated, personal = cohort.held_out_loss(evidence.federated), cohort.held_out_loss(evidence.personal)
     for task in evidence.tasks:
-        one, other = (cohort.task_gradient(stack, task) for stack in (evidence.federated, evidence.personal))
+        one, other = (cohort.task_gradient(params, task) for params in (evidence.federated, evidence.personal))
         columns.append(cohort.inner(one, other).sum(1) < 0)
     return evidence.seen & (jnp.stack(columns, 1) | (federated + evidence.margin < personal))
 
@@ -53,14 +53,14 @@ def test_own_criterion(tiny):
 def fedprox(strength):
     """FedProx (Li et al., 2020): FedAvg whose clients are drawn back to the blocks they received."""
 
-    def step(tools, stack, optimizer, aid):  # one local step of all clients; `optimizer`: AdamW's state
-        _, received = aid  # what `teacher` was: here the blocks that the client received
-        gradient, losses = tools.gradient(stack)
-        gradient = {group: gradient[group] + strength * (stack[group] - received[group]) for group in stack}
-        return *tools.update(stack, optimizer, gradient), losses
+    def step(tools, params, optimizer, teacher):  # one local step of all clients; `optimizer`: AdamW's state
+        _, received = teacher  # here the blocks that the client received
+        gradient, losses = tools.gradient(params)
+        gradient = {group: gradient[group] + strength * (params[group] - received[group]) for group in params}
+        return *tools.update(params, optimizer, gradient), losses
 
-    def train(cohort, server, purpose, post=False):
-        return cohort.train(cohort.broadcast(server), purpose, post=post, teacher=cohort.broadcast(server))
+    def train(cohort, server, phase, post=False):
+        return cohort.train(cohort.broadcast(server), phase, post=post, teacher=cohort.broadcast(server))
 
     def play(cohort, state):
         trained, losses = train(cohort, state.server, "federated")
@@ -72,7 +72,7 @@ def fedprox(strength):
         if "fedprox+post" in variants:  # "fedprox" itself is the server's blocks
             yield "fedprox+post", cohort.unload(train(cohort, state.server, "post", post=True)[0])
 
-    return Method(chains=(), round=play, finish=finish, rule=LocalRule(step, guided=True))
+    return Method(client_models=(), round=play, finish=finish, rule=LocalRule(step, takes_teacher=True))
 
 
 class FedProx(FedAvg):

@@ -32,7 +32,7 @@ def run(experiment):
 
 
 def test_standard_backbone_equals_oracle(experiment, run):
-    """One stack that all clients send and receive; rounds, +post, +2p."""
+    """One block that all clients send and receive; rounds, +post, +2p."""
     assert "backbone" in experiment.partition.names and not any("mote" in name for name in experiment.partition.names)
     check_trunk(experiment, run, FedAvg(experiment))
 

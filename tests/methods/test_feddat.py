@@ -49,7 +49,7 @@ def check(experiment, run, reference):
     reference.round = round_
     check_trunk(experiment, run, reference)
     for (state, _), expected in zip(run[0], private, strict=True):
-        for mine, blocks in zip(state.chains["private"], expected, strict=True):
+        for mine, blocks in zip(state.client_models["private"], expected, strict=True):
             named = {f"private/{b}": tree for b, tree in blocks.items()}
             assert agree(mine, named, experiment.initial_blocks)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tap_jax.assembly import teaching_loss
+from tap_jax.assembly import method_of
 from tap_jax.config import default_config
 from tap_jax.federation import find_task
 from tap_jax.methods.base import Row
@@ -73,10 +73,12 @@ def test_images_may_be_compared_by_mean_squares():
 
 def test_the_configuration_says_how_a_teacher_teaches():
     """Equation 6's second term: each field of `distillation` reaches it. The teacher's blocks are its outputs here."""
-    model = types.SimpleNamespace(forward=lambda frozen, blocks, task, batch: (blocks, None))
+    model = types.SimpleNamespace(forward=lambda frozen, blocks, task, batch: (blocks, None), tasks=())
     config = default_config()
     config.distillation.update(temperature=2.0, temperature_power=1.0, image_loss="mse")
     config.distillation.weights.update(text_classification=3.0, image_generation=5.0)
+
+    extra_loss = method_of(config, model, ("tap",)).rule.extra_loss
 
     def kl(teacher, student):
         log_t, log_s = (torch.log_softmax(z / 2, -1) for z in (teacher, student))
@@ -90,7 +92,7 @@ def test_the_configuration_says_how_a_teacher_teaches():
         teacher, student = drawn(task.kind)
         weights = np.linspace(1, 0, len(student), dtype=np.float32)
         row = Row(None, task, BATCH, weights, 0, lambda blocks: blocks, None)
-        found = teaching_loss(config, model)(row, student, None, (True, teacher))
+        found = extra_loss(row, student, None, (True, teacher))
         each = expected(torch.tensor(teacher), torch.tensor(student))
         assert float(found) == pytest.approx(float(each @ torch.tensor(weights)), rel=1e-5)
 

@@ -53,7 +53,7 @@ def test_each_chain_of_a_list_is_that_of_a_run_of_its_own(listed, single, margin
     assert experiment.variants[-2:] == ("tap@0.03", "tap@1000000")
     ours, theirs = f"personal{label}", "personal"
     for (state, line), (expected, expected_line) in zip(played, single[margin][0], strict=True):
-        same_bits(state.chains[ours], expected.chains[theirs])
+        same_bits(state.client_models[ours], expected.client_models[theirs])
         same_bits(state.personal_loss[ours], expected.personal_loss[theirs])
         same_bits(state.replacements[ours], expected.replacements[theirs])
         same_bits(state.server, expected.server)
@@ -81,8 +81,8 @@ def test_ablations_equal_the_oracle(listed):
     for t, (_, line) in enumerate(played):
         reference.round(t, line["clients"])
     for i in range(len(ROWS)):
-        same_bits(finished.models["tap-stage1"][i], played[-1][0].chains["personal"][i])
-        same_bits(finished.models["local"][i], played[-1][0].chains["local"][i])
+        same_bits(finished.models["tap-stage1"][i], played[-1][0].client_models["personal"][i])
+        same_bits(finished.models["local"][i], played[-1][0].client_models["local"][i])
         for variant, expected in reference.finish(i, len(played)).items():
             assert agree(finished.models[variant][i], expected, experiment.initial_blocks), (variant, i)
 

@@ -67,12 +67,12 @@ def test_the_outer_gradient_of_a_quadratic(exact):
     A, eta, scale = root @ root.T, 0.05, 1.5
     centres = jnp.array([d, d_outer])
 
-    def gradient(stack, aid=None, *, draw=0):
-        away = stack["w"] - centres[draw]
+    def gradient(params, auxiliary=None, *, minibatch=0):
+        away = params["w"] - centres[minibatch]
         return {"w": A @ away}, 0.5 * away @ A @ away
 
     tools = types.SimpleNamespace(
-        rate={"w": eta}, no_losses=jnp.zeros(()), gradient=gradient, update=lambda stack, state, g: (g, state)
+        rate={"w": eta}, no_losses=jnp.zeros(()), gradient=gradient, update=lambda params, state, g: (g, state)
     )
     step = meta_step(scale=scale, exact=exact)
     outer, state, loss = step(tools, {"w": jnp.array(w)}, "state", None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tap_jax.blocks import count
+from tap_jax.engine.packed import members
 from tap_jax.errors import UserError
 from tap_jax.federation import find_task
 from tap_jax.models.bottleneck import dual, init_bottleneck
@@ -176,10 +177,10 @@ def test_blocks_of_bottlenecks(name):
         assert down.mean() == pytest.approx(0.5 / np.sqrt(c.width), rel=0.2)
     partition = model.partition(np.ones((1, 1), bool))
     shapes = jax.tree.map(jnp.shape, blocks)
-    for group, members in partition.members().items():
-        names = [partition.names[r] for r in members]
+    for group, blocks_of_group in members(partition).items():
+        names = [partition.names[r] for r in blocks_of_group]
         if not group.startswith("head/"):
             assert all(shapes[member] == shapes[names[0]] for member in names)
-            assert len(members) == {"mote/expert": 4, "mome/expert": 4, "mote/domain": 2, "mome/domain": 2}.get(
+            assert len(blocks_of_group) == {"mote/expert": 4, "mome/expert": 4, "mote/domain": 2, "mome/domain": 2}.get(
                 group, 1
             )

@@ -132,7 +132,7 @@ def test_heads_of_equal_shapes_are_of_one_group():
     tasks = tuple(map(find_task, ("cifar100", "fashion_mnist", "ag_news", "mmlu")))
     own = tuple(dataclasses.replace(task, name=f"{task.name}_2", head=f"{task.name}_2") for task in tasks)
     partition = ServerModel(CONFIG, (*tasks, *own)).partition(np.ones((1, 8), bool))
-    group = dict(zip(partition.names, partition.groups, strict=True))
+    group = dict(zip(partition.names, partition.shape_classes, strict=True))
     for task, other in zip(tasks, own, strict=True):
         assert group[f"head/{task.head}"] == group[f"head/{other.head}"]
     assert len({group[f"head/{task.head}"] for task in tasks}) == 4

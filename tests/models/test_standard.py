@@ -183,7 +183,7 @@ def test_one_block_that_every_task_touches(name):
     )  # fmt: skip
     assert model.adapter_blocks == ()
     partition = model.partition(np.eye(3, dtype=bool))
-    assert partition.touches[:, 2].all() and partition.groups[2] == "backbone"
+    assert partition.touches[:, 2].all() and partition.shape_classes[2] == "backbone"
     assert model.roles(find_task("vqa").streams[0]) == {
         "head": "head/text_generation",
         "image/encoder": "encoder/image",

@@ -62,7 +62,7 @@ def test_report():
     line = next(line for line in text.splitlines() if line.startswith("one"))
     assert "1 all-reduce" in line and "0.75" in line and "20 s" in line
     assert (
-        "does not fit: two wants 12 of 10 GiB; lower engine.microbatch, engine.clients_per_pass, or set engine.remat"
+        "does not fit: two wants 12 of 10 GiB; lower engine.microbatch, engine.clients_at_once, or set engine.remat"
         in text
     )
     assert "not compiled: three: not known after 3 minutes" in text
