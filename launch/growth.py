@@ -16,8 +16,8 @@ import time
 import jax
 import numpy as np
 
-from tap_jax import startup
 from tap_jax.blocks import size_bytes
+from tap_jax.cli import startup
 from tap_jax.config import load_config
 
 PATTERNS, PARTS = 10, 3

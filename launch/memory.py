@@ -62,11 +62,12 @@ def child(path: str, microbatch: int, rounds: int, tiny: bool = False) -> dict:
     """Plays `rounds` rounds, or until every client has taken part -> peaks after each, in bytes."""
     import jax
 
-    from tap_jax import experiment, startup
+    from tap_jax import experiment
+    from tap_jax.cli import startup
     from tap_jax.config import load_config, override
     from tap_jax.engine.memory_plan import ROUND, array_bytes
-    from tap_jax.outline import outline
-    from tap_jax.planned_memory import plan
+    from tap_jax.planning.outline import outline
+    from tap_jax.planning.planned_memory import plan
 
     fields = {"data.root": "synthetic", "data.train_size": 12, "data.test_size": 2, "model.weights": ""}
     fields |= {"mesh.clients": 1, "mesh.data": 1, "cohort_size": COHORT, "local_steps": 1, "post_steps": 1}

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from tap_jax import startup
+from tap_jax.cli import startup
 from tap_jax.config import ConfigDict, config_hash, load_config
 from tap_jax.data import synthetic
 from tap_jax.evaluation import drawing

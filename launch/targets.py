@@ -8,9 +8,9 @@ import sys
 
 from tap_jax.config import load_config
 from tap_jax.errors import UserError
+from tap_jax.planning.targets import fit, report, roofline, session, topology
+from tap_jax.planning.targets.compile import Found
 from tap_jax.platforms import Platform
-from tap_jax.targets import fit, report, roofline, session, topology
-from tap_jax.targets.compile import Found
 
 BEGIN, END = "<!-- targets: made by launch/targets.sh -->\n", "<!-- end of targets -->\n"
 HEAD = (

@@ -57,10 +57,10 @@ if typing.TYPE_CHECKING:
     from tap_jax.blocks import aggregate, ownership, replace, replacement_indicator, select
     from tap_jax.config import load_config
     from tap_jax.experiment import Experiment, build
-    from tap_jax.exporting import export_client
     from tap_jax.federation import Federation
     from tap_jax.methods.losses import distillation_loss
-    from tap_jax.runs import run
+    from tap_jax.runs.exporting import export_client
+    from tap_jax.runs.runner import run
     from tap_jax.theory.bound import bound
 
 __all__ = [
@@ -86,12 +86,12 @@ _HOMES = {
     "bound": "theory.bound",
     "build": "experiment",
     "distillation_loss": "methods.losses",
-    "export_client": "exporting",
+    "export_client": "runs.exporting",
     "load_config": "config",
     "ownership": "blocks",
     "replace": "blocks",
     "replacement_indicator": "blocks",
-    "run": "runs",
+    "run": "runs.runner",
     "select": "blocks",
 }
 

@@ -163,13 +163,16 @@ class Oracle:
         weighted = {o: float(np.mean([loss * share for loss, share in pairs])) for o, pairs in seen.items()}
         return adam.blocks, plain, weighted if self.config.replacement.history == "weighted" else plain
 
-    draws = 1  # minibatches of one step
+    minibatches_per_step = 1
 
     def steps(self, i: int, t: int, phase: str, post: bool) -> list[tuple[dict[str, list], ...]]:
         """The minibatches of each step; a minibatch: task -> (domain, id) of its samples, in no particular order."""
         steps = self.config.post_steps if post else self.config.local_steps
         rest = self.config, i, t, phase, steps, None if post else 1
-        drawn = (minibatches(self.clients[i], self.model.streams, *rest, minibatch=d) for d in range(self.draws))
+        drawn = (
+            minibatches(self.clients[i], self.model.streams, *rest, minibatch=d)
+            for d in range(self.minibatches_per_step)
+        )
         return list(zip(*drawn, strict=True))
 
     def adam(self, blocks: dict, rate: float) -> "Adam":
@@ -344,12 +347,12 @@ class Adam:
 
 
 def minibatches(
-    data: ClientData, streams, config, i: int, t: int, phase: str, steps: int, epochs: int | None, draw: int = 0
+    data: ClientData, streams, config, i: int, t: int, phase: str, steps: int, epochs: int | None, minibatch: int = 0
 ):
     """The minibatches of a client: per step a dict task -> list of (domain, id)."""
     by_name = {stream.name: stream for stream in streams}
     union = [(by_name[name], int(index)) for name, ids in data.streams.items() for index in ids]
-    rng = sampling.generator(config.seed, t, i, phase, draw)
+    rng = sampling.generator(config.seed, t, i, phase, minibatch)
     drawn = sampling.minibatches(rng, len(union), batch=config.batch_size, steps=steps, epochs=epochs)
     out = []
     for positions in drawn:

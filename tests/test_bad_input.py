@@ -18,7 +18,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tap_jax import cli, terminal
+from tap_jax.cli import main as cli
+from tap_jax.cli import terminal
 from tap_jax.config import config_hash, to_json
 from tap_jax.data.text import load_tokenizer
 from tap_jax.engine.checkpointing import Checkpoints

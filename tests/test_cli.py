@@ -12,12 +12,14 @@ import sys
 import jax
 import pytest
 
-from tap_jax import cli, runs, startup
-from tap_jax.arguments import parse
-from tap_jax.commands import COMMANDS
+from tap_jax.cli import main as cli
+from tap_jax.cli import startup
+from tap_jax.cli.arguments import parse
+from tap_jax.cli.commands import COMMANDS
 from tap_jax.config import config_hash, default_config, load_config, to_json
 from tap_jax.errors import UserError
-from tap_jax.writers import of_round
+from tap_jax.runs import runner as runs
+from tap_jax.runs.writers import of_round
 
 DEMO = "configs/demo.py"
 
@@ -263,7 +265,7 @@ def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, caplog):
 
 def test_late_callbacks_are_dropped_and_other_errors_are_not():
     code = """if True:
-        from tap_jax import startup
+        from tap_jax.cli import startup
 
         class Late:
             def __init__(self, message):
@@ -373,7 +375,7 @@ def test_bench_prints_one_json_line(trained, command):
 
 WITH_A_WRITER = """if True:
     import json, sys
-    from tap_jax import runs
+    from tap_jax.runs import runner as runs
     from tap_jax.config import load_config
 
     class Mine:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tap_jax.config import load_config
-from tap_jax.describe import describe
 from tap_jax.experiment import build
-from tap_jax.headline import evaluation_headline, headline
-from tap_jax.outline import outline
-from tap_jax.planned_memory import MIB, plan, plan_of
+from tap_jax.planning.describe import describe
+from tap_jax.planning.headline import evaluation_headline, headline
+from tap_jax.planning.outline import outline
+from tap_jax.planning.planned_memory import MIB, plan, plan_of
 
 TABLE7 = {  # typed from the paper
     "flava": "avg total 310,559,996.4 · avg trainable 36,862,998.0 · 10.3347 % · with TAP 347,422,994.4 · 18.1086 %",

@@ -9,14 +9,16 @@ import sys
 
 import pytest
 
-from tap_jax import distributed
+from tap_jax.cli import distributed
 from tap_jax.errors import UserError
 
 # `tap-jax train` whose training is a few sums over all devices; EVENT is what happens to the process WHO after them.
 STAND_IN = """
 import dataclasses, os, signal, sys, time
-from tap_jax import cli, distributed, startup
-from tap_jax.commands import COMMANDS
+from tap_jax.cli import main as cli
+from tap_jax.cli import distributed
+from tap_jax.cli import startup
+from tap_jax.cli.commands import COMMANDS
 from tap_jax.errors import Preempted, UserError
 
 def train(config, workdir, coordinator, processes, process):

@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from tap_jax import cli, runs
 from tap_jax import experiment as experiments
+from tap_jax.cli import main as cli
 from tap_jax.config import to_json
 from tap_jax.errors import UserError
 from tap_jax.export import torch_model
 from tap_jax.export.naming import to_torch
-from tap_jax.exporting import export_client
+from tap_jax.runs import runner as runs
+from tap_jax.runs.exporting import export_client
 
 ROWS = ({"ag_news": 0.5, "cifar100": 1.0}, {"ag_news": 0.5})
 FIELDS = {"method": "fedavg", "variants": ("fedavg", "fedavg+post"), "rounds": 2, "compilation_cache": "off"}

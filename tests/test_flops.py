@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tap_jax import assembly, step_cost
+from tap_jax import assembly
 from tap_jax.config import load_config
-from tap_jax.flops import Flops, count
 from tap_jax.models.accounting import shapes
-from tap_jax.outline import outline
+from tap_jax.planning import step_cost
+from tap_jax.planning.flops import Flops, count
+from tap_jax.planning.outline import outline
 
 PRODUCT = 2 * 2 * 3 * 5  # multiply-adds of [2, 3] @ [3, 5], each 2
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tap_jax import arguments, commands
+from tap_jax.cli import arguments, commands
 from tap_jax.config import validate, variants_of
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -13,8 +13,8 @@ import time
 import pytest
 import yaml
 
-from tap_jax.arguments import parse
-from tap_jax.commands import COMMANDS
+from tap_jax.cli.arguments import parse
+from tap_jax.cli.commands import COMMANDS
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = ("local.sh", "slurm.sbatch", "tpu_pod.sh", "gke.sh")
@@ -45,9 +45,10 @@ if [[ $* == *describe* ]]; then echo ACTIVE; fi
 # What several processes of `tap-jax train` do first of all, and a sum over them.
 SUM = f"""#!{sys.executable}
 import sys
-from tap_jax import startup, distributed
-from tap_jax.arguments import parse
-from tap_jax.commands import COMMANDS, PROCESSES
+from tap_jax.cli import startup
+from tap_jax.cli import distributed
+from tap_jax.cli.arguments import parse
+from tap_jax.cli.commands import COMMANDS, PROCESSES
 flags = parse(COMMANDS["train"], sys.argv[2:])
 startup.start_jax(flags["config"], distributed.processes(*(flags[f.name] for f in PROCESSES)))
 import jax

@@ -6,12 +6,12 @@ import pytest
 import transformers
 
 import tap_jax
-from tap_jax import cli
 from tap_jax.assembly import model_config
+from tap_jax.cli import main as cli
 from tap_jax.config import config_hash, load_config, to_json
 from tap_jax.data.text import load_tokenizer
-from tap_jax.describe import describe
 from tap_jax.errors import UserError
+from tap_jax.planning.describe import describe
 from tests.models import huggingface
 
 ROWS = ({"fashion_mnist": 0.5}, {"vqa": 0.5})

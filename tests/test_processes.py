@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
-from tap_jax import runs
 from tap_jax.config import to_json
+from tap_jax.runs import runner as runs
 from tests.trajectories import difference
 
 ROWS = ({"ag_news": 0.2}, {"ag_news": 0.5}, {"ag_news": 0.3})

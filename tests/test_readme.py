@@ -18,8 +18,8 @@ import sys
 import pytest
 
 import tap_jax
-from tap_jax import cli
 from tap_jax import config as configuration
+from tap_jax.cli import main as cli
 from tap_jax.config import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
-from tap_jax import runs
 from tap_jax.config import load_config, to_json
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.errors import UserError
+from tap_jax.runs import runner as runs
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3}, {"ag_news": 0.4})
 # With all that can be carried from round to round.
@@ -38,7 +38,7 @@ PROGRAM = """
 import os, signal, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from tap_jax import runs
+from tap_jax.runs import runner as runs
 from tap_jax.config import load_config
 from tap_jax.errors import Preempted
 
@@ -182,7 +182,7 @@ def test_sigterm_saves_and_is_status_143(whole, tiny, tmp_path):
 
 BUSY = """
 import hashlib, os, signal, sys
-from tap_jax.preemption import Preemption
+from tap_jax.cli.preemption import Preemption
 
 before = signal.getsignal(signal.SIGTERM)
 with Preemption() as preemption:

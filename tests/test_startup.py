@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tap_jax import distributed, startup
+from tap_jax.cli import distributed, startup
 from tap_jax.config import default_config, override
 
 

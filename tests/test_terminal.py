@@ -12,7 +12,7 @@ import termios
 
 import pytest
 
-from tap_jax import commands, terminal
+from tap_jax.cli import commands, terminal
 
 
 class Clock:
@@ -107,7 +107,7 @@ def test_a_run_that_is_silent_says_what_it_is_at(capsys):
 # --- where somebody does -------------------------------------------------------------------------------------------
 
 RUN = """if True:
-    from tap_jax import terminal
+    from tap_jax.cli import terminal
     with terminal.Terminal(3) as screen:
         screen.say(" ".join(["many words"] * 12))
         screen.begin(0)

@@ -5,13 +5,13 @@ import pytest
 
 from tap_jax import experiment as experiments
 from tap_jax.assembly import engine_settings
-from tap_jax.cli import main
+from tap_jax.cli.main import main
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, Sequences, padded
 from tap_jax.data.sampling import Rows, Table
 from tap_jax.data.text import TaskArrays
 from tap_jax.federation import find_task
-from tap_jax.useful_share import Costs, Measure, TaskCost, measure, report
+from tap_jax.planning.useful_share import Costs, Measure, TaskCost, measure, report
 
 GEN = find_task("common_gen")
 FAMILY = Family((GEN,))

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from tap_jax import writers
 from tap_jax.config import config_hash, default_config, override, validate
 from tap_jax.errors import UserError
-from tap_jax.writers import Guarded, TensorBoard, open_writer
+from tap_jax.runs import writers
+from tap_jax.runs.writers import Guarded, TensorBoard, open_writer
 
 LINE = {
     "round": 4,

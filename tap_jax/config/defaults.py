@@ -22,6 +22,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 # The server's blocks as they are: no client has a model of its own.
 SERVER_VARIANTS = ("fedavg", "per-fedavg", "disentafl", "centralised")
 
+# Packages that curves can go to, and extras of their names.
+WRITERS = ("tensorboard", "wandb")
 IMAGE_SIDE = 64  # pixels a side of every stored image
 FLAVA_POSITIONS = 512  # of the text encoder, in every published FLAVA
 

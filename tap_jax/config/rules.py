@@ -5,12 +5,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tap_jax.config.defaults import CHOICES, FLAVA_POSITIONS, IMAGE_SIDE, VARIANTS, default_config
+from tap_jax.config.defaults import CHOICES, FLAVA_POSITIONS, IMAGE_SIDE, VARIANTS, WRITERS, default_config
 from tap_jax.config.derived import client_rows, margins_of
 from tap_jax.config.fields import cast, flat, is_number, refuse_unknown
 from tap_jax.errors import UserError
 from tap_jax.federation import client_table
-from tap_jax.writers import WRITERS
 
 # Every other number is > 0; tuples of numbers elementwise.
 _MAY_BE_ZERO = (

@@ -213,15 +213,15 @@ class Cohort:
         Args:
           goes_on: a later call begins where `steps` end; else no optimizer states are kept for it.
         """
-        engine, phase = self.engine, self.inputs(phase, post=post, idle=idle)
+        engine, inputs = self.engine, self.inputs(phase, post=post, idle=idle)
         if not post and self.of_one_round and not self._trained:
             engine.begins, self._trained = phase, True
         if steps is not None:
-            plan = phase.plan
+            plan = inputs.plan
             first, last = np.full_like(plan.first, steps[0]), np.minimum(plan.steps, steps[1])
-            phase = phase._replace(plan=plan.replace(first=first, steps=last))
+            inputs = inputs._replace(plan=plan.replace(first=first, steps=last))
         moments = self._remembered(phase, model, steps if goes_on else None)
-        params, after, losses = engine.train(params, moments, self._aid(teacher), self.layout, phase)
+        params, after, losses = engine.train(params, moments, self._teacher(teacher), self.layout, inputs)
         if after is not None:
             self._moments[phase if post else model or phase] = after
         return params, losses
@@ -257,7 +257,7 @@ class Cohort:
                 return self._put(self._before[before], self.engine.moments_like)
         return self.engine.nobody(self.abstract_params(self.engine.moments_like))
 
-    def _aid(self, teacher: Packed | None):
+    def _teacher(self, teacher: Packed | None):
         """A teacher's parameters and whether it is one, per shard: one program serves training and distillation."""
         engine = self.engine
         if not engine.rule.takes_teacher:

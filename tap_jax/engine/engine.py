@@ -189,11 +189,11 @@ class Engine:
         return self.cohort(clients, round_).plan(phase, post=False)
 
     def train(
-        self, params: Packed, moments: Packed | None, teacher: Any, layout: Layout, phase: PhaseInputs
+        self, params: Packed, moments: Packed | None, teacher: Any, layout: Layout, inputs: PhaseInputs
     ) -> tuple[Packed, Packed | None, Losses]:
         """Local training of whoever sits there -> (params, moments, `Losses` [P, O]); the parameters are consumed."""
-        rate, key = self.devices.put((phase.rate, phase.key), CLIENTS)
-        plan = self.devices.put(phase.plan, ROWS)
+        rate, key = self.devices.put((inputs.rate, inputs.key), CLIENTS)
+        plan = self.devices.put(inputs.plan, ROWS)
         return self._train(self.frozen, self.arrays, params, moments, teacher, layout, plan, rate, key)
 
     def client_batches(self, round_: int, moments: Mapping | None = None) -> list[Cohort]:

@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from tap_jax.compiling import compiler_options
-from tap_jax.platforms import Platform
+from tap_jax.platforms import Platform, compiler_options
 
 _WORKERS = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
 

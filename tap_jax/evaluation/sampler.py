@@ -4,7 +4,6 @@ import jax
 import numpy as np
 
 from tap_jax.blocks import Params
-from tap_jax.compiling import compiler_options
 from tap_jax.data.families import Family
 from tap_jax.data.packing import padded
 from tap_jax.engine.cohort import Cohort
@@ -12,6 +11,7 @@ from tap_jax.engine.parallel import ROWS
 from tap_jax.evaluation.prediction import TestRows, image, predictor
 from tap_jax.evaluation.samples import EXAMPLES, OWNERS, ImageSample, Sample, TextSample, to_uint8
 from tap_jax.federation import Stream, Task
+from tap_jax.platforms import compiler_options
 
 
 class Sampler:

@@ -23,7 +23,6 @@ import safetensors.numpy
 import torch
 
 from tap_jax.blocks import Blocks
-from tap_jax.compiling import compiler_options
 from tap_jax.data.text import WordPiece
 from tap_jax.errors import UserError
 from tap_jax.export import naming, torch_model
@@ -31,6 +30,7 @@ from tap_jax.export.staging import staged
 from tap_jax.federation import Stream, Task
 from tap_jax.models import backbone
 from tap_jax.models.server_model import ServerModel
+from tap_jax.platforms import compiler_options
 
 Tree = Any
 TOLERANCE = 1e-4  # of the largest output; what is further off is not written

@@ -15,7 +15,6 @@ import numpy as np
 from jax import Array
 
 from tap_jax.blocks import Blocks, Partition
-from tap_jax.compiling import compiler_options
 from tap_jax.errors import UserError
 from tap_jax.federation import Stream, Task
 from tap_jax.models import backbone, flava, standard, vilt
@@ -24,6 +23,7 @@ from tap_jax.models.heads import ClassificationHead, ImageHead, TextHead
 from tap_jax.models.layers import InputAdaptor, ModelConfig, TrainableDense
 from tap_jax.models.lora import Tree
 from tap_jax.models.token_layout import TokenLayout
+from tap_jax.platforms import compiler_options
 from tap_jax.token_logits import TokenLogits, whole
 
 ENCODERS = {

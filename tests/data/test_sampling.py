@@ -147,7 +147,9 @@ def test_rows_of_leading_clients_come_first_and_are_counted():
         (rows,) = led.rows[family.name]
         for step in range(led.steps):
             clients = rows.table.client[step, : rows.count[step]]
-            assert (clients[: rows.with_statistics[step]] == 2).all() and (clients[rows.with_statistics[step] :] != 2).all()
+            assert (clients[: rows.with_statistics[step]] == 2).all() and (
+                clients[rows.with_statistics[step] :] != 2
+            ).all()
         assert rows.with_statistics.sum() > 0 and not plain.rows[family.name][0].with_statistics.any()
     for position in range(3):
         assert drawn(led, position) == drawn(plain, position)

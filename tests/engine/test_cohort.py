@@ -178,14 +178,14 @@ def test_a_model_with_a_nan_has_no_result(counted):
 def test_a_client_that_diverges_after_the_last_round_loses_its_own_result_only(counted, monkeypatch, phase):
     """As a teacher or as a student; all rounds went well, so the server's blocks have their values."""
     experiment, _ = counted
-    phase, victim = Cohort.phase, 1
+    inputs, victim = Cohort.inputs, 1
 
     def too_fast(self, now, **kwargs):
-        found = phase(self, now, **kwargs)
+        found = inputs(self, now, **kwargs)
         rate = np.where((self.table == victim) & (now == phase), np.float32(1e30), found.rate)
         return found._replace(rate=rate)
 
-    monkeypatch.setattr(Cohort, "phase", too_fast)
+    monkeypatch.setattr(Cohort, "inputs", too_fast)
     rows = experiment.evaluate(experiment.finish(experiment.init()))
     assert {(row["variant"], row["client"]) for row in rows} == {(v, k) for v in ("tap", "fedavg") for k in range(4)}
     for row in rows:

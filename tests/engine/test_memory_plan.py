@@ -6,12 +6,14 @@ import weakref
 import jax
 import numpy as np
 
-from tap_jax import assembly, planned_memory, runs
+from tap_jax import assembly
 from tap_jax import experiment as experiments
-from tap_jax.describe import describe
 from tap_jax.engine.memory_plan import LAST, ROUND, array_bytes
 from tap_jax.experiment import Experiment
-from tap_jax.outline import outline
+from tap_jax.planning import planned_memory
+from tap_jax.planning.describe import describe
+from tap_jax.planning.outline import outline
+from tap_jax.runs import runner as runs
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3, "cifar100": 0.5}, {"ag_news": 0.4, "fashion_mnist": 1.0})
 # Blocks that are large beside what is not described: plans, layout, losses.

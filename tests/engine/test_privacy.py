@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from tap_jax import blocks, runs
+from tap_jax import blocks
 from tap_jax import experiment as experiments
 from tap_jax.engine import exchange, packed
 from tap_jax.engine import privacy as mechanism
@@ -27,6 +27,7 @@ from tap_jax.engine.privacy import Privacy
 from tap_jax.engine.rounds import resume
 from tap_jax.engine.screening import Screening, update_norms
 from tap_jax.errors import UserError
+from tap_jax.runs import runner as runs
 from tests.engine.test_packed import LIKE, NAMES, TASKS, draw, masks, partition, seeds
 from tests.engine.test_screening import hostile
 

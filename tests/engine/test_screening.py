@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tap_jax import blocks, runs
+from tap_jax import blocks
 from tap_jax import experiment as experiments
+from tap_jax.cli.terminal import Terminal
 from tap_jax.config import override
 from tap_jax.engine import packed, screening
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import Losses
 from tap_jax.errors import UserError
-from tap_jax.terminal import Terminal
+from tap_jax.runs import runner as runs
 from tests.engine.test_packed import CLIENTS, LIKE, NAMES, TASKS, draw, masks, owners, partition, seeds
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.4, "cifar100": 0.5})

@@ -337,7 +337,7 @@ PROGRAM = """
 import os, signal, sys, time
 import jax
 jax.config.update("jax_platforms", "cpu")
-from tap_jax import runs
+from tap_jax.runs import runner as runs
 from tap_jax.config import load_config
 
 config, workdir, kill_at, checkpoint = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]

@@ -15,8 +15,8 @@ from tap_jax.engine.memory_plan import LAST, ROUND, WINDOW
 from tap_jax.engine.rounds import resume, run_rounds
 from tap_jax.errors import Preempted, UserError
 from tap_jax.methods.base import Method
-from tap_jax.outline import outline
-from tap_jax.planned_memory import plan
+from tap_jax.planning.outline import outline
+from tap_jax.planning.planned_memory import plan
 from tests.trajectories import difference
 
 # Clients with different blocks; one runs out of data. Both tasks are of one family, so that there is less to compile.

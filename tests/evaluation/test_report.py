@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tap_jax import cli
-from tap_jax.arguments import parse
-from tap_jax.commands import COMMANDS
+from tap_jax.cli import main as cli
+from tap_jax.cli.arguments import parse
+from tap_jax.cli.commands import COMMANDS
 from tap_jax.errors import UserError
 from tap_jax.evaluation import curves, drawing, heat_map, report
 from tap_jax.evaluation.finished import read_runs

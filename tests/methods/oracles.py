@@ -57,7 +57,7 @@ class FedAvg(Oracle):
 class PerFedAvg(FedAvg):
     """A plain step w' = w - a ∇f(w; D), then AdamW on the gradient at w', on a minibatch D' of its own."""
 
-    name, draws = "per-fedavg", 2
+    name, minibatches_per_step = "per-fedavg", 2
     faults = (*FAULTS, "one minibatch")
 
     def step(self, adam, drawn, teacher):

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from tap_jax.flops import count
 from tap_jax.methods import losses
 from tap_jax.methods.losses import distillation_loss, task_loss, token_cross_entropy, token_divergence
+from tap_jax.planning.flops import count
 from tap_jax.token_logits import TokenLogits
 
 D, V = 12, 37

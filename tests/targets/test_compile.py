@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tap_jax import platforms
+from tap_jax.planning.targets import fit, report, roofline
+from tap_jax.planning.targets.compile import Found, compile_program, refused_bytes
+from tap_jax.planning.targets.session import Built
 from tap_jax.platforms import GIB, Platform
-from tap_jax.targets import fit, report, roofline
-from tap_jax.targets.compile import Found, compile_program, refused_bytes
-from tap_jax.targets.session import Built
 
 DEVICE = Platform("gpu", "test", memory=10 * GIB, peak=1e14, bandwidth=1e12)
 BUILT = Built(("a line about it",), ("one",), DEVICE, 2, {"training": roofline.Work(4e15, 3e15)}, {"training": 90})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tap_jax.targets import hlo
+from tap_jax.planning.targets import hlo
 
 TRIPS = 'backend_config={"known_trip_count":{"n":"3"}}'
 TEXT = """HloModule small, is_scheduled=true

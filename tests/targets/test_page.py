@@ -5,10 +5,10 @@ import importlib.util
 import json
 import pathlib
 
+from tap_jax.planning.targets import roofline
+from tap_jax.planning.targets.compile import Found
+from tap_jax.planning.targets.session import Built
 from tap_jax.platforms import GIB, Platform
-from tap_jax.targets import roofline
-from tap_jax.targets.compile import Found
-from tap_jax.targets.session import Built
 
 PATH = pathlib.Path(__file__).parents[2] / "launch" / "targets.py"
 

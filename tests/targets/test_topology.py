@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 
-from tap_jax import cli
+from tap_jax.cli import main as cli
 from tap_jax.errors import UserError
-from tap_jax.targets import topology
-from tap_jax.targets.topology import Target, parse
+from tap_jax.planning.targets import topology
+from tap_jax.planning.targets.topology import Target, parse
 
 NEEDED = {"gpu": "jax_cuda12_plugin", "tpu": "libtpu"}
 

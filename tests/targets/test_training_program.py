@@ -10,10 +10,10 @@ import pytest
 
 from tap_jax.config import default_config, override
 from tap_jax.experiment import build
+from tap_jax.planning.targets import hlo, topology
+from tap_jax.planning.targets.compile import compile_program
+from tap_jax.planning.targets.programs import TRAINING, programs
 from tap_jax.platforms import platform_of
-from tap_jax.targets import hlo, topology
-from tap_jax.targets.compile import compile_program
-from tap_jax.targets.programs import TRAINING, programs
 
 pytestmark = pytest.mark.slow
 

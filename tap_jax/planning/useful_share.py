@@ -25,9 +25,9 @@ from tap_jax.data.text import PAD, TaskArrays
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.evaluate import test_shapes
 from tap_jax.federation import Federation, Task
-from tap_jax.flops import count
 from tap_jax.models.accounting import shapes as model_shapes
 from tap_jax.models.server_model import ServerModel
+from tap_jax.planning.flops import count
 
 LOSSES = ("rows", "texts", "answers")
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tap_jax import config as configuration
-from tap_jax import distributed, preemption, startup, terminal
-from tap_jax.arguments import Command, Flag
+from tap_jax.cli import distributed, preemption, startup, terminal
+from tap_jax.cli.arguments import Command, Flag
 from tap_jax.config import ConfigDict
+from tap_jax.config.defaults import WRITERS
 from tap_jax.errors import UserError
-from tap_jax.writers import WRITERS
 
 
 def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -24,8 +24,8 @@ def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: in
     several = distributed.processes(coordinator, processes, process)
     _writable("workdir", workdir)
     startup.start_jax(config, several)
-    from tap_jax import runs
-    from tap_jax.headline import headline
+    from tap_jax.planning.headline import headline
+    from tap_jax.runs import runner as runs
 
     with terminal.Terminal(config.rounds) as screen, preemption.Preemption() as asked_to:
         screen.say("reading data, building the model")
@@ -41,8 +41,8 @@ def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: i
     folder = pathlib.Path(workdir)
     config = configuration.of_run(folder)
     startup.start_jax(config, several)
-    from tap_jax import runs
-    from tap_jax.headline import evaluation_headline
+    from tap_jax.planning.headline import evaluation_headline
+    from tap_jax.runs import runner as runs
 
     with terminal.Terminal(config.rounds) as screen:
         screen.say("reading data, building the model")
@@ -58,7 +58,7 @@ def report(folders: Sequence[str], out: str) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # for shapes alone: accelerators are left to those who train
     from tap_jax.evaluation.report import write_report
-    from tap_jax.outline import parameters
+    from tap_jax.planning.outline import parameters
 
     files = write_report(folders, out, parameters=parameters)
     kinds = [f"{sum(name.startswith(f'{kind}/') for name in files)} {kind}" for kind in ("tables", "figures")]
@@ -75,7 +75,7 @@ def export(workdir: str, client: str, format: str, out: str, model: str, variant
         raise UserError(f"client: '{client}' is no number of a client; the first is 0")
     _writable("out", out)
     startup.start_jax(configuration.of_run(workdir))
-    from tap_jax import exporting
+    from tap_jax.runs import exporting
 
     difference = exporting.export_client(
         workdir,
@@ -107,12 +107,12 @@ def describe(config: ConfigDict, plans: int, target: str, fit: bool, minutes: in
         _describe_target(config, target, fit, minutes)
         return
     if target:
-        from tap_jax.targets import topology
+        from tap_jax.planning.targets import topology
 
         goal = topology.parse(target)
     startup.start_jax(config)
-    from tap_jax.describe import describe, useful
-    from tap_jax.outline import outline
+    from tap_jax.planning.describe import describe, useful
+    from tap_jax.planning.outline import outline
 
     if target:
         print(useful(outline(config), plans, topology.platform(goal), topology.count(goal)), flush=True)
@@ -122,8 +122,8 @@ def describe(config: ConfigDict, plans: int, target: str, fit: bool, minutes: in
 
 def _describe_target(config: ConfigDict, name: str, fit: bool, minutes: int) -> None:
     """Nothing of JAX starts in this process; it compiles in others."""
-    from tap_jax.targets import fit as fitting
-    from tap_jax.targets import report, session, topology
+    from tap_jax.planning.targets import fit as fitting
+    from tap_jax.planning.targets import report, session, topology
 
     if minutes < 1:
         raise UserError(f"minutes: {minutes}; use at least 1")
@@ -166,7 +166,7 @@ def bench(
         with config.ignore_type():
             config.compilation_cache = "off"  # or compile_s would be the time to read a file
     startup.start_jax(config, several)
-    from tap_jax import benchmark
+    from tap_jax.planning import benchmark
 
     def say(line: str) -> None:
         if not distributed.index():
@@ -178,7 +178,7 @@ def bench(
 
 def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]], begin: Callable[[], None] = lambda: None):
     """`lines`: of an experiment, what to say once it is built; `begin` is called before the first round."""
-    from tap_jax.runs import Reporter
+    from tap_jax.runs.runner import Reporter
 
     def built(run) -> None:
         for line in lines(run):

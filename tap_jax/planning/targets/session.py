@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
-from tap_jax.targets.compile import Found
-from tap_jax.targets.topology import Target, environment
+from tap_jax.planning.targets.compile import Found
+from tap_jax.planning.targets.topology import Target, environment
 
 BUILDING = 3600  # seconds that reading data and tracing may take
 
@@ -154,13 +154,13 @@ def _run(connection: Any, function: Callable, *args: Any) -> None:
 
 def _serve(connection: Any, config: ConfigDict, target: Target, done: tuple[str, ...], only: Callable) -> None:
     os.environ.update(environment(target))
-    from tap_jax.targets import describing
+    from tap_jax.planning.targets import describing
 
     describing.serve(connection.send, config, target, done, only)
 
 
 def _sizes(connection: Any, config: ConfigDict, target: Target) -> None:
     os.environ.update(environment(target))
-    from tap_jax.targets import describing
+    from tap_jax.planning.targets import describing
 
     describing.sizes(connection.send, config, target)

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from tap_jax.targets import hlo, roofline
-from tap_jax.targets.compile import Found, gib
-from tap_jax.targets.session import Built
+from tap_jax.planning.targets import hlo, roofline
+from tap_jax.planning.targets.compile import Found, gib
+from tap_jax.planning.targets.session import Built
 
 LOWER = "lower engine.microbatch, engine.clients_at_once, or set engine.remat"
 _HEAD = (

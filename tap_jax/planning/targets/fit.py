@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from tap_jax.config import ConfigDict
 from tap_jax.device_sizes import Sizes, with_sizes
 from tap_jax.errors import UserError
-from tap_jax.targets.compile import Found, gib
-from tap_jax.targets.programs import STAGE2, TRAINING
-from tap_jax.targets.session import Built, chosen_sizes, compile_all
-from tap_jax.targets.topology import Target
+from tap_jax.planning.targets.compile import Found, gib
+from tap_jax.planning.targets.programs import STAGE2, TRAINING
+from tap_jax.planning.targets.session import Built, chosen_sizes, compile_all
+from tap_jax.planning.targets.topology import Target
 
 TRIES = 6  # programs are compiled for so many choices at most
 

@@ -15,9 +15,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from tap_jax import distributed, preemption, startup, terminal
-from tap_jax.arguments import parse
-from tap_jax.commands import COMMANDS
+from tap_jax.cli import distributed, preemption, startup, terminal
+from tap_jax.cli.arguments import parse
+from tap_jax.cli.commands import COMMANDS
 from tap_jax.errors import Preempted, UserError
 
 

@@ -24,11 +24,11 @@ from tap_jax.engine.local_training import Losses
 from tap_jax.engine.memory import peak_memory
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment
-from tap_jax.flops import Flops
 from tap_jax.methods.base import State
+from tap_jax.planning.flops import Flops
+from tap_jax.planning.step_cost import gradients_per_step, steps_cost, task_costs
+from tap_jax.planning.useful_share import Costs, Measure, Share
 from tap_jax.platforms import peak_tflops
-from tap_jax.step_cost import gradients_per_step, steps_cost, task_costs
-from tap_jax.useful_share import Costs, Measure, Share
 
 REPEATS = 5
 RIVALS = ("torch", "torch-fused")
@@ -52,7 +52,7 @@ def bench(
     Returns:
       client_steps_per_s, samples_per_s (median of `REPEATS` runs); tflops and mfu of what the algorithm needs for the
       real samples and tokens, null where the method's steps or the device's peak are not known; flops_per_client_step,
-      and what rematerialisation does again; useful_share, see `tap_jax.useful_share`; compile_s (the first run less a
+      and what rematerialisation does again; useful_share, see `planning.useful_share`; compile_s (the first run less a
       median one); peak_bytes (of the fullest device, or of this process's host memory where devices do not tell, see
       `peak_of`); what `_rounds` and `_turns` find, else null; and what was run.
 

@@ -16,7 +16,7 @@ from tap_jax.experiment import Experiment
 from tap_jax.methods.base import Method
 from tap_jax.models.accounting import shapes
 from tap_jax.models.server_model import to_compute_dtype
-from tap_jax.outline import Outline
+from tap_jax.planning.outline import Outline
 
 MIB = 2**20
 

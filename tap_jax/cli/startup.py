@@ -7,7 +7,7 @@ import platform
 import sys
 import zlib
 
-from tap_jax import distributed
+from tap_jax.cli import distributed
 from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
 

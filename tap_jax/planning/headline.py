@@ -5,8 +5,8 @@ import numpy as np
 
 from tap_jax import blocks
 from tap_jax.experiment import Experiment
-from tap_jax.outline import block_sizes
-from tap_jax.planned_memory import MIB, plan_of
+from tap_jax.planning.outline import block_sizes
+from tap_jax.planning.planned_memory import MIB, plan_of
 
 
 def headline(run: Experiment) -> list[str]:

@@ -12,14 +12,14 @@ from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
 from tap_jax.device_sizes import sized
 from tap_jax.experiment import read_data, training_data
-from tap_jax.headline import devices_named
 from tap_jax.models.accounting import account, counted_in_paper, shapes
 from tap_jax.models.server_model import ServerModel
-from tap_jax.outline import Outline, block_sizes, outline
-from tap_jax.planned_memory import MIB, data_bytes, mesh, plan
+from tap_jax.planning.headline import devices_named
+from tap_jax.planning.outline import Outline, block_sizes, outline
+from tap_jax.planning.planned_memory import MIB, data_bytes, mesh, plan
+from tap_jax.planning.step_cost import gradients_per_step, longest, task_flops
+from tap_jax.planning.useful_share import measure, report
 from tap_jax.platforms import Platform
-from tap_jax.step_cost import gradients_per_step, longest, task_flops
-from tap_jax.useful_share import measure, report
 
 
 def describe(config: ConfigDict, *, plans: int = 0) -> str:

@@ -6,9 +6,9 @@ An estimate, for comparing settings and targets. No device has run anything.
 import dataclasses
 
 from tap_jax.experiment import Experiment
+from tap_jax.planning.step_cost import gradients_per_step
+from tap_jax.planning.useful_share import Share, measure
 from tap_jax.platforms import Platform
-from tap_jax.step_cost import gradients_per_step
-from tap_jax.useful_share import Share, measure
 
 PLANS = 10  # rounds whose plans say what a call takes
 ACHIEVED = 0.4  # part of the peak that an estimate of hours takes to be reached
