@@ -9,7 +9,7 @@ import sys
 from tap_jax.config import load_config
 from tap_jax.errors import UserError
 from tap_jax.planning.targets import fit, report, roofline, session, topology
-from tap_jax.planning.targets.compile import Found
+from tap_jax.planning.targets.compile import Built, Found
 from tap_jax.platforms import Platform
 
 BEGIN, END = "<!-- targets: made by launch/targets.sh -->\n", "<!-- end of targets -->\n"
@@ -84,7 +84,7 @@ def page(lines: list[dict]) -> str:
             about = dict(line["built"])
             about["platform"] = Platform(**about["platform"])
             about["work"] = {phase: roofline.Work(**work) for phase, work in about["work"].items()}
-            built, found = session.Built(**about), [Found(**program) for program in line["found"]]
+            built, found = Built(**about), [Found(**program) for program in line["found"]]
             rows += report.markdown(line["key"][1], built, found)
             notes.append(f"- {'; '.join(built.about)}{'; ' + line['flags'] if line['flags'] else ''}")
             notes += [f"  - {problem}" for problem in report.problems(built, found)]

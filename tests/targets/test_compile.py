@@ -9,8 +9,7 @@ import pytest
 
 from tap_jax import platforms
 from tap_jax.planning.targets import fit, report, roofline
-from tap_jax.planning.targets.compile import Found, compile_program, refused_bytes
-from tap_jax.planning.targets.session import Built
+from tap_jax.planning.targets.compile import Built, Found, compile_program, refused_bytes
 from tap_jax.platforms import GIB, Platform
 
 DEVICE = Platform("gpu", "test", memory=10 * GIB, peak=1e14, bandwidth=1e12)

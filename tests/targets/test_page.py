@@ -6,8 +6,7 @@ import json
 import pathlib
 
 from tap_jax.planning.targets import roofline
-from tap_jax.planning.targets.compile import Found
-from tap_jax.planning.targets.session import Built
+from tap_jax.planning.targets.compile import Built, Found
 from tap_jax.platforms import GIB, Platform
 
 PATH = pathlib.Path(__file__).parents[2] / "launch" / "targets.py"

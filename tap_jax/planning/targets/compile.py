@@ -9,6 +9,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -69,6 +70,24 @@ class Found:
         if not self.peak or platform.memory is None:
             return None
         return self.peak <= platform.memory
+
+
+class Built(NamedTuple):
+    """What a process knows before it compiles anything.
+
+    Attributes:
+      about: lines on the target and how the run would lie on it.
+      names: of the programs, in order.
+      platform: of the devices. devices: how many.
+      work: phase -> `roofline.Work` of one call. calls: phase -> how often a run makes it.
+    """
+
+    about: tuple[str, ...]
+    names: tuple[str, ...]
+    platform: Any
+    devices: int
+    work: dict[str, Any]
+    calls: dict[str, float]
 
 
 def compile_program(lower: Callable[[], jax.stages.Lowered], platform: Platform, **known) -> tuple[Found, str]:

@@ -8,9 +8,8 @@ from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment, build
 from tap_jax.planning.targets import roofline
-from tap_jax.planning.targets.compile import compile_program
+from tap_jax.planning.targets.compile import Built, compile_program
 from tap_jax.planning.targets.programs import programs
-from tap_jax.planning.targets.session import Built
 from tap_jax.planning.targets.topology import Target, devices
 from tap_jax.platforms import GIB, platform_of
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from tap_jax.planning.targets import hlo, roofline
-from tap_jax.planning.targets.compile import Found, gib
-from tap_jax.planning.targets.session import Built
+from tap_jax.planning.targets.compile import Built, Found, gib
 
 LOWER = "lower engine.microbatch, engine.clients_at_once, or set engine.remat"
 _HEAD = (

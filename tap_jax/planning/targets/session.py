@@ -9,32 +9,14 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
-from tap_jax.planning.targets.compile import Found
+from tap_jax.planning.targets.compile import Built, Found
 from tap_jax.planning.targets.topology import Target, environment
 
 BUILDING = 3600  # seconds that reading data and tracing may take
-
-
-class Built(NamedTuple):
-    """What a process knows before it compiles anything.
-
-    Attributes:
-      about: lines on the target and how the run would lie on it.
-      names: of the programs, in order.
-      platform: of the devices. devices: how many.
-      work: phase -> `roofline.Work` of one call. calls: phase -> how often a run makes it.
-    """
-
-    about: tuple[str, ...]
-    names: tuple[str, ...]
-    platform: Any
-    devices: int
-    work: dict[str, Any]
-    calls: dict[str, float]
 
 
 def compile_all(
