@@ -163,7 +163,7 @@ class Experiment:
     def finish_in_batches(
         self, state: State, tell: Callable[[str], None] = lambda text: None
     ) -> Iterator[tuple[Cohort, str, dict[int, Blocks]]]:
-        """`finish` for `clients_at_once` clients at a time, so that nobody need hold all models at once.
+        """`finish` for `clients_at_once` clients at a time, so that not all models need be held at once.
 
         Args:
           tell: gets a few words before each training.

@@ -95,7 +95,7 @@ def compiler_options(platform: Platform | None = None, *, once: bool = False) ->
     the demo's local training); `once` asks for level 0, for programs that run only once. And operations are put in the
     order that needs least memory rather than the one in which most could run at a time: a step of FLAVA at base size
     takes a third of the memory, and no more time, since each core has clients or products of its own. Accelerators keep
-    theirs, and so does whoever has set a level in XLA_FLAGS.
+    theirs, and a level that is set in XLA_FLAGS holds.
     """
     told = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
     if told or (platform or here()).accelerated:

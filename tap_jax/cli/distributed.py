@@ -161,7 +161,7 @@ def _check_port(coordinator: str, host: str) -> None:
     """Whether process 0 can listen; where it cannot, JAX may crash.
 
     Raises:
-      UserError: somebody else does already.
+      UserError: another process does already.
     """
     try:
         socket.create_server((host, int(coordinator.rpartition(":")[2]))).close()

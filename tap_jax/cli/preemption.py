@@ -8,7 +8,7 @@ import threading
 _LOG = logging.getLogger(__name__)
 
 # What a shell gives for a process that SIGTERM has ended. Not 0: a run that is to go on elsewhere must look like one to
-# `train && report`, to a Kubernetes Job and to whoever else asks whether it has finished.
+# `train && report`, to a Kubernetes Job and to whatever else asks whether it has finished.
 STATUS = 128 + signal.SIGTERM
 
 

@@ -56,7 +56,7 @@ class Terminal:
         return self._clock() - self._started
 
     def say(self, text: str) -> None:
-        """Lines on stdout, above the bar if there is one; where somebody watches, they are broken between words."""
+        """Lines on stdout, above the bar if there is one; on a screen they are broken between words."""
         if self._draw:
             text = "\n".join(_broken(line, columns()) for line in text.split("\n"))
         with self._talks:
@@ -224,7 +224,7 @@ def duration(seconds: float) -> str:
 
 
 def interactive() -> bool:
-    """Whether somebody is watching."""
+    """Whether a screen is there to be read."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 

@@ -161,7 +161,7 @@ def default_config() -> ConfigDict:
     data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all (900 of the embedded suite)
     data.test_size = 0  # samples per task; 0: all (150 of the embedded suite)
-    data.held_out = 0.0  # part of each client's training samples that nobody trains on, for what looks at held-out loss
+    data.held_out = 0.0  # part of each client's training samples left out of training, for what looks at held-out loss
     data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
     data.image_classes = 0  # keep only labels below this in image classification; 0: all
     data.tokenizer = "train"  # word pieces trained on the run's own texts | hub id | folder

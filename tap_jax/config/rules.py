@@ -149,8 +149,8 @@ def _check_federation(config: ConfigDict) -> None:
         raise UserError(f"federation.parts: goes with federation.split='share', not '{federation.split}'; drop one")
     if federation.parts > federation.groups:
         raise UserError(
-            f"federation.parts: {federation.parts} for {federation.groups} groups leaves data to nobody; use at most"
-            f" {federation.groups}, or take less by data.train_size"
+            f"federation.parts: {federation.parts} for {federation.groups} groups leaves data without a client; use at"
+            f" most {federation.groups}, or take less by data.train_size"
         )
     rows = client_rows(federation)
     clients = len(rows) * federation.groups

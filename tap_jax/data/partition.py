@@ -31,7 +31,7 @@ def assign(
       clients of a group take consecutive slices of its part, as long as their shares say.
     - "iid": all owners get equally many samples, whatever their shares and groups.
     - "dirichlet": each class is dealt to the owners in proportions drawn from Dirichlet(alpha), so that small alphas
-      give few classes per client (Hsu et al. 2019, arXiv:1909.06335); nobody is left without a sample.
+      give few classes per client (Hsu et al. 2019, arXiv:1909.06335); no client is left without a sample.
 
     Args:
       federation: the clients and their shares.

@@ -87,7 +87,7 @@ class Checkpoints:
         Args:
           step: >= 0; an existing checkpoint of it is replaced.
           tree: arrays in dicts, lists, tuples, dataclasses; None is kept. Those of jax are copied (each process must
-            have all of them); those of numpy are not, and nobody may change them in place before `wait` returns.
+            have all of them); those of numpy are not, and must not be changed in place before `wait` returns.
           metadata: whatever JSON can say.
 
         Raises:

@@ -1,6 +1,6 @@
 """Clients that train together: what methods compose (`methods.base.Cohort`).
 
-Plans are drawn on the host; everything else a cohort returns stays on the device until somebody reads it.
+Plans are drawn on the host; everything else a cohort returns stays on the device until it is read.
 
 Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
 """
@@ -255,7 +255,7 @@ class Cohort:
                 return self._moments[before]
             if before in self._before:
                 return self._put(self._before[before], self.engine.moments_like)
-        return self.engine.nobody(self.abstract_params(self.engine.moments_like))
+        return self.engine.blank_params(self.abstract_params(self.engine.moments_like))
 
     def _teacher(self, teacher: Packed | None):
         """A teacher's parameters and whether it is one, per shard: one program serves training and distillation."""
@@ -267,7 +267,7 @@ class Cohort:
         if teacher is None and not self.reserves_teacher:
             return None
         flag = engine.devices.put(np.full(len(self.table), teacher is not None), CLIENTS)
-        return flag, engine.nobody(self.abstract_params()) if teacher is None else teacher
+        return flag, engine.blank_params(self.abstract_params()) if teacher is None else teacher
 
     @property
     def reserves_teacher(self) -> bool:

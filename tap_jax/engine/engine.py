@@ -51,7 +51,7 @@ class Engine:
       partition: the federation's blocks.
       frozen: Ŵ, host or device arrays; one copy is put on every device.
       arrays: task -> training set (`data.text.TaskArrays`).
-      data: one `ClientData` per client. held_out: likewise, samples that nobody trains on.
+      data: one `ClientData` per client. held_out: likewise, samples left out of training.
       sample_loss: see `objective`. rule: how clients train.
       like: shapes of every block by name, private ones too.
       finished: what the blocks of finished models are of, see `BlockTables`; default: of `model`.
@@ -191,7 +191,7 @@ class Engine:
     def train(
         self, params: Packed, moments: Packed | None, teacher: Any, layout: Layout, inputs: PhaseInputs
     ) -> tuple[Packed, Packed | None, Losses]:
-        """Local training of whoever sits there -> (params, moments, `Losses` [P, O]); the parameters are consumed."""
+        """Local training -> (params, moments, `Losses` [P, O]); the parameters are consumed."""
         rate, key = self.devices.put((inputs.rate, inputs.key), CLIENTS)
         plan = self.devices.put(inputs.plan, ROWS)
         return self._train(self.frozen, self.arrays, params, moments, teacher, layout, plan, rate, key)
@@ -201,7 +201,7 @@ class Engine:
         size, everyone = self.settings.clients_at_once, range(len(self.data))
         return [Cohort(self, everyone[i : i + size], round_, size=size, moments=moments) for i in everyone[::size]]
 
-    def nobody(self, shapes: Packed) -> Packed:
+    def blank_params(self, shapes: Packed) -> Packed:
         """Stands in for a teacher where there is none; never read, made once per shape."""
         key = tuple((group, shape.shape) for group, shape in shapes.items())
         if key not in self._blank:

@@ -7,10 +7,10 @@ import os
 def hold(path: str | os.PathLike) -> int:
     """A descriptor that holds the file's lock until it is closed, which the end of the process does, however it comes.
 
-    The file is made where it is missing. On a file system without locks nobody is kept out.
+    The file is made where it is missing. On a file system without locks no process is kept out.
 
     Raises:
-      BlockingIOError: somebody holds it, in this process or in another.
+      BlockingIOError: it is held, in this process or in another.
       OSError: the file can be neither opened nor made.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

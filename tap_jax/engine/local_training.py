@@ -91,7 +91,7 @@ def local_training(
         state = dict(moments) if remember else {group: optimizer.init(leaf) for group, leaf in params.items()}
         params, state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(params), state, losses))
         broken = broken_clients(params, layout)
-        if remember:  # whoever is broken starts afresh next time
+        if remember:  # a client that broke starts afresh next time
             state = {g: jnp.where(broken[layout.owner[g]][:, None], 0, moment) for g, moment in state.items()}
         return params, state if remember else None, without_broken(losses, broken)
 

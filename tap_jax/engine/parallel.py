@@ -136,7 +136,7 @@ class Devices:
           specs: of every argument. out: of the result.
 
         Returns:
-          A function of whole arrays, to be compiled by whoever calls it.
+          A function of whole arrays, to be compiled by the caller.
         """
 
         def local(*args):

@@ -2,12 +2,12 @@
 
 for the cohort C_t, m of K clients, drawn uniformly without replacement; Δ_i as in `screening`, over all its blocks:
     Δ_i = Δ_i · min(1, C / ‖Δ_i‖);  0 where it is dropped
-    for every block B_r that anybody in the federation owns, whoever was drawn:
+    for every block B_r that some client of the federation owns, for any draw:
         W̃_r = W̃_r + (Σ_{i in C_t that own r} Δ_{i,r} + N(0, z²C² I)) / max(1, m K_r / K)
 
 Who owns which blocks is public; who was drawn is not, so neither the denominator nor the noise may depend on it: the
 former is the number of owners to expect in a cohort, at least 1 so that no client moves a block by more than its own
-update, and blocks that nobody in the cohort owns get their noise as well.
+update, and blocks without an owner in the cohort get their noise as well.
 
 All blocks together are one Gaussian mechanism. Neighbours are federations in which one client's data are any other
 data of the same tasks: then the sums differ by at most 2C, so the noise is z/2 of their sensitivity. That is the
@@ -17,7 +17,7 @@ What (ε, δ) speaks of: the server's blocks of all rounds, and what is made of 
 histories, optimizer states and scores, which stay with clients in the paper's protocol, nor of who was drawn and how
 long updates were, which the server keeps to itself; a simulation writes all of these down. Nor of the frozen weights
 and the tokenizer, if those were made of clients' data. What a client trains for itself (X[i], Stage 2, post-training)
-is not private towards whoever gets it.
+is not private towards those who get it.
 
 The noise is float32 and comes from `config.seed`: a deployment needs a secret source of noise and of cohorts, and sums
 in which rounding does not tell (Mironov, 2012). A resumed run draws the same noise again, so nothing is spent twice.
@@ -83,7 +83,7 @@ def private_aggregate(
       key: of (seed, round, "noise").
 
     Returns:
-      Like `server`. A block that nobody ever sends is returned bit by bit.
+      Like `server`. A block that is never sent is returned bit by bit.
     """
     deviation = privacy.noise_multiplier * privacy.clip_norm if privacy.noise_multiplier else 0.0
     # Of a norm that overflows it is 0, of one that is no number not above 0.

@@ -1,7 +1,7 @@
 """Compiled programs that are made ready in the background, while the host does other things.
 
 A run needs a handful of large programs, one after the other. Compiling is single-threaded in large part, so they
-are compiled side by side from the start; whoever calls one first waits for it.
+are compiled side by side from the start; the first call of one waits for it.
 """
 
 import concurrent.futures

@@ -243,7 +243,7 @@ def run_rounds(
       progress: called with every line.
       stop: asked before every round, and in windows of several (`play_window`) before their personal parts; where it
         says yes in some process, the state is saved and all of them stop. A window that is not done by then is played
-        again by whoever goes on.
+        again when the run goes on.
 
     Raises:
       Preempted: `stop` said so.
@@ -262,7 +262,7 @@ def run_rounds(
     else:
         path = pathlib.Path(os.devnull)
     with checkpoints, path.open("a", encoding="utf-8") as stream:
-        if rounds == 0:  # whoever evaluates or exports wants one
+        if rounds == 0:  # evaluation and export want one
             store.commit(state, 0)
             checkpoints.save(0, state, metadata)
         while state.round < rounds:

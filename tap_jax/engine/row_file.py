@@ -17,7 +17,7 @@ class RowFile:
     """One file of rows of n float32; without any there need be no file.
 
     Attributes:
-      stride: bytes of a row. rows: how many the file has room for. free: those nobody refers to, the next one last.
+      stride: bytes of a row. rows: how many the file has room for. free: those without a reference, the next one last.
     """
 
     def __init__(self, path: pathlib.Path, n: int):

@@ -1,7 +1,8 @@
 """Screening: whose update reaches the server, decided inside the compiled aggregation.
 
 An update is Δ_i = W̃[i] after local training - W̃[i] as received, over all blocks that client i sends. One that is not
-finite, or longer than it may be, is dropped: it has weight 0, so a block that nobody else sent keeps the server's bits.
+finite, or longer than it may be, is dropped: it has weight 0, so a block that no other client sent keeps the bits of the
+server's.
 
 Letters: P positions of a cohort, R blocks, O tasks.
 """
@@ -41,7 +42,7 @@ class Verdicts(struct.PyTreeNode):
 
     Attributes:
       reason: int32 [P]; 0 where nothing is wrong (a client without samples sends nothing, and nothing is wrong).
-      norm: ‖Δ_i‖, float32 [P], or None where nobody asks for it.
+      norm: ‖Δ_i‖, float32 [P], or None where it is not asked for.
     """
 
     reason: Array
@@ -122,7 +123,7 @@ def describe(entry: Mapping) -> str:
 
 
 def totals(lines: Iterable[Mapping]) -> dict | None:
-    """Of a run's lines: {"updates", "dropped", "clients": client -> why -> count}; None where nobody sent any."""
+    """Of a run's lines: {"updates", "dropped", "clients": client -> why -> count}; None where no client sent any."""
     lines = [line for line in lines if "dropped" in line]
     if not lines:
         return None

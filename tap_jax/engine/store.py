@@ -240,7 +240,7 @@ class Store:
                     return vector
             if row // WRITER == self._mine:
                 break
-            # Another process's file grows, and a network's disk may show an older state to whoever has it open.
+            # Another process's file grows, and a network's disk may show an older state to a process that has it open.
             del self._opened[g, row // WRITER]
         return None
 
@@ -258,7 +258,7 @@ class Store:
             tables = [models.rows for models in self._tables] + sum(self._committed.values(), [])
             for rows in tables:
                 found = rows[:, self._members[g]]
-                used[found[found // WRITER == self._mine] % WRITER] = True  # -1 is nobody's
+                used[found[found // WRITER == self._mine] % WRITER] = True  # -1 is no process's
             file.free = np.flatnonzero(~used)[::-1].tolist()
             if len(file.free) < max(count, file.rows // GROWTH):
                 file.grow(max(count, file.rows // GROWTH) - len(file.free))
@@ -322,7 +322,7 @@ def folder_of(workdir: pathlib.Path, needed: int, limit: int) -> pathlib.Path | 
       needed: bytes of all that would be stored. limit: how many may be in memory.
 
     Raises:
-      UserError: a store would go that somebody uses.
+      UserError: a store would go that is in use.
     """
     folder = workdir / "store"
     much = any_says(needed > limit)
@@ -402,7 +402,7 @@ def _members(partition: Partition, like: Blocks) -> list[np.ndarray]:
 
 
 def _about(partition: Partition, like: Blocks) -> dict:
-    """What the files hold, for whoever opens them again."""
+    """What the files hold, for a process that opens them again."""
     groups = [
         {"blocks": [partition.names[r] for r in of], "parameters": blocks.count(like[partition.names[of[0]]])}
         for of in _members(partition, like)

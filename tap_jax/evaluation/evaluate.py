@@ -172,7 +172,7 @@ class Evaluator:
         return tables
 
     def _capacity(self, cohort: Cohort, family: Family) -> tuple[int, ...]:
-        """Rows of each shape that a device needs at most, whoever is in the cohort, so that one program serves all."""
+        """Rows of each shape that a device needs at most, for any cohort, so that one program serves all."""
         mask, tests = self.engine.partition.task_mask, self.tests
         sizes = {
             stream.name: int((tests[stream.task.name].domains == stream.task.domains.index(stream.domain)).sum())

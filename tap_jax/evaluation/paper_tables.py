@@ -71,7 +71,7 @@ class Table:
 
     @property
     def empty(self) -> bool:
-        """Whether nobody has run what the table is about; TAP alone is worth a line of Tables 1 to 3 only."""
+        """Whether there is no run of what the table is about; TAP alone is worth a line of Tables 1 to 3 only."""
         ran = {line.entry.variant for line in self.lines if line.runs}
         return ran <= ({"tap"} if self.name not in ("Table 1", "Table 2", "Table 3") else set())
 

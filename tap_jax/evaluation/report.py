@@ -165,7 +165,7 @@ def _runs(ids: Sequence[str]) -> str:
 
 
 def _absent(section: Sequence[Comparison]) -> list[str]:
-    """Names the tables of models that nobody has run."""
+    """Names the tables of models without a run."""
     here = {comparison.model for comparison in section}
     absent = [layout.number for layout in LAYOUTS if not here.intersection(layout.models)]
     missing = [name for model, name in MODELS.items() if model not in here]

@@ -78,7 +78,7 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     lengths = {}
     if mask is not None or odd:
         nought = ((q[:, 0, 0, 0] > 0) & False).astype(jnp.int32)  # mapped wherever q is
-        # At least one key: a softmax over none is no number, even where nobody looks at it.
+        # At least one key: a softmax over none is no number, even where it is not looked at.
         real = length if mask is None else jnp.maximum(mask.sum(-1, dtype=jnp.int32), 1)
         lengths = {"query_seq_lengths": nought + length + odd, "key_value_seq_lengths": nought + real}
     out = jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")

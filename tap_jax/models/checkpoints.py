@@ -178,7 +178,7 @@ def _cache_path(cache_dir: pathlib.Path, folder: pathlib.Path, wanted: Mapping[s
 
 
 def _write_cache(path: pathlib.Path, wanted: Mapping[str, Place], trees: dict[str, dict]) -> None:
-    """Stores converted weights; whoever reads meanwhile sees the whole file or none. A full disk costs only time."""
+    """Stores converted weights; a reader meanwhile sees the whole file or none. A full disk costs only time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path, shared=True) as fresh:

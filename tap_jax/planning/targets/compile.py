@@ -1,7 +1,7 @@
 """Compiles one lowered program for a target and says what the compiler says of it.
 
 Nothing runs. A TPU's compiler refuses what does not fit and names the bytes needed; a GPU's does not refuse, so what
-it reports is compared with the device's memory by whoever reads it.
+it reports is to be compared with the device's memory.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from tap_jax.planning.targets import hlo
 from tap_jax.platforms import GIB, Platform
 
 # The GPU compiler cannot time kernels without a device, and without autotuning its Triton products want tile sizes that
-# nobody has chosen. That says nothing of a device that is there.
+# have not been chosen. That says nothing of a device that is there.
 _OPTIONS = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
     # A TPU's compiler looks for fast tiles of every product: most of its time, and little of the memory. And the stack
