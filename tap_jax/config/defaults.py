@@ -189,8 +189,8 @@ def default_config() -> ConfigDict:
     # ⚙⚠ several texts share a sequence, and rows come in two sizes | "off": every text has a sequence as long as its
     # task's longest | "auto": on accelerators
     engine.packing = "auto"
-    # ⚙⚠ where dropout masks come from: "threefry", the same on every machine | "rbg", XLA's generator, whose masks differ
-    # from one kind of device to another | "auto": rbg on TPUs
+    # ⚙⚠ where dropout masks come from: "threefry", the same on every machine | "rbg", XLA's generator, whose masks
+    # differ from one kind of device to another | "auto": rbg on TPUs
     engine.dropout_bits = "auto"
     engine.clients_per_pass = 0  # clients at once in phases over all clients; 0: cohort_size on CPUs, else all of them
     # Memory on the host that all clients' personal blocks may take; where they would take more, they go to a store on
