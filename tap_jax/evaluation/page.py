@@ -238,7 +238,7 @@ body {
   overflow-wrap: break-word;
 }
 h1, h2, h3 { line-height: 1.25; margin: 2.2em 0 .6em; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.35rem; } h3 { font-size: 1.05rem; }
+h1 { font-size: 1.7rem; } h1 code { font: inherit; } h2 { font-size: 1.35rem; } h3 { font-size: 1.05rem; }
 main > h1:first-child { margin-top: 0; }
 h2 { border-bottom: 1px solid var(--line); padding-bottom: .25em; }
 p, li { max-width: 46rem; }
