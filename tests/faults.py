@@ -243,7 +243,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in left["metrics.jsonl"].splitlines()]
     left["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
     left["report.md"] = _without(left["report.md"], b"# ", b"Timing: ")
-    left["report.html"] = _without(left["report.html"], b"<title>", b"<h1 ", b"<p>Timing: ")
+    left["report.html"] = _without(left["report.html"], b"<title>", b"<h1 ", b'<div class="wide" ', b"<p>Timing: ")
     stored = json.loads((workdir / "checkpoints" / str(ROUNDS) / "_CHECKPOINT_METADATA").read_text())
     if not (workdir / "store").exists():  # else it says in which rows of files personal blocks are
         left["the last checkpoint"] = stored["custom_metadata"]["manifest"]  # with a checksum for every array
