@@ -230,7 +230,7 @@ def resumed_after(lines: list[str]) -> int:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-    """All that a run leaves, by file, without times."""
+    """All that a run leaves, by file, without times and without the folder's name."""
     left = {}
     for path in sorted(workdir.rglob("*")):
         name = str(path.relative_to(workdir))
@@ -242,12 +242,16 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
         del config["engine"]["host_gigabytes"]  # has no effect on results
     lines = [json.loads(line) for line in left["metrics.jsonl"].splitlines()]
     left["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-    left["report.md"] = [line for line in left["report.md"].splitlines() if not line.startswith(b"Timing: ")]
-    left["report.html"] = [line for line in left["report.html"].splitlines() if not line.startswith(b"<p>Timing: ")]
+    left["report.md"] = _without(left["report.md"], b"# ", b"Timing: ")
+    left["report.html"] = _without(left["report.html"], b"<title>", b"<h1 ", b'<div class="wide" ', b"<p>Timing: ")
     stored = json.loads((workdir / "checkpoints" / str(ROUNDS) / "_CHECKPOINT_METADATA").read_text())
     if not (workdir / "store").exists():  # else it says in which rows of files personal blocks are
         left["the last checkpoint"] = stored["custom_metadata"]["manifest"]  # with a checksum for every array
     return left
+
+
+def _without(text: bytes, *beginnings: bytes) -> list[bytes]:
+    return [line for line in text.splitlines() if not line.startswith(beginnings)]
 
 
 def differences(workdir: pathlib.Path, expected: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Screening: whose update reaches the server, decided inside the compiled aggregation.
 
 An update is Δ_i = W̃[i] after local training - W̃[i] as received, over all blocks that client i sends. One that is not
-finite, or longer than it may be, is dropped: it has weight 0, so a block that no other client sent keeps the bits of the
+finite, or longer than it may be, is dropped: it has weight 0, so a block that no other client sent keeps its bits of the
 server's.
 
 Letters: P positions of a cohort, R blocks, O tasks.

@@ -1,9 +1,10 @@
 """A report in markdown as one HTML page that needs no other file and runs no script.
 
 The page says what the markdown says: markdown-it-py renders it, and the tokens in between get what a page wants beside
-that: headers of rows, containers in which wide tables scroll, figures as data URIs, and a table of contents. Markup in
-the text itself is shown as text, since some of it is data (what a model wrote, the name of a folder); only what
-reports are marked with, underlining and subscripts, is kept, and comments are dropped.
+that: headers of rows, containers in which wide tables scroll, figures as data URIs with their captions, two abreast
+where there is room, and a table of contents. Markup in the text itself is shown as text, since some of it is data (what
+a model wrote, the name of a folder); only what reports are marked with, underlining and subscripts, is kept, and
+comments are dropped.
 """
 
 import base64
@@ -20,6 +21,7 @@ _CONTENTS_FROM = 6  # headings below the title that are worth a table of content
 _KEPT = ("<u>", "</u>", "<sub>", "</sub>")
 _RIGHT = "text-align:right"
 _DOTS = 1.5  # pixels of a figure per CSS pixel: drawn at 150 dots per inch, and a little larger than at 96
+_BROAD = 900  # CSS pixels; a wider figure has a line of its own, since in half a line its labels are too small to read
 
 
 def html_page(markdown: str, files: Mapping[str, bytes] | None = None) -> str:
@@ -134,33 +136,57 @@ def _embed(image: Token, files: Mapping[str, bytes]) -> None:
 def _in_containers(tokens: Sequence[Token], headings: Sequence[_Heading], parser: MarkdownIt) -> list[Token]:
     """Tables and figures each in a box that scrolls by itself; the contents before the second heading."""
     out: list[Token] = []
-    heading, closing = "", ""
-    for place, token in enumerate(tokens):
+    heading, place = "", 0
+    while place < len(tokens):
+        token = tokens[place]
+        if _picture(tokens, place):
+            figures, place = _figures(tokens, place)
+            out += figures
+            continue
         if token.type == "heading_open":
             heading = _text(tokens[place + 1])
             if len(headings) > _CONTENTS_FROM and token is headings[1].opening:
                 out.append(_raw(_contents(headings[1:], parser)))
         if token.type == "table_open":
             out.append(_raw(f'<div class="wide" role="region" tabindex="0" aria-label="{escape(heading)}">\n'))
-        picture = _picture(tokens, place)
-        if picture is not None:
-            out.append(_raw(f'<figure class="wide"><a href="{escape(picture.meta["path"])}">'))
-            closing = "</a></figure>\n"
-        elif token.type == "paragraph_close" and closing:
-            out.append(_raw(closing))
-            closing = ""
-        else:
-            out.append(token)
+        out.append(token)
         if token.type == "table_close":
             out.append(_raw("</div>\n"))
+        place += 1
     return out
+
+
+def _figures(tokens: Sequence[Token], place: int) -> tuple[list[Token], int]:
+    """The figures that follow each other from `place` on, in one grid, and where the text goes on behind them.
+
+    A paragraph that begins with emphasis and comes after a picture is its caption.
+    """
+    out = [_raw('<div class="figures">\n')]
+    while picture := _picture(tokens, place):
+        broad = ' class="broad"' if int(picture.attrs["width"]) > _BROAD else ""
+        link = f'<a class="wide" href="{escape(picture.meta["path"])}">'
+        out += [_raw(f"<figure{broad}>{link}"), tokens[place + 1], _raw("</a>")]
+        place += _PARAGRAPH
+        first = next((child for child in _paragraph(tokens, place) if child.type != "text" or child.content), None)
+        if first is not None and first.type == "em_open":
+            out += [_raw("\n<figcaption>"), tokens[place + 1], _raw("</figcaption>")]
+            place += _PARAGRAPH
+        out.append(_raw("</figure>\n"))
+    return [*out, _raw("</div>\n")], place
+
+
+_PARAGRAPH = 3  # tokens: its opening, what it holds, its closing
+
+
+def _paragraph(tokens: Sequence[Token], place: int) -> Sequence[Token]:
+    """What the paragraph holds that opens at `place`; nothing where none does."""
+    opens = place < len(tokens) and tokens[place].type == "paragraph_open"
+    return (tokens[place + 1].children or ()) if opens else ()
 
 
 def _picture(tokens: Sequence[Token], place: int) -> Token | None:
     """The embedded picture of a paragraph that has nothing else, at the token that opens it."""
-    if tokens[place].type != "paragraph_open":
-        return None
-    children = tokens[place + 1].children or []
+    children = _paragraph(tokens, place)
     return children[0] if len(children) == 1 and children[0].meta.get("path") else None
 
 
@@ -212,7 +238,7 @@ body {
   overflow-wrap: break-word;
 }
 h1, h2, h3 { line-height: 1.25; margin: 2.2em 0 .6em; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.35rem; } h3 { font-size: 1.05rem; }
+h1 { font-size: 1.7rem; } h1 code { font: inherit; } h2 { font-size: 1.35rem; } h3 { font-size: 1.05rem; }
 main > h1:first-child { margin-top: 0; }
 h2 { border-bottom: 1px solid var(--line); padding-bottom: .25em; }
 p, li { max-width: 46rem; }
@@ -220,6 +246,14 @@ a { color: var(--link); }
 code { font: .875em/1.4 ui-monospace, Menlo, Consolas, monospace; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 .wide { overflow-x: auto; margin: 1rem 0; }
+.figures {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); grid-auto-flow: row dense;
+  gap: 1rem 2rem; align-items: start; margin: 1rem 0;
+}
+.broad { grid-column: 1 / -1; }
+figure { margin: 0; min-width: 0; }
+figure .wide { display: block; margin: 0 0 .4rem; }
+figcaption { max-width: 46rem; font-size: .875rem; }
 table { width: max-content; border-collapse: collapse; font-size: .875rem; line-height: 1.4; }
 th, td { padding: .4em .65em; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 td, thead th { white-space: nowrap; font-variant-numeric: tabular-nums; }

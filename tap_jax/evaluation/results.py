@@ -48,7 +48,7 @@ def write_results(
     results = {"config": config, **origin, "results": rows, "replacements": list(replacements), "timing": timing}
     results |= {name: found for name, found in (("screening", screening), ("privacy", privacy)) if found}
     write_file(folder / "results.json", json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
-    report = _report(_plain(results), rows, notes)
+    report = _report(_plain(results), rows, notes, name=os.path.basename(os.path.abspath(folder)))
     write_file(folder / "report.md", report)
     write_file(folder / "report.html", html_page(report))
 
@@ -68,12 +68,15 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def _report(results: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
+def _report(results: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str], *, name: str) -> str:
+    """The report in markdown; `name` is the folder's, which tells reports apart that are open side by side."""
     config, replacements, timing = results["config"], results["replacements"], results["timing"]
-    model = config.get("model") if isinstance(config, Mapping) else None
-    about = [model.get("name") if isinstance(model, Mapping) else model]
-    about += [f"{key} {config[key]}" for key in ("method", "rounds", "seed") if key in config]
-    parts = ["# Results\n", ", ".join(str(item) for item in about if item) + "\n"]
+    model = config.get("model")
+    about = {"method": config.get("method"), "model": model.get("name") if isinstance(model, Mapping) else model}
+    title = ", ".join(f"{key} {value}" for key, value in about.items() if value)
+    parts = [f"# `{' '.join(name.split())}`{': ' * bool(title)}{title}\n"]
+    settings = ", ".join(f"{key} {config[key]}" for key in ("rounds", "seed") if key in config)
+    parts += [f"{settings}\n"] if settings else []
     parts.append(markdown_table(rows))
     parts.append(
         "Mean ± standard deviation (population) over clients. **Best**, <u>second</u>; — diverged; blank: not "

@@ -1,7 +1,8 @@
 """Scores of one run as tables, in markdown and for a terminal.
 
-Laid out as Tables 1 to 3 of the paper: mean ± std over clients, best bold, second underlined, — for diverged, blank
-for what was not run, and client-weighted averages per kind of task.
+A row per task and metric, then the client-weighted averages per kind of task; a column per variant. A run has more
+tasks than variants, so the table stays narrow. Cells are those of Tables 1 to 3 of the paper: mean ± std over clients,
+best bold, second underlined, — for diverged, blank for what was not run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ def markdown_table(
     variants: Sequence[str] | None = None,
     digits: int | None = None,
 ) -> str:
-    """The paper's table in markdown: a variant per line, a column per task and metric, then the averages.
+    """The table in markdown: a line per task and metric, then the averages; a column per variant.
 
     An average is the client-weighted mean over the tasks of a kind; it stands where the table has two or more
     of them, is — where one diverged and blank where one is missing. Scores are compared as printed, so equal
@@ -28,23 +29,20 @@ def markdown_table(
 
     Args:
       rows: scores, of any number of variants.
-      tasks: columns, in order; default: all that occur, in the registry's order.
-      variants: lines, in order; default: all that occur, in order of appearance.
-      digits: decimals of every column; default: each metric's own.
+      tasks: lines, in order; default: all that occur, in the registry's order.
+      variants: columns, in order; default: all that occur, in order of appearance.
+      digits: decimals of every line; default: each metric's own.
     """
     table = _table(rows, tasks, variants, digits)
-    if not table.columns:
+    if not table.scores:
         return "No results.\n"
-    lines = [
-        "| | " + " | ".join(column.heading for column in table.columns) + " |",
-        "|:--|" + "--:|" * len(table.columns),
-    ]
-    for variant in table.variants:
-        cells = []
-        for column in table.columns:
-            text, rank = column.text(variant), column.ranks.get(variant)
-            cells.append(marked(text, rank) + column.spread(variant, " ± "))
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    lines = [f"| | {' | '.join(table.variants)} |", "|:--|" + "--:|" * len(table.variants)]
+    for score in table.scores:
+        cells = [
+            marked(score.text(variant), score.ranks.get(variant)) + score.spread(variant, " ± ")
+            for variant in table.variants
+        ]
+        lines.append(f"| {score.label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -56,24 +54,24 @@ def text_table(
     variants: Sequence[str] | None = None,
     digits: int | None = None,
 ) -> str:
-    """The same table for a terminal: a line per task and metric, a column per variant, * at the best.
+    """The same table for a terminal, * at the best.
 
     The stds are left out where they do not fit into `width` characters; columns that still do not fit go
     into further blocks below, each with the line labels.
     """
     table = _table(rows, tasks, variants, digits)
-    if not table.columns:
+    if not table.scores:
         return "No results.\n"
-    labels = [column.heading for column in table.columns]
+    labels = [score.label for score in table.scores]
     margin = max(map(len, labels))
 
     def drawn(spread: bool) -> list[list[str]]:  # one list of equally wide cells per variant, its name on top
         grid = []
         for variant in table.variants:
             cells = [f"{variant} "]
-            for column in table.columns:
-                star = "*" if column.ranks.get(variant) == 0 else " "
-                cells.append(column.text(variant) + (column.spread(variant, "±") if spread else "") + star)
+            for score in table.scores:
+                star = "*" if score.ranks.get(variant) == 0 else " "
+                cells.append(score.text(variant) + (score.spread(variant, "±") if spread else "") + star)
             widest = max(map(len, cells))
             grid.append([cell.rjust(widest) for cell in cells])
         return grid
@@ -109,11 +107,11 @@ def marked(text: str, rank: int | None) -> str:
 # --- the table behind both drawings ------------------------------------------------------------------------------
 
 
-class _Column:
-    """One task's metric, or one average: values by variant, (mean, std or None) or None where diverged."""
+class _Score:
+    """A line: one task's metric, or one average: values by variant, (mean, std or None) or None where diverged."""
 
-    def __init__(self, heading: str, metric: Metric, values: Mapping[str, tuple[float, float | None] | None]):
-        self.heading = f"{heading} {metric.label} {'↑' if metric.higher_is_better else '↓'}"
+    def __init__(self, name: str, metric: Metric, values: Mapping[str, tuple[float, float | None] | None]):
+        self.label = f"{name} {metric.label} {'↑' if metric.higher_is_better else '↓'}"
         self.values = values
         self.digits = metric.digits
         printed = {variant: float(self.text(variant)) for variant, value in values.items() if value is not None}
@@ -132,7 +130,7 @@ class _Column:
 
 
 class _Table(NamedTuple):
-    columns: list[_Column]
+    scores: list[_Score]
     variants: list[str]
 
 
@@ -151,20 +149,20 @@ def _table(
     def metric(name: str) -> Metric:
         return find_metric(name) if digits is None else find_metric(name)._replace(digits=digits)
 
-    columns = []
+    scores = []
     for task in tasks:
         for name in shown[task]:
             found = {v: summaries[v, task, name] for v in variants if (v, task, name) in summaries}
             values = {v: None if s["mean"] is None else (s["mean"], s["std"]) for v, s in found.items()}
-            columns.append(_Column(task, metric(name), values))
+            scores.append(_Score(task, metric(name), values))
     for kind, heading in AVERAGES.items():
         for name in names:
             family = [t for t in tasks if t in TASKS and TASKS[t].kind == kind and name in shown[t]]
             if len(family) > 1:
                 lists = {v: [summaries.get((v, task, name)) for task in family] for v in variants}
                 values = {v: _average(found) for v, found in lists.items() if None not in found}
-                columns.append(_Column(heading, metric(name), values))
-    return _Table(columns, variants)
+                scores.append(_Score(heading, metric(name), values))
+    return _Table(scores, variants)
 
 
 def _average(found: Sequence[Summary]) -> tuple[float, None] | None:

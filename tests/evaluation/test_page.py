@@ -98,7 +98,8 @@ def check_page(text, markdown, files=()):
         head, *body = table
         assert {(tag, attributes["scope"]) for tag, attributes, _ in head} == {("th", "col")}
         assert {attributes["scope"] for row in body for tag, attributes, _ in row if tag == "th"} <= {"row"}
-    assert all(box["tabindex"] == "0" and box["aria-label"] for box in found.all("div"))
+    boxes = [box for box in found.all("div") if box["class"] == "wide"]
+    assert len(boxes) == len(found.tables) and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
     return found
 
 
@@ -157,15 +158,33 @@ def test_figures_are_in_the_page_with_their_size(png):
     assert (image["width"], image["height"], image["alt"]) == ("40", "20", "What it shows")
 
 
+def test_figures_that_follow_each_other_share_a_grid_and_keep_their_captions(png):
+    """A broad one has a line of its own; what is no caption comes after the grid."""
+    names = ["a.png", "b.png", "broad.png"]
+    shown = [f"![{name}]({name})\n\n*About {name}.* Runs: r1." for name in names]
+    markdown = "\n\n".join(["# F", *shown, "Text.", shown[0]])
+    files = {"a.png": png, "b.png": png, "broad.png": picture(1800, 30)}
+    text = html_page(markdown, files)
+    found = check_page(text, markdown, names)
+    first, second = text.split("<p>Text.</p>")
+    assert first.count('<div class="figures">') == second.count('<div class="figures">') == 1
+    assert [figure.get("class") for figure in found.all("figure")] == [None, None, "broad", None]
+    captions = re.findall(r'<img src="\S+" alt="(\S+)"[^>]*></a>\s*<figcaption>(.*)</figcaption></figure>', text)
+    assert captions == [(name, f"<em>About {name}.</em> Runs: r1.") for name in (*names, "a.png")]
+
+
 @pytest.fixture(scope="module")
 def png():
-    """A picture of 60 x 30 pixels."""
+    return picture(60, 30)
+
+
+def picture(width, height):
     import io
 
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.new("RGB", (60, 30), "red").save(stream, "png")
+    Image.new("RGB", (width, height), "red").save(stream, "png")
     return stream.getvalue()
 
 
@@ -203,16 +222,19 @@ FLAGS = (
 ).split()
 
 
-def test_nothing_is_wider_than_a_phone(tmp_path, png):
-    """In a real browser, at desktop and phone width: the page does not scroll sideways, its tables do."""
+def test_nothing_is_wider_than_a_phone(tmp_path):
+    """In a real browser, at desktop and phone width: the page does not scroll sideways, its tables do.
+
+    Figures stand side by side on the desktop, below each other on the phone.
+    """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser here: {', '.join(BROWSERS)}")
     wide = " | ".join(f"column {n}" for n in range(40))
     table = f"| {wide} |\n|{':--|' * 40}\n| {' | '.join('0.1234 ± 0.0001' for _ in range(40))} |"
     code = f"Folder `{'/very_long_name' * 20}` {'x' * 300}"
-    markdown = f"# Report\n\n## Wide\n\n{table}\n\n{code}\n\n![A figure](a.png)\n"
-    (tmp_path / "report.html").write_text(html_page(markdown, {"a.png": png}))
+    markdown = f"# Report\n\n## Wide\n\n{table}\n\n{code}\n\n![A figure](a.png)\n\n![Another](a.png)\n"
+    (tmp_path / "report.html").write_text(html_page(markdown, {"a.png": picture(900, 630)}))
     (tmp_path / "frames.html").write_text(FRAMES)
     command = [browser, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/frames.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -221,6 +243,7 @@ def test_nothing_is_wider_than_a_phone(tmp_path, png):
     for width, found in zip((1280, 390), json.loads(measured[1]), strict=True):
         assert found["window"] == width and found["page"] <= width, found
         assert found["table"] > width and found["picture"] > 0, found
+        assert (found["tops"][0] == found["tops"][1]) == (width == 1280), found
 
 
 FRAMES = """<!DOCTYPE html><title></title>
@@ -233,6 +256,7 @@ onload = () => {
     return {
       window: frame.contentWindow.innerWidth, page: inner.documentElement.scrollWidth,
       table: inner.querySelector(".wide").scrollWidth, picture: inner.querySelector("img").naturalWidth,
+      tops: [...inner.querySelectorAll("figure")].map(figure => figure.offsetTop),
     };
   }));
 };

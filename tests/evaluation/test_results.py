@@ -35,9 +35,9 @@ ROWS = [
 
 
 def cells(table):
-    """Markdown table -> {variant: [cell, ...]}, headings under ""."""
-    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()]
-    return {line[0]: line[1:] for number, line in enumerate(lines) if number != 1}
+    """Markdown table -> {variant: [cell, ...]}, the labels of its lines under ""."""
+    lines = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table.splitlines()]
+    return {column[0]: list(column[2:]) for column in zip(*lines, strict=True)}
 
 
 def test_summary_is_mean_and_population_std():
@@ -65,6 +65,14 @@ def test_rows_of_two_seeds_count_their_clients_once():
     (summary,) = summarise(rows)
     assert (summary["mean"], summary["clients"], summary["observations"]) == (93.0, 2, 4)
     assert summary["std"] == pytest.approx(math.sqrt((9 + 1 + 1 + 9) / 4))
+
+
+def test_markdown_table_has_a_line_per_task_and_a_column_per_variant():
+    assert markdown_table(ROWS).splitlines()[:3] == [
+        "| | fedavg | tap | local |",
+        "|:--|--:|--:|--:|",
+        "| fashion_mnist MSE ↓ | <u>0.6000</u> ± 0.1633 | **0.3000** ± 0.0000 | — |",
+    ]
 
 
 def test_markdown_table_by_hand():
@@ -196,12 +204,15 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
 
     report = (folder / "report.md").read_text()
     assert markdown_table(read["results"]) in report
-    assert "mini, method tap, seed 41" in report
+    assert report.startswith("# `run`: method tap, model mini\n\nseed 41\n\n| | fedavg | tap | local |\n")
     assert "Note: meteor lacks WordNet" in report
     assert "2 (ag_news 1, vqa 1)" in report
     assert "Timing: in all 61.25 s, device 1 x cpu, peak memory of the host 6.365 GB, own_s 1.5.\n" in report
     assert "— diverged; blank: not run." in report
     found = check_page((folder / "report.html").read_text(), report)
+    assert "<title>run: method tap, model mini</title>" in (folder / "report.html").read_text()
+    assert [attributes["scope"] for _, attributes, _ in found.tables[0][0]] == ["col"] * 4
+    assert all([tag for tag, _, _ in line] == ["th", "td", "td", "td"] for line in found.tables[0][1:])
     assert any("Note: meteor lacks WordNet" in text for text in found.text)
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "results.json"]
 
@@ -210,6 +221,15 @@ def test_config_dict_is_accepted(tmp_path):
     config_dict = pytest.importorskip("ml_collections").ConfigDict
     results.write_results(tmp_path, config_dict({"model": {"name": "mini"}, "rounds": 3}), [], [], {})
     assert strict((tmp_path / "results.json").read_text())["config"] == {"model": {"name": "mini"}, "rounds": 3}
+
+
+@pytest.mark.parametrize("name", ["a_b_c", "*a*", "<script>alert(1)</script>", "a\n# b"])
+def test_the_title_names_the_folder_whatever_it_is_called(name, tmp_path):
+    folder = tmp_path / name.replace("/", "")
+    results.write_results(folder, {"method": "tap", "rounds": 3}, ROWS, [], {})
+    report = (folder / "report.md").read_text()
+    found = check_page((folder / "report.html").read_text(), report)
+    assert f"{' '.join(folder.name.split())}: method tap" in "".join(found.text) and len(found.all("h1")) == 1
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""One's own criterion and one's own method, without a change to the package (quoted in the README)."""
+"""One's own criterion and one's own method, without a change to the package (quoted in launch/docs/extending.md)."""
 
 import jax
 import jax.numpy as jnp
