@@ -1,8 +1,8 @@
 """Screening: whose update reaches the server, decided inside the compiled aggregation.
 
 An update is Δ_i = W̃[i] after local training - W̃[i] as received, over all blocks that client i sends. One that is not
-finite, or longer than it may be, is dropped: it has weight 0, so a block that no other client sent keeps its bits of the
-server's.
+finite, or longer than it may be, is dropped: its weight is 0. A block that no other client sent keeps
+the server's bits.
 
 Letters: P positions of a cohort, R blocks, O tasks.
 """

@@ -56,7 +56,7 @@ def fedprox(strength):
     def step(tools, params, optimizer, teacher):  # one local step of all clients; `optimizer`: AdamW's state
         _, received = teacher  # here the blocks that the client received
         gradient, losses = tools.gradient(params)
-        gradient = {group: gradient[group] + strength * (params[group] - received[group]) for group in params}
+        gradient = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), gradient, params, received)
         return *tools.update(params, optimizer, gradient), losses
 
     def train(cohort, server, phase, post=False):
