@@ -12,6 +12,7 @@ from tap_jax.engine import cohort as cohorts
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import Losses, broken_clients, without_broken
 from tap_jax.methods.base import LocalRule
+from tap_jax.models.server_model import ServerModel
 from tests.oracle import minibatches
 from tests.trajectories import difference, play
 
@@ -26,17 +27,17 @@ SETTINGS = {
 }
 
 
-class Counting:
+class Counting(ServerModel):
     """A model whose forward passes are counted: when they are traced, and when they run."""
 
-    def __init__(self, model):
-        self.forward = model.forward
+    def __init__(self, *args):
+        super().__init__(*args)
         self.traced, self.executed = collections.Counter(), collections.Counter()
 
-    def __call__(self, frozen, parts, task, batch, *, key=None):
+    def forward(self, frozen, parts, task, batch, *, key=None):
         self.traced[task.name] += 1
         jax.debug.callback(lambda: self.executed.update([task.name]))
-        return self.forward(frozen, parts, task, batch, key=key)
+        return super().forward(frozen, parts, task, batch, key=key)
 
     def run(self, function):
         """Forward passes that ran, by the first task of their family."""
@@ -48,9 +49,10 @@ class Counting:
 
 @pytest.fixture(scope="module")
 def counted(tiny):
-    experiment = experiments.build(tiny(ROWS, SETTINGS))
-    experiment.model.forward = Counting(experiment.model)
-    return experiment, experiment.model.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "ServerModel", Counting)
+        experiment = experiments.build(tiny(ROWS, SETTINGS))
+    return experiment, experiment.model
 
 
 def rows_needed(experiment, clients, phase, round_=0, *, post=False) -> dict[str, int]:
@@ -267,4 +269,4 @@ def test_a_program_for_each_way_of_training_is_made_ready(counted, monkeypatch, 
     cohort = engine.cohort([0, 1], 0)
     cohort.prepare()
     assert len(prepared) == aids
-    assert (prepared[0] is None) == (cohort._aid(None) is None) == (teacher_optional or not takes_teacher)
+    assert (prepared[0] is None) == (cohort._teacher(None) is None) == (teacher_optional or not takes_teacher)
