@@ -45,6 +45,23 @@ Public names; `help(tap_jax.build)` and so on say more, each with an example:
   export_client(workdir, out, *, client, format, model, variant, tasks, say)
     Writes a client's model of a finished run for PyTorch, PEFT or Hugging Face.
 
+Words, with the paper's symbols:
+
+  block (B_r)        a part of the trainable parameters that is sent, averaged and replaced as a whole
+  client (c_i)       has data, tasks (O_i), and the blocks that its tasks use
+  cohort (C_t)       the clients of a round, which train together
+  domain             of a task's samples; experts in the backbone are for one
+  federated (W̃_[i])  a client's model from the server's blocks, trained and sent back
+  layout, slot       where each client's block lies in the packed parameters of a cohort
+  margin (m_i,o)     how much better the federated loss must be for a replacement
+  minibatch          a client's samples of one local step; a row is a part of it, of one stream
+  params             parameters of a cohort's clients: a tree for jax.tree.map and optax
+  personal (X_[i])   a client's own model, which is never sent
+  phase              what a local training is for: "federated", "personal", "post", "distil", ...
+  server (W̃)         the averaged blocks; frozen (Ŵ): the pre-trained weights, one copy for all
+  stream             a task's samples of one domain, which take one path through the model
+  teacher, student   W̃_[i] after the last round and X_[i], in Stage 2
+
 From the shell: `tap-jax --help`.
 
 Names are loaded when first used, so that `import tap_jax` is instant and starts no JAX backend.
