@@ -441,3 +441,12 @@ def test_hash_does_not_depend_on_the_process():
     code = "from tap_jax.config import *; print(config_hash(default_config()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == config_hash(default_config())
+
+
+def test_the_config_of_an_older_run_is_read():
+    """Fields have been renamed, dropped and given words since."""
+    values = json.loads(to_json(default_config()))
+    values["engine"] |= {"clients_per_pass": 3, "pipeline_rounds": True, "rows_per_chunk": 8, "remat": True}
+    del values["engine"]["clients_at_once"]
+    found = from_json(json.dumps(values)).engine
+    assert (found.clients_at_once, found.remat) == (3, "layer")

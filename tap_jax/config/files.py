@@ -11,9 +11,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tap_jax.config.defaults import default_config
-from tap_jax.config.fields import override
+from tap_jax.config.fields import flat, override
 from tap_jax.config.rules import validate
 from tap_jax.errors import UserError
+
+
+# Fields of older runs -> today's names; "": gone, and no result followed from it.
+FORMER = {
+    "engine.clients_per_pass": "engine.clients_at_once",
+    "engine.pipeline_rounds": "",
+    "engine.rows_per_chunk": "",
+}
 
 
 def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -117,4 +125,8 @@ def from_json(text: str) -> ConfigDict:
         raise UserError(f"config: not valid JSON ({error}); use the config.json of a run") from None
     if not isinstance(values, dict):
         raise UserError("config: not a JSON object; use the config.json of a run")
-    return override(default_config(), values)
+    found = {FORMER.get(field, field): value for field, value in flat(values).items()}
+    found.pop("", None)
+    if isinstance(remat := found.get("engine.remat"), bool):
+        found["engine.remat"] = "layer" if remat else "none"
+    return override(default_config(), found)
