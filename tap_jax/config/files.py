@@ -15,7 +15,6 @@ from tap_jax.config.fields import flat, override
 from tap_jax.config.rules import validate
 from tap_jax.errors import UserError
 
-
 # Fields of older runs -> today's names; "": gone, and no result followed from it.
 FORMER = {
     "engine.clients_per_pass": "engine.clients_at_once",
