@@ -1,0 +1,1 @@
+"""Runs with their files: folders, metrics, checkpoints, exports."""
