@@ -129,8 +129,8 @@ def unpack(partition: Partition, layout: Layout, packed: Packed, like: Blocks) -
         numbers = np.asarray(layout.block[name])
         for g, position in enumerate(np.asarray(layout.owner[name])):
             if position < len(out):
-                name = partition.names[numbers[g]]
-                out[position][name] = unflatten(np.array(matrix[g]), like[name])
+                block = partition.names[numbers[g]]
+                out[position][block] = unflatten(np.array(matrix[g]), like[block])
     return out
 
 
