@@ -11,13 +11,15 @@ import pytest
 from tap_jax import assembly
 from tap_jax import experiment as experiments
 from tap_jax.config import default_config
-from tap_jax.engine.objective import Where, gradient, statistics
+from tap_jax.engine.objective import Where, _key_of, gradient, statistics
 from tap_jax.federation import find_task
 from tap_jax.methods import feddat
 from tap_jax.methods.base import Row
 from tap_jax.methods.losses import distillation_loss
 from tap_jax.models.layers import ModelConfig
+from tap_jax.models.lora import dropout
 from tap_jax.models.server_model import ServerModel
+from tap_jax.platforms import Platform
 from tests.models.reference import random_weights
 
 NEWS = find_task("ag_news")
@@ -131,3 +133,24 @@ def test_a_row_has_a_mask_of_its_own(tiny):
         assert place[0] == 1 and first[place] == pytest.approx(beside[place], rel=1e-5)
     values = (first | beside | later).values()
     assert len({round(value, 4) for value in values}) == len(values) == 10
+
+
+def test_masks_come_from_the_device_s_generator_on_tpus_alone():
+    config = default_config()
+    found = {kind: assembly.generator_of(config, Platform(kind, kind)) for kind in ("cpu", "gpu", "tpu")}
+    assert found == {"cpu": "threefry2x32", "gpu": "threefry2x32", "tpu": "rbg"}
+    for chosen, generator in (("threefry", "threefry2x32"), ("rbg", "rbg")):
+        config.engine.dropout_bits = chosen
+        assert assembly.generator_of(config, Platform("tpu", "tpu")) == generator
+
+
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg"])
+def test_a_row_s_key_draws_the_same_mask_again_and_another_key_another(generator):
+    key, other = (_key_of(generator, jax.random.key(seed)) for seed in (1, 2))
+    x = jnp.ones(40_000)
+    mask, again, another = (np.asarray(dropout(x, 0.3, used)) for used in (key, key, other))
+    np.testing.assert_array_equal(mask, again)
+    assert (mask != another).mean() == pytest.approx(2 * 0.3 * 0.7, abs=0.02)
+    assert (mask == 0).mean() == pytest.approx(0.3, abs=0.01) and mask.max() == pytest.approx(1 / 0.7)
+    first, second = (np.asarray(dropout(x, 0.3, part)) for part in jax.random.split(key))
+    assert (first != second).any() and (first != mask).any()
