@@ -291,7 +291,7 @@ def test_loading_names_the_mistake(path, overrides, message):
         ),
         ({"federation__groups": 100_001}, "federation.groups: 100001 of 10 clients each are 1,000,010; use at most"),
         ({"federation__parts": 3, "federation__split": "iid"}, "federation.parts: goes with federation.split='share'"),
-        ({"federation__parts": 4}, "federation.parts: 4 for 3 groups leaves data to nobody; use at most 3"),
+        ({"federation__parts": 4}, "federation.parts: 4 for 3 groups leaves data without a client; use at most 3"),
         ({"federation__rows": ({"ag_news": 1.0},)}, "federation.rows: goes with federation.table='custom'"),
         ({"federation__table": "custom", "federation__rows": ({"agnews": 1.0},)}, "unknown task 'agnews'; known"),
         ({"federation__table": "custom", "federation__rows": ("ag_news",)}, "federation.rows: 'ag_news'; use a dict"),
