@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tap_jax import experiment as experiments
 from tap_jax.data.sampling import share_out
-from tap_jax.engine.cohort import Phase
+from tap_jax.engine.cohort import PhaseInputs
 from tap_jax.export import folder as folders
 from tap_jax.export import torch_model
 from tap_jax.export.naming import to_torch
@@ -55,7 +55,7 @@ def _engine_losses(engine, cohort, plan, rate, blocks):
     keys = jnp.broadcast_to(jax.random.key(0), cohort.table.shape)
     for steps in range(1, STEPS + 1):
         cut = share_out(plan.replace(steps=np.full_like(plan.steps, steps)), engine.devices.parts)
-        params, _, losses = engine.train(cohort.load([blocks]), None, None, cohort.layout, Phase(cut, rates, keys))
+        params, _, losses = engine.train(cohort.load([blocks]), None, None, cohort.layout, PhaseInputs(cut, rates, keys))
         sums.append(np.asarray(losses.plain, np.float64)[0])
     return np.diff(sums, axis=0), cohort.unload(params)[0]
 
