@@ -55,7 +55,8 @@ def _engine_losses(engine, cohort, plan, rate, blocks):
     keys = jnp.broadcast_to(jax.random.key(0), cohort.table.shape)
     for steps in range(1, STEPS + 1):
         cut = share_out(plan.replace(steps=np.full_like(plan.steps, steps)), engine.devices.parts)
-        params, _, losses = engine.train(cohort.load([blocks]), None, None, cohort.layout, PhaseInputs(cut, rates, keys))
+        inputs = PhaseInputs(cut, rates, keys)
+        params, _, losses = engine.train(cohort.load([blocks]), None, None, cohort.layout, inputs)
         sums.append(np.asarray(losses.plain, np.float64)[0])
     return np.diff(sums, axis=0), cohort.unload(params)[0]
 
