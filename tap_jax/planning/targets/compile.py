@@ -20,14 +20,8 @@ from tap_jax.platforms import GIB, Platform
 # have not been chosen. That says nothing of a device that is there.
 _OPTIONS = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
-    # A TPU's compiler looks for fast tiles of every product: most of its time, and little of the memory. And the stack
-    # of its threads is too small for its costs of products within products within products.
-    "tpu": {
-        "exec_time_optimization_effort": -1.0,
-        "xla_tpu_enable_multi_level_nested_dot_fusion": False,
-        "xla_tpu_enable_multi_level_input_dot_dot_fusion": False,
-        "xla_tpu_enable_multi_level_output_dot_dot_fusion": False,
-    },
+    # A TPU's compiler looks for fast tiles of every product, which takes most of its time and changes memory little.
+    "tpu": {"exec_time_optimization_effort": -1.0},
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
