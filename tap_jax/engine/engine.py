@@ -149,7 +149,8 @@ class Engine:
     def numerics(self) -> str:
         """What the platform decides where the configuration leaves it open, and numbers follow from."""
         texts = ", packed" if self.settings.packed else ""
-        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}{texts}"
+        masks = "" if self.settings.generator == "threefry2x32" else f", dropout by {self.settings.generator}"
+        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}{texts}{masks}"
 
     def drawn(self, round_: int) -> tuple[int, ...]:
         """The clients that the seed draws for a round."""

@@ -144,6 +144,13 @@ def test_masks_come_from_the_device_s_generator_on_tpus_alone():
         assert assembly.generator_of(config, Platform("tpu", "tpu")) == generator
 
 
+def test_a_run_notes_that_it_goes_on_with_other_masks(tiny):
+    """A run of a TPU that is resumed elsewhere: `rounds.resume` compares these lines."""
+    runs = [tiny(({"ag_news": 0.3},) * 2, {"engine.dropout_bits": bits}) for bits in ("auto", "rbg")]
+    here, there = (experiments.build(run).engine.numerics for run in runs)
+    assert there == f"{here}, dropout by rbg"
+
+
 @pytest.mark.parametrize("generator", ["threefry2x32", "rbg"])
 def test_a_row_s_key_draws_the_same_mask_again_and_another_key_another(generator):
     key, other = (_key_of(generator, jax.random.key(seed)) for seed in (1, 2))
