@@ -34,7 +34,7 @@ MODEL = "private"
 
 
 def with_own(params: Params) -> dict[str, Array]:
-    """The parameters as a model with A0 sees it: in the place of A1, and no private groups."""
+    """The parameters as a model with A0 sees it: in the place of A1, and no private ones."""
     return {group: params.get(PRIVATE + group, matrix) for group, matrix in shared(params).items()}
 
 
@@ -107,8 +107,8 @@ def feddat(
     forward: Forward,
     dual: Callable[[Blocks, Blocks], Blocks],
     *,
-    weight: float = 2e-3,
-    image_loss: str = "kl",
+    weight: float,
+    image_loss: str,
 ) -> Method:
     """FedDAT as a method, with the variants "feddat" and "feddat+post".
 

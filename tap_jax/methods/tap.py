@@ -72,18 +72,11 @@ class Distillation:
     """Choices of Stage 2.
 
     Attributes:
-      weights: task kind -> β_o of equation 6; Table 21's.
+      weights: task kind -> β_o of equation 6.
       temperature, power, image_loss: of equation 5, see `losses.distillation_loss`.
     """
 
-    weights: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {
-            "image_classification": 2e-3,
-            "image_generation": 2e-3,
-            "text_classification": 2e-3,
-            "text_generation": 1.0,
-        }
-    )
+    weights: Mapping[str, float]
     temperature: float = 1.0
     power: float = -2.0
     image_loss: str = "kl"
@@ -126,7 +119,7 @@ def tap(
     replacement: Replacement = PAPER,
     patience: Patience | None = None,
     forward: Forward,
-    distillation: Distillation | None = None,
+    distillation: Distillation,
 ) -> Method:
     """TAP as a method.
 
@@ -137,6 +130,7 @@ def tap(
         same rounds.
       patience: when to stop distilling before P iterations are over; None: never.
       forward: `ServerModel.forward`, by which the teacher computes.
+      distillation: how it teaches.
     """
     personal_models = {MODEL + variant.removeprefix("tap"): variant for variant in margins}
     last = list(personal_models)[-1]
@@ -227,6 +221,6 @@ def tap(
     rule = LocalRule(
         takes_teacher=True,
         teacher_optional=True,
-        extra_loss=distillation_term(forward, distillation or Distillation()),
+        extra_loss=distillation_term(forward, distillation),
     )
     return Method(carried, SplitRound(federated, personal), finish, rule, margins=personal_models)
