@@ -224,7 +224,7 @@ class Partition:
     @functools.cached_property
     def owned(self) -> np.ndarray:
         """bool [K, R], read-only: a client owns the union of its tasks' blocks."""
-        found = np.asarray(ownership(self.task_mask, self.touches))
+        found = ownership(self.task_mask, self.touches)
         found.flags.writeable = False
         return found
 

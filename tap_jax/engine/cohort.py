@@ -382,7 +382,7 @@ def reserves_teacher(rule: LocalRule, params: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static capacities of a shard: positions K, group -> slots G, family -> rows N of each shape."""
+    """Static capacities of a shard: positions K, shape class -> slots G, family -> rows N of each shape."""
 
     positions: int
     slots: Mapping[str, int]

@@ -62,9 +62,9 @@ def local_training(
     """Builds `train(frozen, data, params, moments, teacher, layout, plan, rate, key) -> (params, moments, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
-      frozen: Ŵ. data: family -> fields, whole training sets. params: group -> [G, n]; a slot is updated only in the
-      steps in which its client is active, an free slot never. moments: AdamW's state by slot, group -> [G, 1 + 2n]
-      (`remembered_update`), or None to start afresh and give none back. teacher: what the rule's steps are given. rate:
+      frozen: Ŵ. data: family -> fields, whole training sets. params: shape class -> [G, n]; a slot is updated only in
+      the steps in which its client is active, a free slot never. moments: AdamW's state by slot, shape class ->
+      [G, 1 + 2n] (`remembered_update`), or None to start afresh and give none back. teacher: what the rule's steps are given. rate:
       learning rate of every position, float32 [K]. key: of (seed, round, phase) of every position, [K].
     """
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
@@ -118,7 +118,7 @@ class Tools:
 
     @property
     def rate(self) -> dict[str, Array]:
-        """η of every slot, group -> [G, 1]; 0 where a slot is idle."""
+        """η of every slot, shape class -> [G, 1]; 0 where a slot is idle."""
         _, _, layout, _ = self.surroundings
         padded = jnp.append(self.rates, 0)
         return {group: padded[client][:, None] for group, client in layout.owner.items()}

@@ -5,7 +5,7 @@ data and not part of a shape. Rows that are not there cost nothing, and one prog
 data size. Each turn takes the blocks of one client out of the packed parameters, differentiates the row's loss, and
 adds the gradient back.
 
-Letters: K cohort positions, O tasks, G slots of a group, τ steps, S samples of a row.
+Letters: K cohort positions, O tasks, G slots of a shape class, τ steps, S samples of a row.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ SampleLoss = Callable[..., tuple[Array, Array, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of a family's forward pass: blocks of one group, which of them by variant.
+    """One part of a family's forward pass: blocks of one shape class, which of them by variant.
 
     Attributes:
-      group: where the blocks are.
+      shape_class: of the blocks.
       blocks: int [variants] (one block) or [variants, P] (one per path), numbers of blocks.
       like: shapes of one block.
     """
 
-    group: str
+    shape_class: str
     blocks: np.ndarray
     like: Tree
 
@@ -72,7 +72,7 @@ def take_parts(
     """The parts of one row's forward pass out of packed parameters: part -> tree, leaves [...] or [P, ...]."""
     slots = slots_of(layout, table, client, variant)
     return {
-        name: unflatten(params[part.group].at[slots[name]].get(mode="promise_in_bounds"), part.like)
+        name: unflatten(params[part.shape_class].at[slots[name]].get(mode="promise_in_bounds"), part.like)
         for name, part in table.items()
     }
 
@@ -123,7 +123,7 @@ def gradient(
     """Gradient of Σ_o λ_o ℓ_o (+ the rule's extra loss) of every client, and its losses [K, O].
 
     Args:
-      params: group -> [G, n]; the gradient has the same shapes.
+      params: shape class -> [G, n]; the gradient has the same shapes.
       auxiliary: for the extra loss.
     """
 
@@ -144,7 +144,9 @@ def gradient(
         (grads, losses), (loss, row_grads, slots) = carry, found
         for name, part in table.items():
             row_grad = row_grads[name]
-            grads = grads | {part.group: grads[part.group].at[slots[name]].add(row_grad, mode="promise_in_bounds")}
+            grads = grads | {
+                part.shape_class: grads[part.shape_class].at[slots[name]].add(row_grad, mode="promise_in_bounds")
+            }
         at = (entry.client, task_of[entry.variant])
         return grads, StepLosses(
             losses.plain.at[at].add(loss),

@@ -109,7 +109,7 @@ def regroup(out: Packed | None, params: Packed, index: Packed) -> Packed:
 
     Args:
       out: [D, H, n], keeps what is not wanted from this params; None: that is 0.
-      index: group -> int32 [D, H], slots among all D·G, -1 where nothing is wanted.
+      index: shape class -> int32 [D, H], slots among all D·G, -1 where nothing is wanted.
     """
     found = {}
     for group, rows in flat(params).items():

@@ -121,7 +121,7 @@ class Tools(Protocol):
     """What one step of local training is made of; all parameters are the whole cohort's.
 
     Attributes:
-      rate: η of every slot, group -> float32 [G, 1]: clients that train side by side may be of different rounds.
+      rate: η of every slot, shape class -> float32 [G, 1]: clients that train side by side may be of different rounds.
       no_losses: zeros, to start a loop over gradients with.
     """
 
@@ -132,12 +132,12 @@ class Tools(Protocol):
         """Gradient of Σ_o λ_o ℓ_o plus the rule's `extra_loss`, on minibatch number `minibatch` of the step.
 
         Args:
-          params: group -> [G, n], where the gradient is taken.
+          params: shape class -> [G, n], where the gradient is taken.
           auxiliary: what the extra loss is given.
           minibatch: 0 to `LocalRule.minibatches_per_step` - 1; a number or an int32 scalar.
 
         Returns:
-          The gradient, group -> float32 [G, n] as the parameters, 0 in free slots; and the losses, [P, O].
+          The gradient, shape class -> float32 [G, n] as the parameters, 0 in free slots; and the losses, [P, O].
         """
 
     def statistics(self, params: Params, *, minibatch: Any = 0) -> Mapping[str, Any]:
@@ -151,9 +151,9 @@ class Tools(Protocol):
         """One clipped AdamW update of the clients that take this step; the blocks of others stay as they are.
 
         Args:
-          params: group -> [G, n].
-          state: the optimizer's, a mapping by group; a step is given it, and hands on what this returns.
-          gradient: group -> [G, n].
+          params: shape class -> [G, n].
+          state: the optimizer's, a mapping by shape class; a step is given it, and hands on what this returns.
+          gradient: shape class -> [G, n].
 
         Returns:
           The new parameters and state, of the same shape classes and shapes.
@@ -221,14 +221,14 @@ class Cohort(Protocol):
           rest: parameters of the shape classes that the models do not have; taken as they are.
 
         Returns:
-          Group -> float32 [D, G, n], on the devices; 0 in free slots.
+          Shape class -> float32 [D, G, n], on the devices; 0 in free slots.
         """
 
     def put(self, models: ClientModels, params: Params) -> ClientModels:
         """The models with the clients' blocks exchanged for those of `params`; the given ones are as they were.
 
         Args:
-          params: [D, G, n]; groups that the models do not have are left out.
+          params: [D, G, n]; shape classes that the models do not have are left out.
         """
 
     def unload(self, params: Params) -> dict[int, Blocks]:
