@@ -64,8 +64,8 @@ def local_training(
     The returned function is pure and compiles once per capacity of the plan:
       frozen: Ŵ. data: family -> fields, whole training sets. params: shape class -> [G, n]; a slot is updated only in
       the steps in which its client is active, a free slot never. moments: AdamW's state by slot, shape class ->
-      [G, 1 + 2n] (`remembered_update`), or None to start afresh and give none back. teacher: what the rule's steps are given. rate:
-      learning rate of every position, float32 [K]. key: of (seed, round, phase) of every position, [K].
+      [G, 1 + 2n] (`remembered_update`), or None to start afresh and give none back. teacher: what the rule's steps are
+      given. rate: learning rate of every position, float32 [K]. key: of (seed, round, phase) of every position, [K].
     """
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(settings.weight_decay))
     rule = objective.rule
