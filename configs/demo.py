@@ -3,7 +3,7 @@
 Reproduces no table: the eight data sets are drawn by the program, and frozen weights are random. It shows the
 method at work: Local, FedAvg, FedAvg + Post-train and TAP from one run.
 
-    tap-jax train --config=configs/demo.py --workdir=runs/demo
+    tap-jax train --config=demo --workdir=runs/demo
 
 Needs no network, no accelerator, and under 4 GB; under three minutes on two cores, a third of it compiling.
 """

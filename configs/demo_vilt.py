@@ -3,7 +3,7 @@
 Reproduces no table: the data sets are drawn by the program, and frozen weights are random. With `configs/demo.py` it
 is what `launch/tables/all_demo.sh` runs.
 
-    tap-jax train --config=configs/demo_vilt.py --workdir=runs/demo-vilt
+    tap-jax train --config=demo_vilt --workdir=runs/demo-vilt
 
 Needs no network, no accelerator, and under 4 GB; a few minutes on two cores.
 """

@@ -5,16 +5,16 @@ without distillation, FedAvg, FedAvg + Post-train and FedAvg + 2P, which share t
 the seeds 41 to 44:
 
     for seed in 41 42 43 44; do
-      tap-jax train --config=configs/flava.py:seed=$seed --workdir=runs/flava-$seed
+      tap-jax train --config=flava:seed=$seed --workdir=runs/flava-$seed
     done
 
 The frozen weights are facebook/flava-full's, from the hub or from a folder (`--config.model.weights=DIR`); random
 stand-ins of the same shapes: `--config.model.weights= --config.data.tokenizer=train`. The parameter accounting
 (Table 7) needs neither data nor weights nor network:
 
-    tap-jax describe --config=configs/flava.py
+    tap-jax describe --config=flava
 
-Baselines are other methods of this file, `configs/flava.py:method=feddat,variants=()`; `launch/tables` has them all.
+Baselines are other methods of this file, `flava:method=feddat,variants=()`; `launch/tables` has them all.
 Data from a folder of parquet files instead of the hub: `--config.data.root=DIR`. No data at hand:
 `--config.data.root=synthetic`.
 

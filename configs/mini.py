@@ -5,7 +5,7 @@ a full run does: reading parquet files with the hub's columns, word pieces train
 stages, and every metric. `data.root` must hold one folder per task (`tiny_imagenet/train.parquet`, ...); where a
 task's own folder is missing, caltech101 stands in for caltech256, and easy_vqa or vqav2 for vqa.
 
-    tap-jax train --config=configs/mini.py --config.data.root=DIR --workdir=runs/mini
+    tap-jax train --config=mini --config.data.root=DIR --workdir=runs/mini
 
 Needs no network and no accelerator; ten to twenty minutes on two CPU cores, about 5 GB.
 """

@@ -5,16 +5,16 @@ One run yields TAP, TAP without distillation, FedAvg, FedAvg + Post-train and Fe
 The tables average over the seeds 41 to 44:
 
     for seed in 41 42 43 44; do
-      tap-jax train --config=configs/vilt.py:seed=$seed --workdir=runs/vilt-$seed
+      tap-jax train --config=vilt:seed=$seed --workdir=runs/vilt-$seed
     done
 
 The frozen weights are dandelin/vilt-b32-mlm's, from the hub or from a folder (`--config.model.weights=DIR`); random
 stand-ins of the same shapes: `--config.model.weights= --config.data.tokenizer=train`. The parameter accounting
 (Table 7) needs neither data nor weights nor network:
 
-    tap-jax describe --config=configs/vilt.py
+    tap-jax describe --config=vilt
 
-Baselines are other methods of this file, `configs/vilt.py:method=feddat,variants=()`; `launch/tables` has them all.
+Baselines are other methods of this file, `vilt:method=feddat,variants=()`; `launch/tables` has them all.
 Data from a folder of parquet files instead of the hub: `--config.data.root=DIR`. No data at hand:
 `--config.data.root=synthetic`.
 

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pip install -c constraints.txt -e .
-tap-jax train --config=configs/demo.py --workdir="${1:-runs/demo}"
+tap-jax train --config=demo --workdir="${1:-runs/demo}"

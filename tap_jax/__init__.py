@@ -2,7 +2,7 @@
 
     import tap_jax as tap
 
-    config = tap.load_config("configs/demo.py", {"rounds": 5})
+    config = tap.load_config("demo", {"rounds": 5})
     experiment = tap.build(config)              # .model, .data, .federation, .method, .partition
     state = experiment.init()
     for _ in range(config.rounds):

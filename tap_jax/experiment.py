@@ -1,6 +1,6 @@
 """Ties everything together: config -> federation -> model and data -> engine -> state -> results.
 
-    experiment = tap_jax.build(tap_jax.load_config("configs/demo.py"))
+    experiment = tap_jax.build(tap_jax.load_config("demo"))
     state = experiment.init()
     state, line = experiment.round(state)
     rows = experiment.evaluate(experiment.finish(state))
@@ -292,7 +292,7 @@ def build(
       >>> fields = {"rounds": 1, "cohort_size": 1, "local_steps": 2, "post_steps": 2, "variants": ("tap",)}
       >>> fields |= {"federation.table": "custom", "federation.rows": ({"ag_news": 0.5},) * 2, "federation.groups": 1}
       >>> fields |= {"data.train_size": 64, "data.test_size": 8}
-      >>> experiment = tap.build(tap.load_config("configs/demo.py", fields))
+      >>> experiment = tap.build(tap.load_config("demo", fields))
       >>> [client.name for client in experiment.federation.clients], experiment.variants
       (['client0', 'client1'], ('tap',))
     """

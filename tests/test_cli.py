@@ -128,7 +128,7 @@ def test_a_wrong_argument_is_named(argv, message):
     ("argv", "message"),
     [
         (["train", f"--config={DEMO}"], "--workdir=DIR is missing; see tap-jax train --help"),
-        (["train", "--workdir=x"], "--config=FILE"),
+        (["train", "--workdir=x"], "--config=NAME"),
         (["train", "--workdir"], "workdir"),
         (["trian"], "unknown command 'trian'; did you mean 'train'"),
         (["tables"], "unknown command 'tables'; .*there are train, evaluate, report, export, describe, bench"),
@@ -137,7 +137,8 @@ def test_a_wrong_argument_is_named(argv, message):
         (["bench", f"--config={DEMO}", "--steps=few"], "steps: 'few' is no whole number"),
         (["bench", f"--config={DEMO}", "--steps=-1"], "steps: -1; use at least 1"),
         (["describe", "--config=configs/none.py"], "no file 'configs/none.py'"),
-        (["describe", "--config=README.md"], "config: README.md, line .*, is not Python .*; name a config file"),
+        (["describe", "--config=dmo:rounds=5"], "config: no file 'dmo:rounds=5'; name a Python file, or .* demo, "),
+        (["describe", "--config=README.md"], "config: README.md, line .*, is not Python .*; name a Python file"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_status_2(argv, message, capsys):
@@ -449,7 +450,7 @@ def test_a_run_with_a_task_of_ones_own(command, tiny, tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
     assert "our_news" in (tmp_path / "report" / "report.md").read_text()
     done = command("evaluate", "--workdir=run", "--register=none.py")
-    assert done.stderr == "tap-jax: register: no file 'none.py'; name a config file such as configs/flava.py\n"
+    assert done.stderr == "tap-jax: register: no file 'none.py'; name a Python file\n"
 
 
 def test_evaluate_says_what_a_run_lacks(trained, tmp_path, capsys):

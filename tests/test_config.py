@@ -25,6 +25,7 @@ from tap_jax.config import (
     variants_of,
 )
 from tap_jax.config.defaults import FLAVA_POSITIONS, IMAGE_SIDE
+from tap_jax.config.files import names
 from tap_jax.data import examples
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS, find_task
@@ -225,10 +226,24 @@ def test_argument_and_overrides_change_fields(tmp_path):
         load_config(f"{path}:rounds=5")
 
 
+def test_a_name_is_a_file_of_the_package_from_any_folder(tmp_path, monkeypatch):
+    files = {name: load_config(f"configs/{name}.py").to_dict() for name in names()}
+    assert {"demo", "flava", "vilt", "checks/margins"} <= set(files)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder is no configuration
+    assert files == {name: load_config(name).to_dict() for name in names()}
+    assert load_config("checks/margins:rounds=5,seed=7", {"batch_size": 3}).to_dict() == files["checks/margins"] | {
+        "rounds": 5,
+        "seed": 7,
+        "batch_size": 3,
+    }
+
+
 @pytest.mark.parametrize(
     ("path", "overrides", "message"),
     [
-        ("configs/none.py", {}, "no file 'configs/none.py'"),
+        ("configs/none.py", {}, "no file 'configs/none.py'; name a Python file, or a configuration: checks/.*, demo,"),
+        ("dmo", {}, "no file 'dmo'; .* configuration: checks/distillation, .*, demo, demo_vilt, flava, mini, .*vilt$"),
         ("tests/test_config.py", {}, "has no function get_config"),
         (FLAVA, {"optimizer.learning_rat": 1.0}, "did you mean 'optimizer.learning_rate'.*optimizer has: .*clip_norm"),
         (FLAVA, {"learning_rate": 1.0}, "learning_rate: unknown field; did you mean 'optimizer.learning_rate'"),

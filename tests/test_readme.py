@@ -41,7 +41,7 @@ BLOCKS = [
     for found in FENCE.finditer(text)
     if found[1] in ("bash", "python")
 ]
-DEMO = "tap-jax train --config=configs/demo.py --workdir=runs/demo"
+DEMO = "tap-jax train --config=demo --workdir=runs/demo"
 SMALL = {
     "rounds": 1,
     "local_steps": 1,
@@ -85,7 +85,7 @@ def place(folder, monkeypatch):
     monkeypatch.setenv("CALLS", str(folder / "calls"))
 
     def load_small(path, overrides=None):
-        small = SMALL if re.match(r"configs/(demo|mini)", str(path)) else {}
+        small = SMALL if re.match(r"(configs/)?(demo|mini)", str(path)) else {}
         small = {field: value for field, value in small.items() if f"{field}=" not in str(path)}
         return load_config(path, small | dict(overrides or {}))
 

@@ -3,7 +3,7 @@
 Clients with mmlu, common_gen, or both. From one run: TAP, Stage 1 alone (no Stage 2), Stage 2 alone (no replacement),
 and TAP without distillation.
 
-    tap-jax train --config=configs/checks/distillation.py --workdir=runs/distillation
+    tap-jax train --config=checks/distillation --workdir=runs/distillation
 
 Two minutes on two cores.
 """

@@ -3,7 +3,7 @@
 Three clients share the image task and three the text task. Nothing but what every path shares (`shared_proj`, the
 shared stacks) is averaged between the two kinds; it is where personalisation should pay.
 
-    tap-jax train --config=configs/checks/heterogeneous.py --workdir=runs/heterogeneous
+    tap-jax train --config=checks/heterogeneous --workdir=runs/heterogeneous
 
 Two minutes on two cores.
 """

@@ -3,7 +3,7 @@
 Six clients share an image and a text classification task in equal parts. Compare `configs/checks/heterogeneous.py`,
 which deals out the same data by modality.
 
-    tap-jax train --config=configs/checks/homogeneous.py --workdir=runs/homogeneous
+    tap-jax train --config=checks/homogeneous --workdir=runs/homogeneous
 
 Two minutes on two cores.
 """

@@ -2,7 +2,7 @@
 
 One run: the federated chain is trained once, a personal chain for each margin beside it.
 
-    tap-jax train --config=configs/checks/margins.py --workdir=runs/margins
+    tap-jax train --config=checks/margins --workdir=runs/margins
     tap-jax report runs/margins --out=reports/margins
 
 A few minutes on two cores.

@@ -222,7 +222,11 @@ def _writable(field: str, folder: str) -> None:
 
 # --- what they take ---------------------------------------------------------------------------------------------------
 
-_CONFIG = Flag("config", "FILE[:KEY=VALUE,...]", "the experiment, a Python file or the config.json of a run")
+_CONFIG = Flag(
+    "config",
+    "NAME[:KEY=VALUE,...]",
+    "demo, flava, vilt, ..., a Python file, or the config.json of a run",
+)
 _REGISTER = Flag("register", "FILE", "Python that registers tasks of your own, such as the config file of the run", "")
 PROCESSES = (
     Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
@@ -245,7 +249,7 @@ _ALL = (
         "On SIGTERM it saves after the round in progress and exits with 143 (at once before the first round, and if\n"
         "it comes again); with 75 if another process has gone. After either, a kill or a full disk, the same command\n"
         "goes on.\n"
-        "Example: tap-jax train --config=configs/demo.py --config.rounds=5 --workdir=runs/demo",
+        "Example: tap-jax train --config=demo --config.rounds=5 --workdir=runs/demo",
     ),
     Command(
         "evaluate",
@@ -309,7 +313,7 @@ _ALL = (
         "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
         "With --target nothing is allocated and no weights are read; it takes tap-jax[target-tpu] or [target-gpu].\n"
         "With --plans beside it nothing is compiled; plans are drawn with the target's defaults.\n"
-        "Example: tap-jax describe --config=configs/flava.py",
+        "Example: tap-jax describe --config=flava",
     ),
     Command(
         "bench",
@@ -325,7 +329,7 @@ _ALL = (
         ),
         "times the local training of a cohort; one JSON line",
         "Prints the line on stdout and words on stderr; what --rounds and --against add is null without them.\n"
-        "Example: tap-jax bench --config=configs/demo.py --steps=10",
+        "Example: tap-jax bench --config=demo --steps=10",
     ),
 )
 COMMANDS = {command.name: command for command in _ALL}

@@ -128,7 +128,7 @@ def usage(name: str | None = None) -> str:
             "usage: tap-jax COMMAND [--FLAG=VALUE ...]\n\n"
             "TAP: two-stage adaptive personalization of multi-task, multi-modal models in federated learning.\n\n"
             f"{listed}\n\ntap-jax COMMAND --help tells more; tap-jax --version.\n{_STATUS}"
-            "Example: tap-jax train --config=configs/demo.py --workdir=runs/demo\n"
+            "Example: tap-jax train --config=demo --workdir=runs/demo\n"
         )
     command = COMMANDS[name]
     line, rows = [f"usage: tap-jax {name}"], []

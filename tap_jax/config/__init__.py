@@ -1,8 +1,8 @@
 """What can be set, read from files and the command line, checked, and told apart.
 
-A config is a `ConfigDict` with the fields of `default_config`, no more and no less. A file under `configs/` has a
-function `get_config(argument="")` that starts from it; the command line (`--config.KEY=VALUE`), the file's argument
-(`configs/flava.py:rounds=5,seed=42`) and `load_config`'s `overrides` change single fields.
+A config is a `ConfigDict` with the fields of `default_config`, no more and no less. A file under `configs/`, known by
+its name there, has a function `get_config(argument="")` that starts from it; the command line (`--config.KEY=VALUE`),
+the file's argument (`flava:rounds=5,seed=42`) and `load_config`'s `overrides` change single fields.
 """
 
 from ml_collections import ConfigDict

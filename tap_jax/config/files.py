@@ -1,4 +1,4 @@
-"""Configurations in files: a Python file with `get_config`, or the config.json of a run."""
+"""Configurations by name, or in files: a Python file with `get_config`, or the config.json of a run."""
 
 import inspect
 import json
@@ -15,6 +15,9 @@ from tap_jax.config.fields import flat, override
 from tap_jax.config.rules import validate
 from tap_jax.errors import UserError
 
+# Files of the configurations that have a name. In a clone this is a link to its top-level folder.
+NAMED = pathlib.Path(__file__).parents[1] / "configs"
+
 # Fields of older runs -> today's names; "": gone, and no result followed from it.
 FORMER = {
     "engine.clients_per_pass": "engine.clients_at_once",
@@ -27,22 +30,21 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     """Reads a config, changes some fields, validates and locks it.
 
     Args:
-      path: a Python file with `get_config()`, optionally with an argument for it after a colon
-        (`configs/flava.py:rounds=5`), or the `config.json` of a run.
+      path: the name of a configuration that comes with the package (`demo`, `checks/margins`) or a Python file with
+        `get_config()`, either optionally with an argument for it after a colon (`flava:rounds=5`,
+        `mine.py:rounds=5`); or the `config.json` of a run.
       overrides: field -> value, by dotted name (`{"model.width": 32}`) or nested.
 
     Raises:
-      UserError: no such file, one that is no config, an unknown field, or what `validate` objects to.
+      UserError: no such name or file, one that is no config, an unknown field, or what `validate` objects to.
 
     Example:
       >>> import tap_jax as tap
-      >>> config = tap.load_config("configs/demo.py", {"rounds": 5, "optimizer.weight_decay": 0.1})
+      >>> config = tap.load_config("demo", {"rounds": 5, "optimizer.weight_decay": 0.1})
       >>> config.rounds, config.optimizer.weight_decay, config.model.width
       (5, 0.1, 32)
     """
-    name = os.fspath(path)
-    file, colon, argument = name.partition(".py:")
-    file = file + ".py" if colon else name
+    file, argument = _located(os.fspath(path))
     if file.endswith(".json"):
         _check_file("config", file)
         with open(file, encoding="utf-8", errors="replace") as stream:  # what is no text is then no JSON
@@ -50,16 +52,31 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     else:
         get_config = run_python("config", file).get("get_config")
         if get_config is None:
-            raise UserError(f"config: '{file}' has no function get_config(); copy one from configs/")
+            raise UserError(f"config: '{file}' has no function get_config(); copy one from {NAMED}")
         if argument and not inspect.signature(get_config).parameters:
             raise UserError(f"config: get_config() of '{file}' takes no argument; drop ':{argument}'")
         config = get_config(argument) if argument else get_config()
         if not isinstance(config, ConfigDict):
-            raise UserError(f"config: get_config() of '{file}' returns no ConfigDict; copy one from configs/")
+            raise UserError(f"config: get_config() of '{file}' returns no ConfigDict; copy one from {NAMED}")
     config.unlock()
     override(config, overrides or {})
     validate(config)
     return config.lock()
+
+
+def names() -> list[str]:
+    """Names of the configurations that come with the package."""
+    folder = NAMED.resolve()
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.py"))
+
+
+def _located(path: str) -> tuple[str, str]:
+    """What `load_config` takes -> the file, and the argument for its `get_config`."""
+    file, colon, argument = path.partition(".py:")
+    if colon:
+        return file + ".py", argument
+    name, _, argument = path.partition(":")
+    return (str(NAMED / f"{name}.py"), argument) if name in names() else (path, "")
 
 
 def of_run(workdir: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -97,14 +114,17 @@ def run_python(field: str, file: str) -> dict[str, Any]:
         return runpy.run_path(file)
     except SyntaxError as error:
         place = f"{error.filename or file}" + (f", line {error.lineno}," if error.lineno else "")
-        raise UserError(
-            f"{field}: {place} is not Python ({error.msg}); name a config file such as configs/flava.py"
-        ) from None
+        raise UserError(f"{field}: {place} is not Python ({error.msg}); {_instead(field)}") from None
 
 
 def _check_file(field: str, file: str) -> None:
     if not os.path.isfile(file):
-        raise UserError(f"{field}: no file '{file}'; name a config file such as configs/flava.py")
+        raise UserError(f"{field}: no file '{file}'; {_instead(field)}")
+
+
+def _instead(field: str) -> str:
+    """What the field takes."""
+    return "name a Python file" + (f", or a configuration: {', '.join(names())}" if field == "config" else "")
 
 
 def to_json(config: ConfigDict) -> str:
