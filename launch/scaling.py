@@ -176,7 +176,7 @@ def played(config: ConfigDict, pairs: int) -> list[Value]:
         state, _ = built.round(state)
     rows = built.evaluate_server("fedavg", state)
     for cohort, variant, models in built.finish_in_batches(state):
-        rows += built.evaluate_cohort(variant, cohort, models, state)
+        rows += built.evaluate_cohort(variant, cohort, models)
     rows = [row for row in rows if row["metric"] in SCORES]
     for cohort in built.engine.client_batches(config.rounds):
         losses = np.asarray(cohort.held_out_loss(cohort.broadcast(state.server)))

@@ -37,15 +37,6 @@ from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
 from tap_jax.platforms import platform_of
 
-# variant -> the trained model whose divergence it inherits; of the others, the server's
-_TRAINED = {
-    "tap": "personal",
-    "tap-no-kd": "personal",
-    "tap-stage1": "personal",
-    "tap-stage2": "local",
-    "local": "local",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
@@ -213,7 +204,7 @@ class Experiment:
 
         A state is evaluated as it stands, clients' models under their own names, the server's blocks under the method's
         for them ("fedavg" in a run of TAP). Accuracy and text metrics are in %, MSE in standardised units; a value is
-        None where training diverged.
+        None where it diverged: see `Evaluator.evaluate` and, of the server's blocks, `evaluate_server`.
 
         Raises:
           UserError: a state of FedDAT, whose clients have models after `finish` only.
@@ -236,18 +227,16 @@ class Experiment:
             else:
                 for cohort in cohorts:
                     mine = {int(k): found[k] for k in cohort.clients if k >= 0}
-                    rows += self.evaluate_cohort(variant, cohort, mine, models.state)
+                    rows += self.evaluate_cohort(variant, cohort, mine)
         return self.in_order(rows)
 
-    def evaluate_cohort(self, variant: str, cohort: Cohort, models: Mapping[int, Blocks], state: State) -> list[Row]:
+    def evaluate_cohort(self, variant: str, cohort: Cohort, models: Mapping[int, Blocks]) -> list[Row]:
         """Result rows of the models of one pass's clients, client number -> blocks."""
-        further = {name: model for model, name in self.method.margins.items()}
-        trained = variant if variant in state.finite else (further | _TRAINED).get(variant, "federated")
-        return self.evaluator.evaluate(variant, cohort, models, state.finite.get(trained))
+        return self.evaluator.evaluate(variant, cohort, models)
 
     def evaluate_server(self, variant: str, state: State) -> list[Row]:
         """Result rows of the server's blocks, for every client."""
-        return self.evaluator.evaluate_server(variant, state.server, state.finite.get("federated"), state.seen)
+        return self.evaluator.evaluate_server(variant, state)
 
     @property
     def _server_variant(self) -> str:

@@ -25,7 +25,7 @@ from orbax import checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
 from tap_jax.engine.agreement import first_said
-from tap_jax.engine.packing import abstract, checksum, expectation, match, pack, unpack
+from tap_jax.engine.packing import abstract, checksum, expectation, match, pack, under_todays_names, unpack
 from tap_jax.errors import UserError
 
 _FORMAT = 1
@@ -207,12 +207,13 @@ class Checkpoints:
             if checksum(custom["manifest"].encode()) != custom["checksum"]:
                 raise ValueError("the manifest is damaged")
             manifest = json.loads(custom["manifest"])
-            entries = manifest["leaves"]
+            stored = manifest["leaves"]
+            entries = under_todays_names(stored)
             match(entries, expected)
             for name, value in metadata.items():
                 if manifest["metadata"].get(name) != value:
                     raise ValueError("it is of another configuration")
-            leaves = unpack(ocp.load(path, abstract(entries)), entries)
+            leaves = unpack(ocp.load(path, abstract(stored)), entries)
         tree = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), [leaves[leaf] for leaf in expected])
         return tree, manifest["metadata"]
 

@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+# Leaves of older checkpoints -> today's; other leaves under `_GONE` are no longer kept.
+_FORMER = {".finite['federated']": ".heard"}
+_GONE = ".finite["
 PACK_BELOW = 1 << 18  # bytes; such a leaf takes about as long to write as Orbax adds
 
 
@@ -75,6 +78,12 @@ def expectation(like: Any) -> dict[str, tuple[tuple[int, ...], str]]:
         path: (tuple(np.shape(leaf)), np.dtype(getattr(leaf, "dtype", None) or np.asarray(leaf).dtype).name)
         for _, path, leaf in _leaves(like)
     }
+
+
+def under_todays_names(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The manifest's entries of an older version by the names of this one, without those that it does not keep."""
+    named = [{**entry, "path": _FORMER.get(entry["path"], entry["path"])} for entry in entries]
+    return [entry for entry in named if not entry["path"].startswith(_GONE)]
 
 
 def match(entries: list[dict[str, Any]], expected: dict[str, tuple[tuple[int, ...], str]]) -> None:

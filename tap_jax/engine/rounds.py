@@ -66,7 +66,7 @@ def initial_state(
         personal_loss={model: never.copy() for model in method.margins},
         replacements={model: np.zeros(table.shape, np.int32) for model in method.margins},
         seen=np.zeros(table.shape, bool),
-        finite={name: np.ones(table.shape, bool) for name in trained},
+        heard=np.zeros(table.shape, bool),
         moments=dict.fromkeys(trained, untouched) if persist else {},
     )
 
@@ -107,7 +107,7 @@ def play_round(
     after, metrics = method.round(cohort, state)
     after = _kept(cohort, after)
     line = _line(engine, cohort, state.round, metrics)
-    return after.replace(seen=_seen(state.seen, cohort, metrics)), line
+    return _noted(after, cohort, metrics), line
 
 
 def play_window(
@@ -137,10 +137,9 @@ def play_window(
     if found is None:
         return None
     state, played = found
-    seen = state.seen
     for cohort, metrics in played:
-        seen = _seen(seen, cohort, metrics)
-    return state.replace(seen=seen), [_line(engine, cohort, cohort.round, metrics) for cohort, metrics in played]
+        state = _noted(state, cohort, metrics)
+    return state, [_line(engine, cohort, cohort.round, metrics) for cohort, metrics in played]
 
 
 def _kept(cohort: Cohort, state: State) -> State:
@@ -158,10 +157,14 @@ def _kept(cohort: Cohort, state: State) -> State:
     return state.replace(moments=cohort.moments())
 
 
-def _seen(before: np.ndarray, cohort: Cohort, metrics: Mapping) -> np.ndarray:
-    """`State.seen` after a round."""
+def _noted(state: State, cohort: Cohort, metrics: Mapping) -> State:
+    """The state with a round's tasks in `seen` and `heard`; of a method without a federated loss all count as heard."""
     seen = np.asarray(metrics["seen"])
-    return put_rows(before, cohort.clients, seen, where=seen)
+    heard = seen & np.isfinite(metrics["federated_loss"]) if "federated_loss" in metrics else seen
+    return state.replace(
+        seen=put_rows(state.seen, cohort.clients, seen, where=seen),
+        heard=put_rows(state.heard, cohort.clients, heard, where=heard),
+    )
 
 
 def _check_clients(clients: Sequence[int], most: int, total: int) -> None:

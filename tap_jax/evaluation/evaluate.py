@@ -24,6 +24,7 @@ from tap_jax.evaluation.prediction import TestRows, predictor, scored
 from tap_jax.evaluation.sampler import Sampler
 from tap_jax.evaluation.scores import Row
 from tap_jax.federation import Task
+from tap_jax.methods.base import State
 
 PADDED_ROW = 50  # samples of a padded row
 
@@ -188,8 +189,8 @@ class Evaluator:
         )
         return tuple(rows // self.engine.devices.parts for rows in found)
 
-    def score(self, variant: str, client: int, task: Task, predicted: np.ndarray, finite: bool = True) -> list[Row]:
-        """Result rows of one client and task; a value is None where training or prediction was not finite."""
+    def score(self, variant: str, client: int, task: Task, predicted: np.ndarray, diverged: bool = False) -> list[Row]:
+        """Result rows of one client and task; a value is None where the model diverged, or is itself no number."""
         ids, test = self.ids(client, task.name), self.tests[task.name]
         if task.kind.endswith("classification"):
             values = {"accuracy": accuracy(predicted, test.labels[ids])}
@@ -206,64 +207,61 @@ class Evaluator:
                 client=client,
                 task=task.name,
                 metric=metric,
-                value=value if finite and np.isfinite(value) else None,
+                value=None if diverged or not np.isfinite(value) else value,
             )
             for metric, value in values.items()
         ]
 
-    def evaluate(
-        self, variant: str, cohort: Cohort, models: Mapping[int, Blocks], finite: np.ndarray | None = None
-    ) -> list[Row]:
-        """The own models of a cohort's clients: client number -> blocks; `finite` bool [K, O].
+    def evaluate(self, variant: str, cohort: Cohort, models: Mapping[int, Blocks]) -> list[Row]:
+        """The own models of a cohort's clients: client number -> blocks.
 
-        A model that holds a value that is no number gets no value either: an argmax over NaN would be one.
+        A task gets no value where the model holds a value that is no number in a block that the task uses: an argmax
+        over NaN would be one. Training whose loss is no number leaves such a model.
         """
         mask = self.engine.partition.task_mask
-        finite = np.array(mask if finite is None else finite)
-        for client, mine in models.items():
-            finite[client] &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dict(mine)))
+        diverged = {(client, name) for client, mine in models.items() for name in self._broken(mine)}
         wanted = {task.name: {k for k in models if mask[k, o]} for o, task in enumerate(self.engine.tasks)}
         params = cohort.load(models, like=self.engine.finished.like)
         if self.sampler:
             self.sampler.images(variant, cohort, params)
-        return self._score_all(variant, self.predict(cohort, params, wanted, variant), finite)
+        return self._score_all(variant, self.predict(cohort, params, wanted, variant), diverged)
 
-    def evaluate_server(
-        self, variant: str, server: Params, finite: np.ndarray | None = None, seen: np.ndarray | None = None
-    ) -> list[Row]:
+    def evaluate_server(self, variant: str, state: State) -> list[Row]:
         """The server's blocks for every client; with common test sets each task is predicted once.
 
-        Args:
-          finite: bool [K, O], of the clients' training. A task counts as diverged where it did for all its owners that
-            took part: as long as one was heard, the server's blocks are that one's.
-          seen: bool [K, O], who took part with what; default: everybody.
+        An update that is not finite never reaches them. So a task gets no value where clients trained it and none of
+        them was ever heard.
         """
-        mask = self.engine.partition.task_mask
-        if finite is not None:
-            trained = mask if seen is None else mask & seen
-            finite = mask & ((finite & trained).any(0) | ~trained.any(0))
-        rows = []
+        mask, rows = self.engine.partition.task_mask, []
+        lost = mask & state.seen.any(0) & ~(state.seen & state.heard).any(0)
+        diverged = {(int(k), self.engine.tasks[o].name) for k, o in np.argwhere(lost)}
         owners = {task.name: np.flatnonzero(mask[:, o]) for o, task in enumerate(self.engine.tasks)}
         wanted = {name: {int(k) for k in (found if self.personal else found[:1])} for name, found in owners.items()}
         for cohort in self.engine.client_batches(0):
             present = {name: clients & {int(k) for k in cohort.clients} for name, clients in wanted.items()}
             if any(present.values()):
-                params = cohort.broadcast(server)
+                params = cohort.broadcast(state.server)
                 if self.sampler:
                     self.sampler.images(variant, cohort, params)
-                rows += self._score_all(variant, self.predict(cohort, params, present, variant), finite)
+                rows += self._score_all(variant, self.predict(cohort, params, present, variant), diverged)
         if self.personal is None:
             rows = [Row({**row, "client": int(k)}) for row in rows for k in owners[row["task"]]]
         return rows
 
-    def _score_all(self, variant, predicted, finite) -> list[Row]:
-        rows = []
+    def _broken(self, mine: Blocks) -> list[str]:
+        """Names of the tasks that use a block of the client's which holds a value that is no number."""
+        bad = {
+            name for name, tree in mine.items() if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+        }
+        model = self.engine.model
+        return [task.name for task in self.engine.tasks if bad & {b for s in task.streams for b in model.blocks_of(s)}]
+
+    def _score_all(self, variant: str, predicted: Mapping, diverged: Collection[tuple[int, str]]) -> list[Row]:
+        tasks, rows = {task.name: task for task in self.engine.tasks}, []
         for (client, name), values in predicted.items():
-            o = [task.name for task in self.engine.tasks].index(name)
-            healthy = True if finite is None else bool(finite[client, o])
-            rows += self.score(variant, client, self.engine.tasks[o], values, healthy)
+            rows += self.score(variant, client, tasks[name], values, (client, name) in diverged)
             if self.sampler:
-                self.sampler.texts(variant, client, self.engine.tasks[o], values)
+                self.sampler.texts(variant, client, tasks[name], values)
         return rows
 
 

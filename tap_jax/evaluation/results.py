@@ -79,8 +79,9 @@ def _report(results: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str
     parts += [f"{settings}\n"] if settings else []
     parts.append(markdown_table(rows))
     parts.append(
-        "Mean ± standard deviation (population) over clients. **Best**, <u>second</u>; — diverged; blank: not "
-        "run. Averages weigh each task by its clients.\n"
+        "Mean ± standard deviation (population) over clients. **Best**, <u>second</u>; — diverged (the model holds"
+        " values that are no numbers, or no update of any client was one); blank: not run. Averages weigh each task by"
+        " its clients.\n"
     )
     parts.extend(f"Note: {note}\n" for note in notes)
     if replacements:

@@ -53,8 +53,7 @@ class State(struct.PyTreeNode):
       personal_loss: name of a personal model -> h^(p), likewise.
       replacements: name of a personal model -> int32 [K, O], how often R_i[o] was 1.
       seen: bool [K, O], tasks that have ever been in a minibatch of the rounds.
-      finite: name of a trained model ("federated" or one of `client_models`) -> bool [K, O]: the task's loss has always
-        been a number.
+      heard: bool [K, O], those of them whose federated loss was a number at least once.
       moments: where optimizer states persist, name of a trained model -> per client, block -> float32 [1 + 2n]: steps
         taken, first and second moments; else empty. Cohorts are given them and the loop takes them back: methods
         need not know.
@@ -67,7 +66,7 @@ class State(struct.PyTreeNode):
     personal_loss: Mapping[str, np.ndarray]
     replacements: Mapping[str, np.ndarray]
     seen: np.ndarray
-    finite: Mapping[str, np.ndarray]
+    heard: np.ndarray
     moments: Mapping[str, ClientModels] = struct.field(default_factory=dict)
 
 

@@ -11,7 +11,7 @@ centralised run is this one with a single client that has everybody's data and t
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Losses, Method, State, put_rows
+from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State
 
 
 def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
@@ -20,14 +20,7 @@ def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
     return state.replace(
         round=state.round + 1,
         server=cohort.aggregate(state.server, federated, losses),
-        finite=still_finite(cohort, state, "federated", losses),
     ), {"federated_loss": losses.mean(), "seen": losses.seen}
-
-
-def still_finite(cohort: Cohort, state: State, model: str, losses: Losses) -> dict:
-    """`State.finite` after training `model`."""
-    finite = put_rows(state.finite[model], cohort.clients, losses.mean() * 0 == 0, losses.seen) & state.finite[model]
-    return {**state.finite, model: finite}
 
 
 def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:

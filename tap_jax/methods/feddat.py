@@ -27,7 +27,6 @@ from jax import Array
 
 from tap_jax.blocks import PRIVATE, Blocks, Params, Tree
 from tap_jax.methods.base import Cohort, Forward, LocalRule, Method, Row, State, StepLosses, Tools
-from tap_jax.methods.fedavg import still_finite
 from tap_jax.methods.losses import distillation_loss
 
 MODEL = "private"
@@ -131,7 +130,6 @@ def feddat(
             round=state.round + 1,
             server=cohort.aggregate(state.server, params, losses),
             client_models={**state.client_models, MODEL: cohort.put(state.client_models[MODEL], params)},
-            finite=still_finite(cohort, state, "federated", losses),
         ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:

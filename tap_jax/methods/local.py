@@ -8,7 +8,6 @@ So every method spends the same local iterations; sampling all clients every rou
 from collections.abc import Iterator, Sequence
 
 from tap_jax.methods.base import Cohort, Method, State
-from tap_jax.methods.fedavg import still_finite
 
 MODEL = "local"
 
@@ -17,8 +16,7 @@ def train_local(cohort: Cohort, state: State) -> tuple[State, dict]:
     """The cohort's local models go on for τ iterations; the round counter is left alone."""
     params, losses = cohort.train(cohort.load(state.client_models[MODEL]), "local")
     models = cohort.put(state.client_models[MODEL], params)
-    finite = still_finite(cohort, state, MODEL, losses)
-    state = state.replace(client_models={**state.client_models, MODEL: models}, finite=finite)
+    state = state.replace(client_models={**state.client_models, MODEL: models})
     return state, {"local_loss": losses.mean(), "seen": losses.seen}
 
 

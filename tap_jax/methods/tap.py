@@ -41,7 +41,6 @@ from tap_jax.methods.base import (
 )
 from tap_jax.methods.criteria import Criterion, Evidence, loss, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
-from tap_jax.methods.fedavg import still_finite
 from tap_jax.methods.losses import distillation_loss
 
 MODEL = "personal"
@@ -170,7 +169,6 @@ def tap(
             client_models={**state.client_models, model: cohort.put(state.client_models[model], personal)},
             personal_loss={**state.personal_loss, model: h_p},
             replacements={**state.replacements, model: put_rows(state.replacements[model], cohort.clients, count)},
-            finite=still_finite(cohort, state, model, own),
         ), own.mean()
 
     def personal(cohort: Cohort, state: State, trained: Trained) -> tuple[State, dict]:
@@ -187,7 +185,6 @@ def tap(
                 metrics["personal_loss"] = mean
         after = after.replace(
             local_loss=put_rows(state.local_loss, cohort.clients, losses.mean(replacement.history), losses.seen),
-            finite=still_finite(cohort, after, "federated", losses),
         )
         if with_local:
             after, more = local.train_local(cohort, after)

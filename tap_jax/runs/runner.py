@@ -194,7 +194,7 @@ def _play(
             stage2 += time.monotonic() - since
         for client, found in mine.items() if writes else ():
             write_model(workdir / "models", variant, client, found, config.rounds)
-        rows += experiment.evaluate_cohort(variant, cohort, mine, state)
+        rows += experiment.evaluate_cohort(variant, cohort, mine)
         reporter.scored(variant)
         _stop_here(stop)
         del mine  # or it would stay while the next models are trained
@@ -311,7 +311,7 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
             continue
         for cohort in experiment.engine.client_batches(state.round):
             models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
-            rows += experiment.evaluate_cohort(variant, cohort, models, state)
+            rows += experiment.evaluate_cohort(variant, cohort, models)
             reporter.scored(variant)
     rows = experiment.in_order(rows)
     if jax.process_index():  # the first one writes

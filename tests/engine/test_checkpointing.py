@@ -14,6 +14,7 @@ import pytest
 
 from tap_jax.engine import packing
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.packing import under_todays_names
 from tap_jax.errors import UserError
 
 # Reading a damaged file leaves Orbax's event loop closed under a late callback; harmless, and none of ours.
@@ -183,6 +184,12 @@ def test_a_checkpoint_of_another_configuration_is_passed_over(two):
         two.restore_latest(state(), {"config": "xyz"})
 
 
+def test_tables_of_older_states_go_by_todays_names():
+    old = [".server['a']", ".finite['federated']", ".finite['personal']"]
+    entries = [{"path": path, "shape": [2], "dtype": "bool"} for path in old]
+    assert [entry["path"] for entry in under_todays_names(entries)] == [".server['a']", ".heard"]
+
+
 def test_typed_keys_are_refused(tmp_path):
     with pytest.raises(TypeError, match="key_data"):
         Checkpoints(tmp_path).save(0, {"key": jax.random.key(0)}, {})
@@ -192,6 +199,7 @@ WRITER = """
 import os, pathlib, signal, sys, threading, time
 import numpy as np
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.packing import under_todays_names
 
 folder = pathlib.Path(sys.argv[1])
 checkpoints = Checkpoints(folder)

@@ -10,7 +10,7 @@ from tap_jax import experiment as experiments
 from tap_jax.blocks import replacement_indicator
 from tap_jax.engine import cohort as cohorts
 from tap_jax.engine.cohort import Cohort
-from tap_jax.engine.local_training import Losses, broken_clients, without_broken
+from tap_jax.engine.local_training import broken_clients, without_broken
 from tap_jax.methods.base import LocalRule
 from tap_jax.models.server_model import ServerModel
 from tests.oracle import minibatches
@@ -146,23 +146,37 @@ def test_a_personal_loss_that_is_no_number_replaces_nothing(counted):
     assert experiment.round(state.replace(personal_loss=lost))[1]["replacements"] == []
 
 
-def test_a_diverged_task_is_flagged_and_has_no_result(counted, monkeypatch):
+def test_a_nan_in_a_head_takes_the_result_of_its_task_only(counted):
     experiment, _ = counted
-    state, news = experiment.init(), [task.name for task in experiment.model.tasks].index("ag_news")
-    monkeypatch.setattr(Losses, "mean", lambda self, history="plain": self.plain.at[:, news].set(np.nan))
-    while True:
-        state, line = experiment.round(state)
-        if "ag_news" in {task for by_task in line["losses"]["personal"].values() for task in by_task}:
-            break
+    state, head = experiment.init(), "head/ag_news"
+    models = [dict(mine) for mine in state.client_models["personal"]]
+    client = next(k for k, mine in enumerate(models) if head in mine and len(experiment.federation.tasks_of(k)) > 1)
+    models[client][head] = jax.tree.map(lambda x: np.full_like(x, np.nan), models[client][head])
+    for row in experiment.evaluate(state.replace(client_models={"personal": tuple(models)})):
+        lost = (row["variant"], row["client"], row["task"]) == ("personal", client, "ag_news")
+        assert (row["value"] is None) == lost, row
+
+
+def test_a_dropped_update_takes_no_result_from_a_model_that_is_sound(counted, monkeypatch):
+    """The model that is evaluated decides, of every variant; of the server's, whether anybody was heard."""
+    experiment, _ = counted
+    inputs, state, victim = Cohort.inputs, experiment.init(), 1
+
+    def too_fast(self, now, **kwargs):
+        found = inputs(self, now, **kwargs)
+        rate = np.where((self.table == victim) & (now == "federated"), np.float32(1e30), found.rate)
+        return found._replace(rate=rate)
+
+    monkeypatch.setattr(Cohort, "inputs", too_fast)
+    state, line = experiment.round(state, clients=(0, victim))
     monkeypatch.undo()
-    hit = {int(k) for k, losses in line["losses"]["personal"].items() if "ag_news" in losses}
-    assert all(line["losses"]["personal"][str(k)]["ag_news"] is None for k in hit)
-    for k in hit:
-        assert not state.finite["personal"][k, news]
-    rows = experiment.evaluate(state)
-    for row in rows:
-        if row["variant"] == "personal":
-            assert (row["value"] is None) == (row["client"] in hit and row["task"] == "ag_news")
+    (mine,) = [line["losses"]["federated"][str(victim)]]
+    assert set(mine.values()) == {None}
+    tasks = {task.name for task in experiment.federation.tasks_of(victim)}
+    alone = tasks - {task.name for task in experiment.federation.tasks_of(0)}
+    for row in experiment.evaluate(experiment.finish(state)):
+        server = row["variant"] == "fedavg"
+        assert (row["value"] is None) == (server and row["task"] in alone), row
 
 
 def test_a_model_with_a_nan_has_no_result(counted):

@@ -66,7 +66,7 @@ def same(played, expected, tolerance=1e-5):
         for name in others:
             for k in range(len(ROWS)):
                 assert difference(chains[name][k], others[name][k]) <= tolerance
-    for table in ("local_loss", "personal_loss", "replacements", "seen", "finite"):
+    for table in ("local_loss", "personal_loss", "replacements", "seen", "heard"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance),
             getattr(state, table),

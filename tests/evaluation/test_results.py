@@ -208,7 +208,7 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
     assert "Note: meteor lacks WordNet" in report
     assert "2 (ag_news 1, vqa 1)" in report
     assert "Timing: in all 61.25 s, device 1 x cpu, peak memory of the host 6.365 GB, own_s 1.5.\n" in report
-    assert "— diverged; blank: not run." in report
+    assert "— diverged (the model holds" in report
     found = check_page((folder / "report.html").read_text(), report)
     assert "<title>run: method tap, model mini</title>" in (folder / "report.html").read_text()
     assert [attributes["scope"] for _, attributes, _ in found.tables[0][0]] == ["col"] * 4

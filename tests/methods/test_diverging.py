@@ -40,9 +40,9 @@ def test_a_diverged_run_has_no_values(tiny, method):
     assert {(row["variant"], row["client"]) for row in rows} == {(v, i) for v in METHODS[method] for i in range(3)}
     for row in rows:
         assert row["value"] is None or np.isfinite(row["value"])
-        if row["client"] in clients and row["variant"].endswith("+post"):
-            assert row["value"] is None, row
-        if row["variant"] == "per-fedavg":  # the server's blocks: lost where all who took part were
+        if row["variant"] == "per-fedavg":  # the server's blocks: lost where nobody who took part was heard
             assert (row["value"] is None) == (row["task"] in lost), row
-        elif row["client"] not in clients:
+        elif method == "feddat":  # whose clients keep the adapters that they broke
+            assert (row["value"] is None) == (row["client"] in clients), row
+        else:  # trained after the last round, at a rate that is none too high, from the server's blocks
             assert row["value"] is not None, row
