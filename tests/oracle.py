@@ -10,6 +10,7 @@ The other methods' oracles are subclasses, in tests/methods.
 """
 
 import copy
+import dataclasses
 import functools
 
 import jax
@@ -24,6 +25,7 @@ from tap_jax.token_logits import whole
 torch.set_num_threads(1)  # tiny tensors
 MEAN, STD = np.array([0.5071, 0.4865, 0.4409]), np.array([0.2673, 0.2564, 0.2762])  # spec 6
 FAULTS = ("lambda", "clip", "experts", "uniform", "mean of means", "all blocks")
+SKEWED_FAULT = "domains"  # shows where clients lack domains of their tasks
 
 
 def blocks_of_task(task) -> list[str]:
@@ -62,7 +64,7 @@ class Oracle:
     faults = FAULTS
 
     def __init__(self, experiment, fault: str = ""):
-        assert not fault or fault in self.faults
+        assert not fault or fault in (*self.faults, SKEWED_FAULT)
         self.fault, self.config, self.model = fault, experiment.config, experiment.model
         self.frozen, self.data = jax.device_get(experiment.engine.frozen), experiment.data
         self.clients, self.variants = experiment.engine.data, experiment.variants  # without what is held out
@@ -114,9 +116,9 @@ class Oracle:
         return blocks_of_task(task)
 
     def aggregate(self, sent: dict[int, dict]) -> None:
-        """Every block is averaged over the clients that sent it, weighted by |D_i|."""
+        """Every block is averaged over the clients with samples on its paths, weighted by |D_i|."""
         for b in self.server:
-            owners = [i for i in sent if b in sent[i]]
+            owners = [i for i in sent if b in sent[i] and b in self.trained(i)]
             if not owners:
                 continue
             uniform = (self.config.aggregation == "uniform") != (self.fault == "uniform")
@@ -128,6 +130,18 @@ class Oracle:
                 ),
                 *(sent[i][b] for i in owners),
             )
+
+    def trained(self, i: int) -> set[str]:
+        """The blocks on the paths of the domains that client i has samples of, task by task."""
+        found = set()
+        for task in self.mine[i]:
+            of = self.data.train[task.name].domains
+            names = [task.name if len(task.domains) == 1 else f"{task.name}/{domain}" for domain in task.domains]
+            ids = np.concatenate([self.clients[i].streams.get(name, []) for name in names]).astype(int)
+            there = range(len(task.domains)) if self.fault == SKEWED_FAULT else set(of[ids])
+            domains = tuple(task.domains[number] for number in there)
+            found |= set(self.blocks_of(dataclasses.replace(task, domains=domains)))
+        return found
 
     def finish(self, i: int, t: int) -> dict[str, dict]:
         """Stage 2 of client i: variant -> its blocks."""

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tap_jax import blocks
 from tap_jax import experiment as experiments
 from tap_jax.federation import KINDS
 from tests import oracle
@@ -103,8 +104,8 @@ def check(experiment, run, replacements=0):
         kept += sum(map(len, losses["federated"].values())) - len(reference.replaced[t])
         assert agree(state.server, reference.server, start), t
         for chain, expected in (("personal", reference.personal), ("local", reference.local)):
-            for i, blocks in enumerate(expected):
-                assert agree(state.client_models[chain][i], blocks, start), (t, chain, i)
+            for i, mine in enumerate(expected):
+                assert agree(state.client_models[chain][i], mine, start), (t, chain, i)
         for i, mine in enumerate(reference.mine):
             for o in (task.name for task in mine):
                 k = tasks.index(o)
@@ -116,6 +117,53 @@ def check(experiment, run, replacements=0):
     for i in range(len(ROWS)):
         for variant, expected in reference.finish(i, len(played)).items():
             assert agree(finished.models[variant][i], expected, start), (variant, i)
+
+
+SKEWED = {
+    **SETTINGS,
+    "variants": ("tap", "local"),
+    "rounds": 1,
+    "cohort_size": 4,
+    "federation.split": "dirichlet",
+    "federation.alpha": 0.05,
+    "aggregation": "samples",
+}
+
+
+@pytest.fixture(scope="module")
+def skewed(tiny):
+    """Four clients with mmlu, each without some of its domains."""
+    return alive(experiments.build(tiny(({"mmlu": 0.25},) * 4, SKEWED)))
+
+
+@pytest.mark.parametrize("aggregation", ["samples", "uniform"])
+def test_experts_of_a_domain_are_averaged_over_the_clients_that_have_it(skewed, tiny, aggregation):
+    """And those that lack it still own the experts, for test samples of the domain."""
+    if aggregation == "uniform":
+        skewed = alive(experiments.build(tiny(({"mmlu": 0.25},) * 4, SKEWED | {"aggregation": aggregation})))
+    law = [k for k, mine in enumerate(skewed.engine.data) if "mmlu/law" in mine.streams]
+    assert 0 < len(law) < 4 and skewed.partition.owned.all()
+    (state, line), *_ = play(skewed)[0]
+    right, wrong = Oracle(skewed), Oracle(skewed, oracle.SKEWED_FAULT)
+    for one in (right, wrong):
+        one.round(0, line["clients"])
+    assert agree(state.server, right.server, skewed.initial_blocks)
+    experts = [name for name in right.server if name.endswith("domain/law")]
+    assert len(experts) == 4
+    for name in experts:
+        one = ({name: blocks[name]} for blocks in (state.server, right.server, wrong.server, skewed.initial_blocks))
+        found, expected, diluted, start = one
+        assert agree(found, expected, start) and not agree(found, diluted, start)
+
+
+def test_who_lacks_a_domain_sends_fewer_bytes(skewed):
+    _, line = skewed.round(skewed.init())
+    sizes = np.array([4 * blocks.count(skewed.initial_blocks[name]) for name in skewed.partition.names])
+    for k, mine in enumerate(skewed.engine.data):
+        lacking = [domain for domain in ("law", "medicine", "moral") if f"mmlu/{domain}" not in mine.streams]
+        kept = [any(name.endswith(f"domain/{domain}") for domain in lacking) for name in skewed.partition.names]
+        assert line["bytes_sent"][str(k)] == sizes.sum() - sizes[kept].sum()
+        assert lacking
 
 
 @pytest.mark.parametrize("fault", oracle.FAULTS)

@@ -86,7 +86,7 @@ class Cohort:
         owned = engine.partition.owned[table] & (table >= 0)[..., None]
         self.shard_layouts = [packed.lay_out(engine.partition, mine, self.shape.slots) for mine in owned]
         self.positions = self.shape.positions
-        self.table, self._owned = table, owned.reshape(len(self.clients), -1)
+        self.table = table
         self.layout: Layout = engine.devices.put(jax.tree.map(lambda *x: np.stack(x), *self.shard_layouts), CLIENTS)
         self.flat_layout: Layout = flatten_layouts(self.shard_layouts)
 
@@ -323,6 +323,8 @@ class Cohort:
     def aggregate(self, server: Packed, params: Packed, losses: Losses) -> Packed:
         """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly; or with noise, see `engine.privacy`.
 
+        A block is averaged over the clients with samples on its paths (`engine.sends`).
+
         What screening found is added to `verdicts`.
 
         Raises:
@@ -333,7 +335,8 @@ class Cohort:
         samples = np.array([self.engine.data[k].samples if k >= 0 else 0 for k in self.clients], np.float32)
         if self.engine.settings.aggregation == "uniform":
             samples = (samples > 0).astype(np.float32)
-        weights = np.where(self._owned & self.engine.partition.sent, samples[:, None], 0).astype(np.float32)
+        sends = self.engine.sends[self.clients] & (self.clients >= 0)[:, None]
+        weights = np.where(sends, samples[:, None], 0).astype(np.float32)
         key = None
         if self.engine.settings.privacy:
             if self.verdicts:

@@ -47,7 +47,7 @@ class Engine:
     """The compiled side of a run.
 
     Args:
-      model: `models.ServerModel` (or anything with its `roles`, `streams`, `tasks`).
+      model: `models.ServerModel` (or anything with its `roles`, `blocks_of`, `streams`, `tasks`).
       partition: the federation's blocks.
       frozen: Ŵ, host or device arrays; one copy is put on every device.
       arrays: task -> training set (`data.text.TaskArrays`).
@@ -114,6 +114,7 @@ class Engine:
         self.begins: str | None = None  # phase of the first training of the cohort before
         self._drawn: dict[tuple, concurrent.futures.Future] = {}
         self._replaceable = partition.replaceable(settings.scope)
+        self.sends = sends(model, partition, self.data)
         self._work = [
             sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
             for client in self.data
@@ -228,3 +229,20 @@ class Engine:
     def server_blocks(self, server: Packed) -> Blocks:
         """The inverse of `server_params`, on the host."""
         return packed.unpack(self.partition, self.server_layout, server, self.like)[0]
+
+
+def sends(model, partition: Partition, data: Sequence[ClientData]) -> np.ndarray:
+    """bool [K, R]: the blocks that a client sends, those on the paths of the streams that it has samples of.
+
+    A client owns the blocks of all domains of its tasks, and so can predict for all of them. The experts of a domain
+    that it has no sample of are as it received them, but for weight decay: in the mean over those that did train them
+    they would count as clients that learned nothing.
+
+    Args:
+      data: of all clients.
+    """
+    touches = np.zeros((len(model.streams), len(partition.names)), bool)
+    for s, stream in enumerate(model.streams):
+        touches[s] = np.isin(partition.names, model.blocks_of(stream))
+    has = np.array([[stream.name in mine.streams for stream in model.streams] for mine in data])
+    return partition.owned & partition.sent & blocks.ownership(has, touches)

@@ -7,7 +7,9 @@ for the cohort C_t, m of K clients, drawn uniformly without replacement; Δ_i as
 
 Who owns which blocks is public; who was drawn is not, so neither the denominator nor the noise may depend on it: the
 former is the number of owners to expect in a cohort, at least 1 so that no client moves a block by more than its own
-update, and blocks without an owner in the cohort get their noise as well.
+update, and blocks without an owner in the cohort get their noise as well. Owners are those with a task of the block.
+Which domains of it a client has samples of is private: an owner that sends nothing of a block counts as one that did
+not move it.
 
 All blocks together are one Gaussian mechanism. Neighbours are federations in which one client's data are any other
 data of the same tasks: then the sums differ by at most 2C, so the noise is z/2 of their sensitivity. That is the

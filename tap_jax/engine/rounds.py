@@ -205,10 +205,10 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
             for o in np.flatnonzero(replaced[p])
         ]
     if "federated" in line["losses"] and len(engine.data) > 1:
-        # Those of the cohort send their blocks; every client of the federation receives its own (Algorithm 1).
+        # Those of the cohort send what they trained; every client of the federation receives its blocks (Algorithm 1).
         sizes = np.array([blocks.size_bytes(engine.like[name]) for name in engine.partition.names])
         sizes *= engine.partition.sent  # private blocks stay where they are
-        line["bytes_sent"] = {str(k): int(engine.partition.owned[k] @ sizes) for k in line["clients"]}
+        line["bytes_sent"] = {str(k): int(engine.sends[k] @ sizes) for k in line["clients"]}
         line["bytes_received"] = int(engine.partition.owned.sum(0) @ sizes)
     if cohort.verdicts:
         line["dropped"] = dropped(cohort.verdicts, cohort.clients)
