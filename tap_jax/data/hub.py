@@ -1,4 +1,4 @@
-"""The eight public data sets, from the hub or from a local folder of parquet files with the hub's columns.
+"""Samples of a task, from the hub or from a local folder, with the columns that the task's source names.
 
 Each split is converted once to arrays (pictures to 64x64, texts cut by their template) and kept as one .npz file,
 named by a hash of where it came from and how it was converted; a damaged one is built anew. A split is only ever
@@ -10,11 +10,11 @@ import hashlib
 import logging
 import pathlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tap_jax.data import cache
+from tap_jax.data import cache, reading
 from tap_jax.data.examples import Examples
 from tap_jax.data.images import to_rgb64
 from tap_jax.data.sources import MMLU_DOMAINS, SOURCES, Source
@@ -45,7 +45,7 @@ def load(
     Args:
       task: its name is looked up in `SOURCES`.
       split: "train" or "test".
-      root: "hub", or a folder that holds `<task>/train.parquet` and `<task>/test.parquet`.
+      root: "hub", or a folder with one sub-folder for each task, in any layout of `reading`.
       cache_dir: where converted splits are kept (and the hub's files); None converts every time.
       limit: at most so many samples, a fixed random subset in the file's order; None for all.
       folders: task name -> folder under `root`, where it is not the task's name.
@@ -59,22 +59,26 @@ def load(
         raise UserError(f"data.root: no source for task {task.name}; add it to tap_jax.data.sources.SOURCES")
     if limit is not None and limit < 1:
         raise UserError(f"data.{split}_size: {limit}; use at least 1, or leave it out for all")
-    conversion = [dataclasses.astuple(SOURCES[task.name]), _described(TEMPLATES.get(task.name))]
-    if root == "hub":
-        identity = ["hub", *conversion, _SPLIT_SEED, VQA_TRAIN_ROWS]
-    else:
+    source = SOURCES[task.name]
+    conversion = [dataclasses.astuple(source), _described(TEMPLATES.get(task.name)), _SPLIT_SEED, VQA_TRAIN_ROWS]
+    files: list[reading.Files] = []
+    if root != "hub":
         folder, stand_in = locate(task, root, folders)
         if stand_in and split == "train":  # it is the same of the test split
             _LOG.warning("%s", stand_in)
-        path = folder / f"{split}.parquet"
-        if not path.is_file():
-            raise UserError(f"data.root: {path} is missing; put the {split} split of {task.name} there")
-        identity = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, *conversion]
-    cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, limit])
+        named = source.train, source.test
+        files = reading.local(folder, split, named=named, parts=source.configs, field="data.root")
+    identity = [file.identity for file in files] or ["hub"]
+    cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, *conversion, limit])
     if cached and (examples := cache.read_cache(cached)) is not None:
         return examples
-    columns = _from_hub(task, split, cache_dir) if root == "hub" else _from_parquet(task, path)
-    examples = convert(task, split, columns, limit=limit)
+    opened = [reading.of_files(file) for file in files] or _from_hub(source, split, cache_dir)
+    for rows in opened:
+        _check_columns(source, rows)
+    if source.train == source.test and (not files or files[0].divided):
+        halves = divide_by_image(opened[0].entries(source.image), train_rows=VQA_TRAIN_ROWS, seed=_SPLIT_SEED)
+        opened = [opened[0].take(halves[0 if split == "train" else 1])]
+    examples = convert(task, split, reading.Joined(tuple(opened)), limit=limit)
     if cached:
         cache.write_cache(cached, examples)
     return examples
@@ -115,7 +119,7 @@ def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> t
     base = pathlib.Path(root)
     if not base.is_dir():
         raise UserError(
-            f"data.root: there is no folder {base}; name one with a sub-folder of parquet files for each task, or use"
+            f"data.root: there is no folder {base}; name one with a sub-folder for each task, or use"
             " data.root=hub or data.root=synthetic"
         )
     chosen = (folders or {}).get(task.name)
@@ -125,18 +129,17 @@ def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> t
             differs = name != task.name
             return base / name, f"data: {name} stands in for {task.name}" if differs else None
     raise UserError(
-        f"data.root: no folder {' or '.join(names)} in {base}; put the parquet files of {task.name} there, "
-        "or use data.root=hub"
+        f"data.root: no folder {' or '.join(names)} in {base}; put the files of {task.name} there, or use data.root=hub"
     )
 
 
-def convert(task: Task, split: str, columns: Columns, *, limit: int | None = None) -> Examples:
+def convert(task: Task, split: str, rows: reading.Joined, *, limit: int | None = None) -> Examples:
     """Rows with the hub's columns -> `Examples`.
 
     Args:
       task: its kind, domains and number of classes.
       split: "train" or "test"; test rows of common_gen with one concept_set_idx become one sample.
-      columns: column name -> one entry per row; pictures as bytes or {"bytes": ..., "path": ...}.
+      rows: with the source's columns; pictures as bytes or {"bytes": ..., "path": ...}.
       limit: see `load`.
 
     Raises:
@@ -145,10 +148,10 @@ def convert(task: Task, split: str, columns: Columns, *, limit: int | None = Non
     """
     source, place = SOURCES[task.name], f"{task.name}/{split}"
     _check_source(task, source)
-    count = len(columns[source.needed[0]])
-    if not count:
+    columns = rows.columns([name for name in source.needed if name != source.image])  # images come one by one
+    if not rows.count:
         raise UserError(f"data.root: {place} has no rows; put data there")
-    groups = [[row] for row in range(count)]
+    groups = [[row] for row in range(rows.count)]
     if task.name == "common_gen" and split == "test":
         by_set: dict[int, list[int]] = {}
         for row, index in enumerate(columns["concept_set_idx"]):
@@ -157,22 +160,22 @@ def convert(task: Task, split: str, columns: Columns, *, limit: int | None = Non
     if limit is not None and limit < len(groups):
         kept = np.random.default_rng(_SPLIT_SEED).permutation(len(groups))[:limit]
         groups = [groups[i] for i in np.sort(kept)]
-    rows = [group[0] for group in groups]
-    fields: dict = {"domains": np.zeros(len(rows), np.int32)}
+    chosen = [group[0] for group in groups]
+    fields: dict = {"domains": np.zeros(len(chosen), np.int32)}
     if source.image:
-        pictures = (to_rgb64(columns[source.image][row], where=f"{place} row {row}") for row in rows)
-        fields["images"] = np.stack(list(pictures))
+        images = zip(chosen, rows.entries(source.image, chosen), strict=True)
+        fields["images"] = np.stack([to_rgb64(image, where=f"{place} row {row}") for row, image in images])
     if source.label:
-        fields["labels"] = _labels(task, place, columns[source.label], rows)
+        fields["labels"] = _labels(task, place, columns[source.label], chosen)
     if task.name in TEMPLATES:
         cut = [[_cut(task, place, columns, row) for row in group] for group in groups]
         fields["inputs"] = tuple(group[0][0] for group in cut)
         fields["references"] = tuple(tuple(target for _, target in group) for group in cut)
         fields["targets"] = tuple(group[0] for group in fields["references"])
     elif "text" in source.columns:
-        fields["inputs"] = tuple(columns["text"][row] for row in rows)
+        fields["inputs"] = tuple(columns["text"][row] for row in chosen)
     if task.name == "mmlu":
-        fields["domains"] = _domains(task, place, columns["subject"], rows)
+        fields["domains"] = _domains(task, place, columns["subject"], chosen)
     return Examples(**fields)
 
 
@@ -221,7 +224,7 @@ def _domains(task: Task, place: str, subjects: Sequence, rows: Sequence[int]) ->
     return np.array([task.domains.index(MMLU_DOMAINS[subjects[row]]) for row in rows], np.int32)
 
 
-def divide_by_image(images: Sequence[Mapping], *, train_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def divide_by_image(images: Iterable[Mapping], *, train_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Divides rows in two so that no picture is in both (VQA v2 asks several questions per picture).
 
     Pictures are told apart by their bytes, shuffled by `seed`, and taken with all their rows as long as `train_rows`
@@ -232,7 +235,9 @@ def divide_by_image(images: Sequence[Mapping], *, train_rows: int, seed: int) ->
     """
     rows_of: dict[bytes, list[int]] = {}
     for row, image in enumerate(images):
-        rows_of.setdefault(hashlib.sha256(image["bytes"]).digest(), []).append(row)
+        rows_of.setdefault(
+            hashlib.sha256(image["bytes"] or pathlib.Path(image["path"]).read_bytes()).digest(), []
+        ).append(row)
     pictures = list(rows_of.values())
     train, test = [], []
     for i in np.random.default_rng(seed).permutation(len(pictures)):
@@ -240,47 +245,16 @@ def divide_by_image(images: Sequence[Mapping], *, train_rows: int, seed: int) ->
     return np.sort(np.array(train, np.int64)), np.sort(np.array(test, np.int64))
 
 
-def _check_columns(source: Source, place: str, present: Sequence[str]) -> None:
+def _check_columns(source: Source, rows: reading.Rows) -> None:
     for name in source.needed:
-        if name not in present:
+        if name not in rows.names:
             raise UserError(
-                f"data.root: {place} has no column '{name}' (it has {', '.join(present)}); rename or add it"
+                f"data.root: {rows.place} has no column '{name}' (it has {', '.join(rows.names)}); rename or add it"
             )
 
 
-def _from_parquet(task: Task, path: pathlib.Path) -> Columns:
-    import pyarrow
-    import pyarrow.parquet
-
-    source = SOURCES[task.name]
-    try:
-        _check_columns(source, str(path), pyarrow.parquet.read_schema(path).names)
-        table = pyarrow.parquet.read_table(path, columns=list(source.needed))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"data.root: {path} is not readable as parquet ({error}); replace it") from error
-    return {name: table.column(name).to_pylist() for name in source.needed}
-
-
-def _from_hub(task: Task, split: str, cache_dir: str | None) -> Columns:
-    import datasets  # slow to import, and a local folder does not need it
-
-    source, hub_split = SOURCES[task.name], getattr(SOURCES[task.name], split)
-    columns: dict[str, list] = {name: [] for name in source.needed}
-    for config in source.configs or (None,):
-        try:
-            table = datasets.load_dataset(source.hub_id, config, split=hub_split, cache_dir=cache_dir)
-        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"data.root: cannot load {source.hub_id} ({reason}); check the network or use a local folder"
-            ) from error
-        _check_columns(source, source.hub_id, table.column_names)
-        if source.image:
-            table = table.cast_column(source.image, datasets.Image(decode=False))
-        for name in columns:
-            columns[name].extend(table[name][:])
-    if source.train == source.test:
-        halves = divide_by_image(columns[source.image], train_rows=VQA_TRAIN_ROWS, seed=_SPLIT_SEED)
-        rows = halves[0 if split == "train" else 1]
-        columns = {name: [column[row] for row in rows] for name, column in columns.items()}
-    return columns
+def _from_hub(source: Source, split: str, cache_dir: str | None) -> list[reading.Rows]:
+    return [
+        reading.of_hub(source.hub_id, config, getattr(source, split), cache_dir=cache_dir)
+        for config in source.configs or (None,)
+    ]
