@@ -61,27 +61,60 @@ def load(
         raise UserError(f"data.{split}_size: {limit}; use at least 1, or leave it out for all")
     source = SOURCES[task.name]
     conversion = [dataclasses.astuple(source), _described(TEMPLATES.get(task.name)), _SPLIT_SEED, VQA_TRAIN_ROWS]
-    files: list[reading.Files] = []
-    if root != "hub":
-        folder, stand_in = locate(task, root, folders)
-        if stand_in and split == "train":  # it is the same of the test split
-            _LOG.warning("%s", stand_in)
-        named = source.train, source.test
-        files = reading.local(folder, split, named=named, parts=source.configs, field="data.root")
+    files = _files(task, split, root, folders)
     identity = [file.identity for file in files] or ["hub"]
     cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, *conversion, limit])
     if cached and (examples := cache.read_cache(cached)) is not None:
         return examples
-    opened = [reading.of_files(file) for file in files] or _from_hub(source, split, cache_dir)
-    for rows in opened:
-        _check_columns(source, rows)
-    if source.train == source.test and (not files or files[0].divided):
-        halves = divide_by_image(opened[0].entries(source.image), train_rows=VQA_TRAIN_ROWS, seed=_SPLIT_SEED)
-        opened = [opened[0].take(halves[0 if split == "train" else 1])]
-    examples = convert(task, split, reading.Joined(tuple(opened)), limit=limit)
+    examples = convert(task, split, _opened(task, split, files, cache_dir), limit=limit)
     if cached:
         cache.write_cache(cached, examples)
     return examples
+
+
+def rows_of(
+    task: Task,
+    split: str,
+    *,
+    root: str,
+    cache_dir: str | None = None,
+    folders: Mapping[str, str] | None = None,
+    also: Sequence[str] = (),
+) -> reading.Joined:
+    """The rows of a split before any is read: how many there are, and columns by name. Arguments as of `load`.
+
+    Args:
+      also: columns that there have to be beside the task's own.
+
+    Raises:
+      UserError: data that are missing or lack a column.
+    """
+    return _opened(task, split, _files(task, split, root, folders), cache_dir, also)
+
+
+def _files(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -> list[reading.Files]:
+    """Where a split is on this machine; none for the hub."""
+    if root == "hub":
+        return []
+    folder, stand_in = locate(task, root, folders)
+    if stand_in and split == "train":  # it is the same of the test split
+        _LOG.warning("%s", stand_in)
+    source = SOURCES[task.name]
+    return reading.local(folder, split, named=(source.train, source.test), parts=source.configs, field="data.root")
+
+
+def _opened(
+    task: Task, split: str, files: Sequence[reading.Files], cache_dir: str | None, also: Sequence[str] = ()
+) -> reading.Joined:
+    """The rows of `_files`; a split that serves both is divided."""
+    source = SOURCES[task.name]
+    opened = [reading.of_files(file) for file in files] or _from_hub(source, split, cache_dir)
+    for rows in opened:
+        _check_columns((*source.needed, *also), rows)
+    if source.train == source.test and (not files or files[0].divided):
+        halves = divide_by_image(opened[0].entries(source.image), train_rows=VQA_TRAIN_ROWS, seed=_SPLIT_SEED)
+        opened = [opened[0].take(halves[0 if split == "train" else 1])]
+    return reading.Joined(tuple(opened))
 
 
 def _described(template: Callable | None) -> list | str | None:
@@ -245,8 +278,8 @@ def divide_by_image(images: Iterable[Mapping], *, train_rows: int, seed: int) ->
     return np.sort(np.array(train, np.int64)), np.sort(np.array(test, np.int64))
 
 
-def _check_columns(source: Source, rows: reading.Rows) -> None:
-    for name in source.needed:
+def _check_columns(needed: Sequence[str], rows: reading.Rows) -> None:
+    for name in needed:
         if name not in rows.names:
             raise UserError(
                 f"data.root: {rows.place} has no column '{name}' (it has {', '.join(rows.names)}); rename or add it"
