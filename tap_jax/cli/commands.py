@@ -209,6 +209,11 @@ def _writable(field: str, folder: str) -> None:
     Raises:
       UserError: so it is.
     """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:  # Python took bytes for characters that the locale does not have; tensorstore will not
+        shown = ascii(os.fsdecode(os.fsencode(folder)))
+        raise UserError(f"{field}: the locale has no letters for {shown}; set LC_ALL=C.UTF-8 or name another") from None
     place = pathlib.Path(folder).absolute()
     while not place.exists():
         place = place.parent

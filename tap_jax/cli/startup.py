@@ -54,10 +54,14 @@ def start_jax(config: ConfigDict, processes: distributed.Processes | None = None
     With several processes it returns once all have met; from then on only process 0 has a stdout.
 
     Raises:
-      UserError: the compilation cache's folder cannot be made, or the processes do not find each other.
+      UserError: the compilation cache's folder cannot be made, the processes do not find each other, or there is no
+        device of the kind that JAX_PLATFORMS asks for.
     """
     import jax
 
+    if jax.config.jax_enable_x64:
+        _LOG.warning("JAX_ENABLE_X64 has no effect: everything here is float32 or bfloat16")
+        jax.config.update("jax_enable_x64", False)
     count = cpu_devices(config, processes)
     if count is not None:
         try:
@@ -70,6 +74,17 @@ def start_jax(config: ConfigDict, processes: distributed.Processes | None = None
     if processes is not None:
         distributed.join(processes)
         distributed.only_first_speaks()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a word, where a plugin is not installed
+        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        if not asked:
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"JAX_PLATFORMS: '{asked}' has no device on this machine{f' ({reason})' if reason else ''}; unset it or"
+            " use JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def cpu_devices(config: ConfigDict, processes: distributed.Processes | None = None) -> int | None:
