@@ -286,6 +286,8 @@ def build(
       (['client0', 'client1'], ('tap',))
     """
     configuration.validate(config)
+    if jax.config.jax_enable_x64:
+        raise UserError("jax_enable_x64: is on, and everything here is float32 or bfloat16; set it to False")
     if criterion and (method or config.method != "tap"):
         raise UserError("criterion: replacement is TAP's; use it with method='tap' and no method of your own")
     if method and not variants:
@@ -303,6 +305,7 @@ def build(
     notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config, platform))
     pretrained = None if target else pretrained_weights(config, tasks)
     data = read_data(config, federation, tasks)
+    notes = (*notes, *data.notes)
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
     model = ServerModel(assembly.model_config(sized, vocab=vocab, platform=platform), tasks)
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
@@ -374,6 +377,8 @@ def read_data(config: ConfigDict, federation: Federation, tasks: Sequence[Task])
         alpha=config.federation.alpha,
         parts=config.federation.parts,
         personal_test=config.data.test_split == "personal",
+        on_bad_row=config.data.on_bad_row,
+        too_long=config.data.too_long,
     )
 
 

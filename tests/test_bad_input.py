@@ -99,7 +99,7 @@ def test_missing_data(refused, tmp_path):
         "data.root: there is no folder .*nowhere; name one with .* or use", f"--config.data.root={tmp_path}/nowhere"
     )
     root = write(tmp_path / "data", "ag_news", {"text": ["a", "b"], "label": [0, 1]}, splits=("train",))
-    refused("data.root: .*test.parquet is missing; put the test split of ag_news there", root)
+    refused("data.root: .*ag_news has nothing to test on .it has train.; name files or a folder there 'test'", root)
 
 
 def test_parquet_without_a_needed_column(refused, tmp_path):
@@ -121,7 +121,7 @@ def test_labels_that_the_task_does_not_have(refused, tmp_path):
 def test_unreadable_image(refused, tmp_path):
     images = [picture("red"), {"bytes": b"no picture", "path": None}]
     root = write(tmp_path / "data", "cifar100", {"img": images, "fine_label": [0, 1]})
-    refused("cifar100/train row 1: unreadable image .*; replace or remove that row", root, rows=PICTURES)
+    refused("cifar100/train row 1, column 'img': unreadable image .*; mend or remove", root, rows=PICTURES)
 
 
 def test_a_client_without_samples(refused):

@@ -161,6 +161,10 @@ def default_config() -> ConfigDict:
     data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all (900 of the embedded suite)
     data.test_size = 0  # samples per task; 0: all (150 of the embedded suite)
+    data.on_bad_row = "stop"  # at a row that cannot be used | "skip": leave it out, and say how many there were
+    # ⚙ where an input is longer than model.max_text: shorten its "middle", the question of a template, so that the
+    # options that Table 23 puts behind it stay | cut off its "end"
+    data.too_long = "middle"
     data.held_out = 0.0  # part of each client's training samples left out of training, for what looks at held-out loss
     data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
     data.image_classes = 0  # keep only labels below this in image classification; 0: all
@@ -250,6 +254,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "federation.table": (*PAPER_ROWS, "custom"),
     "federation.split": ("share", "iid", "dirichlet"),
     "data.test_split": ("common", "personal"),
+    "data.on_bad_row": ("stop", "skip"),
+    "data.too_long": ("middle", "end"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "engine.packing": ("auto", "on", "off"),
     "engine.dropout_bits": ("auto", "threefry", "rbg"),

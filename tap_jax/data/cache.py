@@ -15,7 +15,7 @@ from tap_jax.data.examples import Examples
 from tap_jax.federation import Task
 from tap_jax.whole_files import replaced
 
-FORMAT = 1  # raise it when the conversion changes
+FORMAT = 2  # raise it when the conversion changes
 _LOG = logging.getLogger(__name__)
 
 
@@ -29,7 +29,7 @@ def cache_path(cache_dir: str, task: Task, split: str, settings: Sequence) -> pa
 def write_cache(path: pathlib.Path, examples: Examples) -> None:
     """Stores a split; whoever reads meanwhile sees the old file or the new one, never half of it."""
     arrays = {name: value for name, value in vars(examples).items() if isinstance(value, np.ndarray)}
-    texts = {name: getattr(examples, name) for name in ("inputs", "targets", "references")}
+    texts = {name: getattr(examples, name) for name in ("inputs", "targets", "references", "notes")}
     arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path, shared=True) as fresh, open(fresh, "wb") as file:  # to a name, savez would add its suffix

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 IMAGE_SIDE = 64
-_PER_SAMPLE = ("domains", "images", "inputs", "labels", "targets", "references")
+_PER_SAMPLE = ("domains", "images", "inputs", "labels", "targets", "references", "shorten")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Examples:
       labels: int32 [N], classification only.
       targets: N texts, text_generation only: what the decoder must write.
       references: text_generation only: per sample one or more acceptable outputs, the target first.
+      shorten: int32 [N, 2], where the part of an input begins and ends, in characters, that gives way where the whole
+        is too long for the model: a question, say, and not the options after it. None: the end of the input does.
+      notes: lines for the user, about rows that were skipped.
 
     Raises:
       ValueError: lengths, shapes or dtypes disagree with the above.
@@ -44,6 +47,8 @@ class Examples:
     labels: np.ndarray | None = None
     targets: tuple[str, ...] | None = None
     references: tuple[tuple[str, ...], ...] | None = None
+    shorten: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in _PER_SAMPLE:
@@ -68,7 +73,7 @@ class Examples:
     def take(self, ids: Sequence[int] | np.ndarray) -> "Examples":
         """The samples `ids` (int [M], repeats allowed), in that order."""
         ids = np.asarray(ids, dtype=np.int64)
-        taken = {}
+        taken: dict = {"notes": self.notes}
         for name in _PER_SAMPLE:
             value = getattr(self, name)
             if isinstance(value, np.ndarray):

@@ -25,6 +25,7 @@ class FederatedData:
       clients: one `ClientData` per client, ids into `train`.
       personal_tests: per client, task name -> ids into `test`; None where everybody has the common test set.
       tokenizer: None where no task has text.
+      notes: lines for the user, about rows that were skipped and texts that were cut.
     """
 
     train: Mapping[str, TaskArrays]
@@ -32,6 +33,7 @@ class FederatedData:
     clients: tuple[ClientData, ...]
     personal_tests: tuple[Mapping[str, np.ndarray], ...] | None
     tokenizer: WordPiece | None
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -52,6 +54,8 @@ def build(
     alpha: float = 0.5,
     parts: int = 0,
     personal_test: bool = False,
+    on_bad_row: str = "stop",
+    too_long: str = "middle",
 ) -> FederatedData:
     """Reads, tokenises and deals out the data sets of a federation.
 
@@ -69,6 +73,7 @@ def build(
       cache_dir: of converted sets and trained tokenizers; None keeps nothing.
       split, alpha, parts: how a set is dealt out; see `partition.assign`.
       personal_test: cut each test set between the clients like its training set.
+      on_bad_row: see `hub.load`. too_long: see `text.encode_examples`.
 
     Raises:
       UserError: data that are missing or unusable, a tokenizer that does not fit, a client without samples.
@@ -81,16 +86,21 @@ def build(
             if root == "synthetic":
                 found[task.name] = synthetic.load(task, part, size=limit or SYNTHETIC_SIZES[part], seed=seed)
             else:
-                found[task.name] = _read(task, part, root, limit, image_classes, folders, cache_dir)
+                found[task.name] = _read(task, part, root, limit, image_classes, folders, cache_dir, on_bad_row)
     pieces = _tokenizer(tokenizer, splits["train"], vocab, cache_dir)
     encoded = {
         part: {
-            task.name: encode_examples(task, found[task.name], pieces, max_text=max_text, max_answer=max_answer)
+            task.name: encode_examples(
+                task, found[task.name], pieces, max_text=max_text, max_answer=max_answer, too_long=too_long
+            )
             for task in tasks
         }
         for part, found in splits.items()
     }
     train, test = encoded["train"], encoded["test"]
+    notes = [note for part in splits.values() for found in part.values() for note in found.notes]
+    for task in tasks:
+        notes += _cut_notes(task, train[task.name], test[task.name], max_text, max_answer, too_long)
     for name in train:
         train[name], test[name] = _equal_widths(train[name], test[name])
 
@@ -100,7 +110,28 @@ def build(
         return assign(federation, counts, seed=seed, labels=labels, split=split, alpha=alpha, parts=parts)
 
     clients = tuple(client_data(tasks, mine, train) for mine in deal(train))
-    return FederatedData(train, test, clients, tuple(deal(test)) if personal_test else None, pieces)
+    return FederatedData(train, test, clients, tuple(deal(test)) if personal_test else None, pieces, tuple(notes))
+
+
+def _cut_notes(
+    task: Task, train: TaskArrays, test: TaskArrays, max_text: int, max_answer: int, too_long: str
+) -> list[str]:
+    """A line for a task whose inputs, and one for a task whose answers, are longer than the model takes."""
+    middle = too_long == "middle" and task.kind == "text_generation"
+    lost = "the middle of what they ask" if middle else "their end"
+    notes = []
+    for which, (what, field, limit, loss) in enumerate(
+        (("inputs", "max_text", max_text, lost), ("answers", "max_answer", max_answer, "their end"))
+    ):
+        counts = [part.cut[which] for part in (train, test)]
+        if any(counts):
+            sizes = (len(train), len(test))
+            parts = ", ".join(
+                f"{count:,} of {size:,} ({100 * count / size:.0f} %) to {use}"
+                for count, size, use in zip(counts, sizes, ("train on", "test on"), strict=True)
+            )
+            notes.append(f"data: {task.name}: {parts} have {what} longer than model.{field} = {limit}: {loss} is cut")
+    return notes
 
 
 def client_data(tasks: Sequence[Task], mine: Mapping[str, np.ndarray], train: Mapping[str, TaskArrays]) -> ClientData:
@@ -140,12 +171,18 @@ def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
     return tuple(map(padded, splits))
 
 
-def _read(task: Task, part: str, root, limit: int, image_classes: int, folders, cache_dir) -> Examples:
+def _read(task: Task, part: str, root, limit: int, image_classes: int, folders, cache_dir, on_bad_row: str) -> Examples:
     reduced = bool(image_classes) and task.kind == "image_classification"
     known = dataclasses.replace(task, classes=10**6) if reduced else task
     folders = {name: folder for name, folder in (folders or {}).items() if folder}
     found = hub.load(
-        known, part, root=root, cache_dir=cache_dir, limit=None if reduced else limit or None, folders=folders
+        known,
+        part,
+        root=root,
+        cache_dir=cache_dir,
+        limit=None if reduced else limit or None,
+        folders=folders,
+        on_bad_row=on_bad_row,
     )
     if reduced:
         kept = np.flatnonzero(found.labels < task.classes)

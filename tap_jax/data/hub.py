@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tap_jax.data import cache, reading
+from tap_jax.data import cache, reading, values
 from tap_jax.data.examples import Examples
 from tap_jax.data.images import to_rgb64
 from tap_jax.data.sources import MMLU_DOMAINS, SOURCES, Source
-from tap_jax.data.templates import TEMPLATES
+from tap_jax.data.templates import LETTERS, TEMPLATES
 from tap_jax.errors import UserError
 from tap_jax.federation import Task
 
@@ -39,6 +39,7 @@ def load(
     cache_dir: str | None = None,
     limit: int | None = None,
     folders: Mapping[str, str] | None = None,
+    on_bad_row: str = "stop",
 ) -> Examples:
     """Reads one split of one task.
 
@@ -49,6 +50,7 @@ def load(
       cache_dir: where converted splits are kept (and the hub's files); None converts every time.
       limit: at most so many samples, a fixed random subset in the file's order; None for all.
       folders: task name -> folder under `root`, where it is not the task's name.
+      on_bad_row: "stop" at a row that cannot be used, or "skip" it; what was skipped is in the examples' notes.
 
     Raises:
       UserError: as of `convert`, or data that are missing or lack a column.
@@ -63,12 +65,15 @@ def load(
     conversion = [dataclasses.astuple(source), _described(TEMPLATES.get(task.name)), _SPLIT_SEED, VQA_TRAIN_ROWS]
     files = _files(task, split, root, folders)
     identity = [file.identity for file in files] or ["hub"]
-    cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, *conversion, limit])
+    cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, *conversion, limit, on_bad_row])
     if cached and (examples := cache.read_cache(cached)) is not None:
         return examples
-    examples = convert(task, split, _opened(task, split, files, cache_dir), limit=limit)
+    examples = convert(task, split, _opened(task, split, files, cache_dir), limit=limit, on_bad_row=on_bad_row)
     if cached:
-        cache.write_cache(cached, examples)
+        try:
+            cache.write_cache(cached, examples)
+        except OSError as error:
+            _LOG.warning("data: converted sets are not kept in %s (%s)", cached.parent, error.strerror or error)
     return examples
 
 
@@ -166,7 +171,9 @@ def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> t
     )
 
 
-def convert(task: Task, split: str, rows: reading.Joined, *, limit: int | None = None) -> Examples:
+def convert(
+    task: Task, split: str, rows: reading.Joined, *, limit: int | None = None, on_bad_row: str = "stop"
+) -> Examples:
     """Rows with the hub's columns -> `Examples`.
 
     Args:
@@ -174,42 +181,85 @@ def convert(task: Task, split: str, rows: reading.Joined, *, limit: int | None =
       split: "train" or "test"; test rows of common_gen with one concept_set_idx become one sample.
       rows: with the source's columns; pictures as bytes or {"bytes": ..., "path": ...}.
       limit: see `load`.
+      on_bad_row: see `load`.
 
     Raises:
-      UserError: no rows; no pictures, labels or texts for a task that needs them; several domains and nothing that
-        tells them apart; an unreadable picture; an impossible label, subject or answer.
+      UserError: no rows, or none that can be used; no pictures, labels or texts for a task that needs them; several
+        domains and nothing that tells them apart; a row that cannot be used (`values.BadRow`).
     """
     source, place = SOURCES[task.name], f"{task.name}/{split}"
     _check_source(task, source)
     columns = rows.columns([name for name in source.needed if name != source.image])  # images come one by one
     if not rows.count:
         raise UserError(f"data.root: {place} has no rows; put data there")
+    attempt = _Attempts(place, on_bad_row)
     groups = [[row] for row in range(rows.count)]
     if task.name == "common_gen" and split == "test":
         by_set: dict[int, list[int]] = {}
         for row, index in enumerate(columns["concept_set_idx"]):
-            by_set.setdefault(index, []).append(row)
+            if attempt(row, values.check, index, column="concept_set_idx") is not _FAILED:
+                by_set.setdefault(index, []).append(row)
         groups = list(by_set.values())
     if limit is not None and limit < len(groups):
         kept = np.random.default_rng(_SPLIT_SEED).permutation(len(groups))[:limit]
         groups = [groups[i] for i in np.sort(kept)]
-    chosen = [group[0] for group in groups]
-    fields: dict = {"domains": np.zeros(len(chosen), np.int32)}
+    samples = []  # (row, its fields, those of the further rows of its group)
+    for group in groups:
+        found = [(row, attempt(row, _fields, task, columns, row)) for row in group]
+        found = [(row, fields) for row, fields in found if fields is not _FAILED]
+        if found:
+            samples.append((found[0][0], [fields for _, fields in found]))
+    if source.image and samples:
+        images = zip(samples, rows.entries(source.image, [row for row, _ in samples]), strict=True)
+        images = [(s, attempt(s[0], to_rgb64, image, column=source.image)) for s, image in images]
+        samples = [sample for sample, image in images if image is not _FAILED]
+        images = [image for _, image in images if image is not _FAILED]
+    if not samples:
+        raise UserError(f"data.root: {place} has no row that can be used; the first: {attempt.first}")
+    first = [group[0] for _, group in samples]
+    fields: dict = {"domains": np.array([mine["domain"] for mine in first], np.int32), "notes": attempt.notes()}
     if source.image:
-        images = zip(chosen, rows.entries(source.image, chosen), strict=True)
-        fields["images"] = np.stack([to_rgb64(image, where=f"{place} row {row}") for row, image in images])
+        fields["images"] = np.stack(images)
     if source.label:
-        fields["labels"] = _labels(task, place, columns[source.label], chosen)
-    if task.name in TEMPLATES:
-        cut = [[_cut(task, place, columns, row) for row in group] for group in groups]
-        fields["inputs"] = tuple(group[0][0] for group in cut)
-        fields["references"] = tuple(tuple(target for _, target in group) for group in cut)
+        fields["labels"] = np.array([mine["label"] for mine in first], np.int32)
+    if "input" in first[0]:
+        fields["inputs"] = tuple(mine["input"] for mine in first)
+    if "target" in first[0]:
+        fields["references"] = tuple(tuple(mine["target"] for mine in group) for _, group in samples)
         fields["targets"] = tuple(group[0] for group in fields["references"])
-    elif "text" in source.columns:
-        fields["inputs"] = tuple(columns["text"][row] for row in chosen)
-    if task.name == "mmlu":
-        fields["domains"] = _domains(task, place, columns["subject"], chosen)
+        fields["shorten"] = np.array([mine["shorten"] for mine in first], np.int32)
     return Examples(**fields)
+
+
+_FAILED = object()
+
+
+class _Attempts:
+    """Conversions of single rows: a row that cannot be used ends them, or is counted."""
+
+    def __init__(self, place: str, on_bad_row: str):
+        self.place, self.skip = place, on_bad_row == "skip"
+        self.rows: set[int] = set()
+        self.first = ""
+
+    def __call__(self, row: int, function: Callable, *args, **kwargs):
+        """What the function returns, or `_FAILED`."""
+        try:
+            return function(*args, where=f"{self.place} row {row}", **kwargs)
+        except values.BadRow as error:
+            if not self.skip:
+                raise
+            self.first = self.first or str(error).rpartition("; ")[0]
+            self.rows.add(row)
+            return _FAILED
+
+    def notes(self) -> tuple[str, ...]:
+        """One line, where rows were skipped."""
+        if not self.rows:
+            return ()
+        return (
+            f"data: {self.place}: {len(self.rows):,} rows skipped as data.on_bad_row says; the first: {self.first}",
+        )
 
 
 def _check_source(task: Task, source: Source) -> None:
@@ -232,29 +282,50 @@ def _check_source(task: Task, source: Source) -> None:
         )
 
 
-def _cut(task: Task, place: str, columns: Columns, row: int) -> tuple[str, str]:
+def _fields(task: Task, columns: Columns, row: int, *, where: str) -> dict:
+    """What a row has besides its image: domain, label, texts."""
+    source, found = SOURCES[task.name], {"domain": 0}
+    if source.label:
+        remedy = f"raise classes of {task.name}, "
+        entry = columns[source.label][row]
+        found["label"] = values.label(entry, task.classes, where=where, column=source.label, remedy=remedy)
+    if task.name in TEMPLATES:
+        found |= _cut(task, columns, row, where=where)
+    elif "text" in source.columns:
+        found["input"] = values.text(columns["text"][row], where=where, column="text")
+    if task.name == "mmlu":
+        subject = columns["subject"][row]
+        if MMLU_DOMAINS.get(subject) not in task.domains:
+            raise values.bad(where, "subject", f"subject {subject} has no domain among {', '.join(task.domains)}")
+        found["domain"] = task.domains.index(MMLU_DOMAINS[subject])
+    return found
+
+
+def _cut(task: Task, columns: Columns, row: int, *, where: str) -> dict:
+    """A row's texts by its template, and which part of the input may be shortened: its longest text."""
     record = {name: columns[name][row] for name in SOURCES[task.name].columns}
-    if "choices" in record and not 0 <= record["answer"] < len(record["choices"]):
-        raise UserError(f"{place} row {row}: answer {record['answer']} of {len(record['choices'])} choices; mend it")
-    return TEMPLATES[task.name](record)
-
-
-def _labels(task: Task, place: str, column: Sequence, rows: Sequence[int]) -> np.ndarray:
-    labels = np.array([column[row] for row in rows], np.int32)
-    wrong = np.flatnonzero((labels < 0) | (labels >= task.classes))
-    if len(wrong):
-        raise UserError(
-            f"{place} row {rows[wrong[0]]}: label {labels[wrong[0]]} is not in 0..{task.classes - 1}; "
-            f"set classes of {task.name} to {labels.max() + 1} or mend the data"
-        )
-    return labels
-
-
-def _domains(task: Task, place: str, subjects: Sequence, rows: Sequence[int]) -> np.ndarray:
-    unknown = {subjects[row] for row in rows if MMLU_DOMAINS.get(subjects[row]) not in task.domains}
-    if unknown:
-        raise UserError(f"{place}: subject {sorted(unknown)[0]} has no domain among {task.domains}; remove its rows")
-    return np.array([task.domains.index(MMLU_DOMAINS[subjects[row]]) for row in rows], np.int32)
+    for name, entry in record.items():
+        values.check(entry, where=where, column=name)
+    if "choices" in record and "answer" in record:
+        if not 0 < len(record["choices"]) <= len(LETTERS):
+            raise values.bad(where, "choices", f"{len(record['choices'])} choices; 1 to {len(LETTERS)} have letters")
+        try:
+            number = len(record["choices"])
+            record["answer"] = values.label(record["answer"], number, where=where, column="answer", what="answer")
+        except values.BadRow:
+            if isinstance(record["answer"], int):
+                wrong = f"answer {record['answer']} of {number} choices"
+                raise values.bad(where, "answer", wrong) from None
+            raise
+    try:
+        text, target = TEMPLATES[task.name](record)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise values.bad(where, ", ".join(record), f"the template of {task.name} cannot use it ({said})") from error
+    longest = max((entry for entry in record.values() if isinstance(entry, str)), key=len, default="")
+    start = max(text.find(longest), 0)
+    shorten = (start, start + len(longest) if longest in text else start)
+    return {"input": text, "target": target, "shorten": shorten}
 
 
 def divide_by_image(images: Iterable[Mapping], *, train_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -268,14 +339,22 @@ def divide_by_image(images: Iterable[Mapping], *, train_rows: int, seed: int) ->
     """
     rows_of: dict[bytes, list[int]] = {}
     for row, image in enumerate(images):
-        rows_of.setdefault(
-            hashlib.sha256(image["bytes"] or pathlib.Path(image["path"]).read_bytes()).digest(), []
-        ).append(row)
+        rows_of.setdefault(_digest(image), []).append(row)
     pictures = list(rows_of.values())
     train, test = [], []
     for i in np.random.default_rng(seed).permutation(len(pictures)):
         (train if len(train) + len(pictures[i]) <= train_rows else test).extend(pictures[i])
     return np.sort(np.array(train, np.int64)), np.sort(np.array(test, np.int64))
+
+
+def _digest(image: Mapping | None) -> bytes:
+    """Of a picture's bytes; what cannot be read is told from every picture, and is named when it is converted."""
+    image = image or {}
+    try:
+        found = image.get("bytes") or pathlib.Path(image.get("path") or "").read_bytes()
+    except OSError:
+        found = repr(image.get("path")).encode()
+    return hashlib.sha256(found).digest()
 
 
 def _check_columns(needed: Sequence[str], rows: reading.Rows) -> None:

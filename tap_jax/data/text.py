@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,8 @@ from tap_jax.data.examples import Examples
 from tap_jax.errors import UserError
 from tap_jax.federation import Task
 from tap_jax.whole_files import replaced
+
+_LOG = logging.getLogger(__name__)
 
 PAD = 0  # id of [PAD]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -46,25 +49,40 @@ class WordPiece:
         self.pad_id, _, self.cls_id, self.sep_id, _ = ids
         self.size = backend.get_vocab_size()
 
-    def encode(self, texts: Sequence[str], max_length: int) -> np.ndarray:
+    def encode(self, texts: Sequence[str], max_length: int, shorten: np.ndarray | None = None) -> np.ndarray:
         """[CLS] text [SEP] per text, padded: int32 [N, T].
 
         Args:
           texts: N texts.
-          max_length: longer ones lose their end, never the [SEP].
+          max_length: longer ones lose a part, never the [SEP].
+          shorten: int [N, 2], where the part of each text begins and ends, in characters, that loses pieces from its
+            middle until the text fits; then what is before it loses its end, and at last what is after it. None, or
+            an empty part at 0: the end of the text is lost.
 
         Returns:
           T is the longest text's length rounded up to a multiple of 8, at most `max_length`.
         """
-        rows = [
-            [self.cls_id, *encoding.ids[: max_length - 2], self.sep_id]
-            for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        return self.encode_counted(texts, max_length, shorten)[0]
+
+    def encode_counted(
+        self, texts: Sequence[str], max_length: int, shorten: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int]:
+        """As `encode`, and how many of the texts were longer."""
+        rows, longer = [], 0
+        for number, encoding in enumerate(self._backend.encode_batch(list(texts), add_special_tokens=False)):
+            ids = encoding.ids
+            if len(ids) > max_length - 2:
+                longer += 1
+                start, stop = (0, 0) if shorten is None else shorten[number]
+                first = sum(end <= start for _, end in encoding.offsets) if start < stop else len(ids)
+                last = first + sum(begin < stop for begin, _ in encoding.offsets[first:])
+                ids = _fitting(ids[:first], ids[first:last], ids[last:], max_length - 2)
+            rows.append([self.cls_id, *ids, self.sep_id])
         longest = max(map(len, rows), default=2)
         out = np.full((len(rows), min(-(-longest // 8) * 8, max_length)), self.pad_id, np.int32)
         for row, ids in zip(out, rows, strict=True):
             row[: len(ids)] = ids
-        return out
+        return out, longer
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """Texts of int [N, A]: each stops at its first [SEP], special pieces are dropped.
@@ -98,6 +116,16 @@ class WordPiece:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         vocabulary = sorted(self._backend.get_vocab().items(), key=lambda item: item[1])
         (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in vocabulary), encoding="utf-8")
+
+
+def _fitting(before: list[int], part: list[int], after: list[int], room: int) -> list[int]:
+    """At most `room` pieces of the three: `after` whole if it fits, then `before`, then both ends of `part`."""
+    after = after[:room]
+    before = before[: room - len(after)]
+    left = room - len(after) - len(before)
+    if len(part) > left:
+        part = part[: left - left // 2] + part[len(part) - left // 2 :]
+    return before + part + after
 
 
 def load_tokenizer(
@@ -170,9 +198,12 @@ def _train(corpus: list[str], vocab_size: int, cache_dir: str | None) -> WordPie
         ("[SEP]", backend.token_to_id("[SEP]")), ("[CLS]", backend.token_to_id("[CLS]"))
     )
     if cached:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(cached, shared=True) as fresh:
-            backend.save(str(fresh))
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(cached, shared=True) as fresh:
+                backend.save(str(fresh))
+        except OSError as error:
+            _LOG.warning("data: trained word pieces are not kept in %s (%s)", cached.parent, error.strerror or error)
     return WordPiece(backend)
 
 
@@ -196,6 +227,7 @@ class TaskArrays:
       answers: int32 [N, A], `[CLS] target [SEP]` padded, text_generation only.
       answer_lengths: int32 [N], how many tokens the decoder predicts: the answer's without its leading [CLS].
       references: per sample the acceptable outputs, spelt as `WordPiece.decode` spells, text_generation only.
+      cut: how many inputs and how many answers were longer than the model takes.
     """
 
     domains: np.ndarray
@@ -205,6 +237,7 @@ class TaskArrays:
     answers: np.ndarray | None = None
     answer_lengths: np.ndarray | None = None
     references: tuple[tuple[str, ...], ...] | None = None
+    cut: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.domains)
@@ -218,7 +251,13 @@ class TaskArrays:
 
 
 def encode_examples(
-    task: Task, examples: Examples, tokenizer: WordPiece | None, *, max_text: int, max_answer: int
+    task: Task,
+    examples: Examples,
+    tokenizer: WordPiece | None,
+    *,
+    max_text: int,
+    max_answer: int,
+    too_long: str = "middle",
 ) -> TaskArrays:
     """Tokenises one split.
 
@@ -227,16 +266,19 @@ def encode_examples(
       examples: N samples.
       tokenizer: may be None for a task without text.
       max_text: longest input in word pieces, [CLS] and [SEP] included.
-      max_answer: longest answer in word pieces, [CLS] and [SEP] included.
+      max_answer: longest answer in word pieces, [CLS] and [SEP] included; of longer ones the end is lost.
+      too_long: longer inputs lose the "middle" of what `examples.shorten` says, or their "end".
     """
+    inputs_cut = answers_cut = 0
     fields = {"domains": examples.domains, "labels": examples.labels}
     if "image" in task.modalities:
         fields["images"] = examples.images
     if "text" in task.modalities:
-        fields["tokens"] = tokenizer.encode(examples.inputs, max_text)
+        shorten = examples.shorten if too_long == "middle" else None
+        fields["tokens"], inputs_cut = tokenizer.encode_counted(examples.inputs, max_text, shorten)
     if task.kind == "text_generation":
-        answers = tokenizer.encode(examples.targets, max_answer)
+        answers, answers_cut = tokenizer.encode_counted(examples.targets, max_answer)
         fields["answers"] = answers
         fields["answer_lengths"] = ((answers != tokenizer.pad_id).sum(axis=1) - 1).astype(np.int32)
         fields["references"] = tuple(tuple(map(tokenizer.normalise, group)) for group in examples.references)
-    return TaskArrays(**fields)
+    return TaskArrays(**fields, cut=(inputs_cut, answers_cut))

@@ -218,9 +218,13 @@ def test_limit_takes_a_fixed_subset(tmp_path):
     ("name", "columns", "message"),
     [
         ("ag_news", {"text": ["a"]}, "has no column 'label' \\(it has text\\)"),
-        ("ag_news", {"text": ["a"], "label": [4]}, "ag_news/train row 0: label 4 is not in 0..3"),
+        ("ag_news", {"text": ["a"], "label": [4]}, "ag_news/train row 0, column 'label': label 4 is not in 0..3"),
         ("ag_news", {"text": [], "label": []}, "ag_news/train has no rows"),
-        ("fashion_mnist", {"image": [png(0), {"bytes": b"x", "path": ""}]}, "fashion_mnist/train row 1: unreadable"),
+        (
+            "fashion_mnist",
+            {"image": [png(0), {"bytes": b"x", "path": ""}]},
+            "fashion_mnist/train row 1, column 'image': unreadable",
+        ),
         (
             "mmlu",
             {"question": ["q"], "subject": ["anatomy"], "choices": [["a", "b"]], "answer": [0]},
@@ -229,7 +233,7 @@ def test_limit_takes_a_fixed_subset(tmp_path):
         (
             "mmlu",
             {"question": ["q"], "subject": ["professional_law"], "choices": [["a", "b"]], "answer": [2]},
-            "row 0: answer 2 of 2 choices",
+            "row 0, column 'answer': answer 2 of 2 choices",
         ),
     ],
 )

@@ -38,5 +38,5 @@ def test_bytes_records_and_pictures_agree(tmp_path):
 
 @pytest.mark.parametrize("broken", [b"", b"not a picture", {"bytes": b"\x89PNG\r\n\x1a\n", "path": "x"}, None])
 def test_unreadable_names_task_split_and_row(broken):
-    with pytest.raises(UserError, match="caltech256/test row 7: unreadable image"):
+    with pytest.raises(UserError, match="caltech256/test row 7, column 'image': unreadable image"):
         to_rgb64(broken, where="caltech256/test row 7")

@@ -1,0 +1,292 @@
+"""Odd inputs, as people have them: rows, files, checkpoints, environments. A table: what goes in, what must come out.
+
+What comes out is a value, or one line that says what is wrong. Where others met the same input, their report is cited.
+"""
+
+import dataclasses
+import io
+import re
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from tap_jax.data import hub, values
+from tap_jax.data.images import to_rgb64
+from tap_jax.errors import UserError
+from tap_jax.federation import find_task
+
+WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (128, 128, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One odd input.
+
+    Attributes:
+      name: of the test.
+      seen: where others met it, "owner/name#number"; "" where nobody is cited.
+      make: (folder) -> what comes out of it.
+      out: what must; a compiled pattern: the whole line of the error.
+    """
+
+    name: str
+    seen: str
+    make: Callable
+    out: object
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def color(image, at=(32, 32)):
+    """What a picture is converted to, at one place."""
+    return tuple(map(int, to_rgb64(image, where="t/train row 3")[at]))
+
+
+def picture(name, seen, image, out, at=(32, 32)):
+    return Case(name, seen, lambda folder: color(image(), at), out)
+
+
+def unreadable(name, seen, image, reason):
+    pattern = f"t/train row 3, column 'image': unreadable image \\({reason}\\); mend or remove that row, or set .*skip"
+    return Case(name, seen, lambda folder: color(image()), re.compile(pattern))
+
+
+def deep(value, kind, dtype="<u2"):
+    return encoded(Image.fromarray(np.full((8, 8), value, dtype)), kind)
+
+
+def with_exif(orientation, damage=None):
+    """Red above, blue below, in a JPEG that says how it is to be turned."""
+    image = Image.new("RGB", (64, 64), "blue")
+    image.paste((255, 0, 0), (0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, "JPEG", quality=95, exif=damage or exif.tobytes())
+
+
+def is_red(image, at):
+    red, _, blue = color(image, at)
+    return red > 200 and blue < 50
+
+
+def palette_with_hole():
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    return encoded(image, transparency=0)
+
+
+def animated():
+    frames = [Image.new("RGB", (8, 8), name) for name in ("white", "black")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def bomb():
+    """A PNG that says that it has 900 million pixels."""
+    data = bytearray(encoded(Image.new("L", (8, 8))))
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    import zlib
+
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+IMAGES = [
+    picture("16-bit PNG, white", "python-pillow/Pillow#2574", lambda: deep(65535, "PNG"), WHITE),
+    picture("16-bit PNG, grey", "python-pillow/Pillow#3011", lambda: deep(128 * 257, "PNG"), GREY),
+    picture("16-bit TIFF", "python-pillow/Pillow#1108", lambda: deep(128 * 257, "TIFF"), GREY),
+    picture("big-endian 16 bits", "python-pillow/Pillow#5991", lambda: deep(128 * 257, "TIFF", ">u2"), GREY),
+    unreadable(
+        "32-bit integers", "python-pillow/Pillow#2574", lambda: deep(70000, "TIFF", "<i4"), "mode I, .*; store 8 or .*"
+    ),
+    unreadable("floats", "python-pillow/Pillow#5991", lambda: deep(0.5, "TIFF", "<f4"), "mode F, .*; store 8 or 16.*"),
+    Case(
+        "EXIF: upside down", "huggingface/datasets#6252", lambda folder: is_red(with_exif(3), (60, 32)), True
+    ),
+    Case("EXIF: lying", "huggingface/datasets#6739", lambda folder: is_red(with_exif(6), (32, 60)), True),
+    Case("EXIF: of no such turn", "", lambda folder: is_red(with_exif(77), (4, 32)), True),
+    Case(
+        "damaged EXIF", "huggingface/datasets#7668",
+        lambda folder: is_red(with_exif(1, b"Exif\0\0MM\0*\xff\xff\xff\xff\xa8"), (4, 32)), True,
+    ),
+    Case(
+        "EXIF that ends after its header", "python-pillow/Pillow#6124",
+        lambda folder: is_red(with_exif(1, b"Exif\0\0"), (4, 32)), True,
+    ),
+    picture("transparent pixels", "", lambda: encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0))), WHITE),
+    picture("half transparent", "", lambda: encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 127))), GREY),
+    picture("grey with alpha", "", lambda: encoded(Image.new("LA", (8, 8), (0, 0))), WHITE),
+    picture("a palette with a transparent color", "", palette_with_hole, WHITE),
+    picture("a transparent RGB color", "", lambda: encoded(Image.new("RGB", (8, 8)), transparency=BLACK), WHITE),
+    picture("CMYK", "", lambda: encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG", quality=100), WHITE),
+    picture("1 bit", "", lambda: encoded(Image.new("1", (8, 8), 1)), WHITE),
+    picture("animated: the first frame", "", animated, WHITE),
+    unreadable("truncated", "huggingface/datasets#7612", lambda: encoded(noise())[:900], ".*truncated.*"),
+    unreadable("a decompression bomb", "", bomb, ".*decompression bomb.*"),
+    unreadable("no pixels", "", lambda: Image.new("RGB", (0, 5)), "no pixels"),
+    unreadable("null", "huggingface/datasets#7612", lambda: None, "null"),
+    unreadable("bytes and path null", "", lambda: {"bytes": None, "path": None}, "null"),
+    unreadable("a path that is not there", "", lambda: {"bytes": None, "path": "/nowhere.png"}, ".*No such file.*"),
+]  # fmt: skip
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def read(folder, task, columns, **kwargs):
+    """The training split of a parquet folder."""
+    (folder / task).mkdir()
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / task / f"{split}.parquet")
+    return hub.load(find_task(task), "train", root=str(folder), **kwargs)
+
+
+def news(text, label, what="labels"):
+    """What two rows of ag_news become."""
+
+    def make(folder):
+        found = getattr(read(folder, "ag_news", {"text": text, "label": label}), what)
+        return found.tolist() if isinstance(found, np.ndarray) else found
+
+    return make
+
+
+def refused_row(task, row, column, wrong):
+    return re.compile(f"{task}/train row {row}, column '{column}': {wrong}; .*mend or remove that row, or set .*")
+
+
+def mmlu(**changes):
+    row = {"question": "q", "subject": "professional_law", "choices": ["a", "b"], "answer": 0} | changes
+    return lambda folder: read(folder, "mmlu", {name: [entry] for name, entry in row.items()}).inputs[0]
+
+
+TEXTS = ["a", "b"]
+NO_TEXT = "null where a text is expected"
+ROWS = [
+    Case("label 1.5", "", news(TEXTS, [1.0, 1.5]), refused_row("ag_news", 1, "label", "label 1.5 is not a whole .*")),
+    Case("labels as whole floats", "", news(TEXTS, [1.0, 3.0]), [1, 3]),
+    Case("labels as bools", "", news(TEXTS, [True, False]), [1, 0]),
+    Case("null label", "", news(TEXTS, [None, 1]), refused_row("ag_news", 0, "label", "label is null")),
+    Case("label NaN", "", news(TEXTS, [1.0, float("nan")]), refused_row("ag_news", 1, "label", "label is null")),
+    Case("label infinite", "", news(TEXTS, [1.0, float("inf")]), refused_row("ag_news", 1, "label", "label inf is .*")),
+    Case(
+        "label -1: hidden", "huggingface/datasets#245", news(TEXTS, [0, -1]),
+        refused_row("ag_news", 1, "label", "label -1 is not in 0..3, as of test sets whose labels are hidden"),
+    ),
+    Case("label too large", "", news(TEXTS, [0, 4]), refused_row("ag_news", 1, "label", "label 4 is not in 0..3")),
+    Case(
+        "label that int32 does not hold", "", news(TEXTS, [0, 2**40]),
+        refused_row("ag_news", 1, "label", "label 1099511627776 is not in 0..3"),
+    ),
+    Case(
+        "labels as texts", "", news(TEXTS, ["sports", "world"]),
+        refused_row("ag_news", 0, "label", "label 'sports' is not a number in 0..3"),
+    ),
+    Case(
+        "labels as lists", "", news(TEXTS, [[1], [2]]),
+        refused_row("ag_news", 0, "label", r"label \[1\] is not a number in 0..3"),
+    ),
+    Case("null text", "neuml/txtai#607", news(["a", None], [0, 1]), refused_row("ag_news", 1, "text", NO_TEXT)),
+    Case(
+        "a text column of nulls", "apache/texera#7549", news([None, None], [0, 1]),
+        refused_row("ag_news", 0, "text", NO_TEXT),
+    ),
+    Case("empty texts", "", news(["", " "], [0, 1], "inputs"), ("", " ")),
+    Case("numbers as texts", "", news([7, 12], [0, 1], "inputs"), ("7", "12")),
+    Case(
+        "bytes as texts", "", news([b"a", b"b"], [0, 1], "inputs"),
+        refused_row("ag_news", 0, "text", r"b'a' \(bytes\) where a text is expected"),
+    ),
+    Case(
+        "a lone surrogate", "huggingface/transformers#43459",
+        lambda folder: values.text("ab\ud800", where="ag_news/train row 0", column="text"),
+        refused_row("ag_news", 0, "text", "a lone surrogate at character 2, .*"),
+    ),
+    Case("null question", "", mmlu(question=None), refused_row("mmlu", 0, "question", NO_TEXT)),
+    Case("a null option", "", mmlu(choices=["a", None]), refused_row("mmlu", 0, "choices", NO_TEXT)),
+    Case("no options", "", mmlu(choices=[]), refused_row("mmlu", 0, "choices", "0 choices; 1 to 10 have letters")),
+    Case("eleven options", "", mmlu(choices=TEXTS * 6), refused_row("mmlu", 0, "choices", "12 choices; 1 to 10 .*")),
+    Case("answer as a letter", "", mmlu(answer="A"), refused_row("mmlu", 0, "answer", "answer 'A' is not a number .*")),
+    Case("answer -1", "", mmlu(answer=-1), refused_row("mmlu", 0, "answer", "answer -1 of 2 choices")),
+    Case(
+        "another subject", "", mmlu(subject="anatomy"),
+        refused_row("mmlu", 0, "subject", "subject anatomy has no domain among law, medicine, moral"),
+    ),
+]  # fmt: skip
+
+
+def skipped(folder):
+    """Two of four rows are used; the cache keeps the count."""
+    columns = {"text": ["a", None, "c", "d"], "label": [0, 1, 2, 9]}
+    kwargs = {"on_bad_row": "skip", "cache_dir": str(folder / "cache")}
+    found = read(folder, "ag_news", columns, **kwargs)
+    again = hub.load(find_task("ag_news"), "train", root=str(folder), **kwargs)
+    return found.inputs, found.labels.tolist(), found.notes, again.notes == found.notes
+
+
+def skipped_images(folder):
+    image = {"bytes": encoded(Image.new("L", (8, 8), 9)), "path": None}
+    columns = {"img": [{"bytes": b"x", "path": None}, image, None], "fine_label": [0, 5, 2]}
+    found = read(folder, "cifar100", columns, on_bad_row="skip")
+    return found.labels.tolist(), found.images[:, 0, 0, 0].tolist(), found.notes[0].partition(":")[2].split(";")[0]
+
+
+def skipped_references(folder):
+    (folder / "common_gen").mkdir()
+    columns = {"concept_set_idx": [1, 1, 2, None], "concepts": [["a"]] * 4, "target": ["x", None, None, "y"]}
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "common_gen" / f"{split}.parquet")
+    found = hub.load(find_task("common_gen"), "test", root=str(folder), on_bad_row="skip")
+    return found.references, found.notes[0].split(";")[0]
+
+
+SKIPPED = [
+    Case(
+        "bad rows that are skipped", "", skipped,
+        (
+            ("a", "c"), [0, 2],
+            (
+                "data: ag_news/train: 2 rows skipped as data.on_bad_row says; the first: ag_news/train row 1, column "
+                "'text': null where a text is expected",
+            ),
+            True,
+        ),
+    ),
+    Case(
+        "bad images that are skipped", "", skipped_images,
+        ([5], [9], " cifar100/train: 2 rows skipped as data.on_bad_row says"),
+    ),
+    Case(
+        "bad references that are skipped", "", skipped_references,
+        ((("Description: x",),), "data: common_gen/test: 3 rows skipped as data.on_bad_row says"),
+    ),
+    Case(
+        "no row that can be used", "",
+        lambda folder: read(folder, "ag_news", {"text": TEXTS, "label": [7, 8]}, on_bad_row="skip"),
+        re.compile("data.root: ag_news/train has no row that can be used; the first: ag_news/train row 0, .*"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*IMAGES, *ROWS, *SKIPPED], ids=lambda case: case.name)
+def test_odd_input(case, tmp_path):
+    if not isinstance(case.out, re.Pattern):
+        assert case.make(tmp_path) == case.out
+        return
+    with pytest.raises(UserError) as caught:
+        case.make(tmp_path)
+    assert re.fullmatch(case.out, str(caught.value)), str(caught.value)
