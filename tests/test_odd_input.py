@@ -5,19 +5,30 @@ What comes out is a value, or one line that says what is wrong. Where others met
 
 import dataclasses
 import io
+import os
 import re
 import struct
+import subprocess
+import sys
+import unittest.mock
+import zlib
 from collections.abc import Callable
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from tap_jax.cli.startup import start_jax
+from tap_jax.config import load_config
 from tap_jax.data import hub, values
+from tap_jax.data.federated import _cut_notes
 from tap_jax.data.images import to_rgb64
+from tap_jax.data.text import TaskArrays, encode_examples, load_tokenizer
 from tap_jax.errors import UserError
+from tap_jax.experiment import build
 from tap_jax.federation import find_task
 
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (128, 128, 128)
@@ -96,8 +107,6 @@ def bomb():
     """A PNG that says that it has 900 million pixels."""
     data = bytearray(encoded(Image.new("L", (8, 8))))
     data[16:24] = struct.pack(">II", 30_000, 30_000)
-    import zlib
-
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
     return bytes(data)
 
@@ -282,7 +291,123 @@ SKIPPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*IMAGES, *ROWS, *SKIPPED], ids=lambda case: case.name)
+# --- texts that are too long ----------------------------------------------------------------------------------------
+
+
+def long_question(words, options, **kwargs):
+    """(what the model reads of a question of so many words, with so many words of options; what was cut)."""
+
+    def make(folder):
+        question = " ".join(f"q{i}" for i in range(words))
+        row = {"question": question, "subject": "professional_law", "choices": ["x"] * options, "answer": 0}
+        found = read(folder, "mmlu", {name: [entry] for name, entry in row.items()})
+        pieces = load_tokenizer("train", [*found.inputs, *found.targets], vocab_size=2000)
+        arrays = encode_examples(find_task("mmlu"), found, pieces, max_text=60, max_answer=8, **kwargs)
+        (shown,), (answer,) = pieces.decode(arrays.tokens), arrays.answers.tolist()
+        return re.sub("^the following .* question : ", "... ", shown), arrays.cut, answer[-1] == pieces.sep_id
+
+    return make
+
+
+# 60 pieces less [CLS] and [SEP]; 23 before the question, "options :" and 3 for each option after it.
+LONG = [
+    Case(
+        "a question that fits", "",
+        long_question(20, 3), (f"... {' '.join(f'q{i}' for i in range(20))} options : a . x b . x c . x", (0, 1), True),
+    ),
+    Case(
+        "a question that is too long: its options stay", "",
+        long_question(200, 4),
+        (
+            f"... {' '.join(f'q{i}' for i in (*range(11), *range(190, 200)))} options : a . x b . x c . x d . x",
+            (1, 1), True,
+        ),
+    ),
+    Case(
+        "a question that is too long: cut as a tokenizer does", "",
+        long_question(200, 4, too_long="end"), (f"... {' '.join(f'q{i}' for i in range(35))}", (1, 1), True),
+    ),
+    Case(
+        "notes of what is cut", "",
+        lambda folder: _cut_notes(
+            find_task("mmlu"), *(TaskArrays(np.zeros(n, np.int32), cut=cut) for n, cut in ((8, (2, 0)), (4, (1, 0)))),
+            256, 64, "middle",
+        ),
+        [
+            "data: mmlu: 2 of 8 (25 %) to train on, 1 of 4 (25 %) to test on have inputs longer than model.max_text ="
+            " 256: the middle of the question or text in them is cut (data.too_long)"
+        ],
+    ),
+]  # fmt: skip
+
+# --- environments: another process, which ends before work begins ---------------------------------------------------
+
+
+def command(*, workdir="run", **environment):
+    """(status, lines of stderr) of a training, and whether it left anything."""
+
+    def make(folder):
+        config = ["--config=demo", "--config.compilation_cache=off", f"--workdir={folder}/{workdir}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "tap_jax", "train", *config],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        assert not any(folder.iterdir())
+        assert done.returncode == 2
+        raise UserError(done.stderr.rstrip("\n"))
+
+    return make
+
+
+def wide_floats(folder):
+    """A process in which 64 bits are on: the command line turns them off, and Python's `build` says so."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        return build(load_config("demo"))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+def wide_floats_of_the_command_line(folder):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with unittest.mock.patch.dict(os.environ, JAX_NUM_CPU_DEVICES="8"):  # the tests' own devices stay
+            start_jax(load_config("demo", {"compilation_cache": "off"}))
+        return bool(jax.config.jax_enable_x64)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+def no_cache(folder):
+    """A cache folder that cannot be made: the data are read all the same."""
+    (folder / "file").write_text("")
+    return read(folder, "ag_news", {"text": TEXTS, "label": [0, 1]}, cache_dir=str(folder / "file" / "cache")).inputs
+
+
+ENVIRONMENTS = [
+    Case(
+        "JAX_PLATFORMS of a device that is not there", "jax-ml/jax#28376", command(JAX_PLATFORMS="cuda"),
+        re.compile("tap-jax: JAX_PLATFORMS: 'cuda' has no device on this machine.*; unset it or use JAX_PLATFORMS=cpu"),
+    ),
+    Case(
+        "a workdir with letters that the locale lacks", "",
+        command(workdir="\u00e9", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
+        re.compile(r"tap-jax: workdir: the locale has no letters for .*; set LC_ALL=C.UTF-8 or name another"),
+    ),
+    Case(
+        "64 bits, in Python", "", wide_floats,
+        re.compile("jax_enable_x64: is on, and everything here is float32 or bfloat16; set it to False"),
+    ),
+    Case("64 bits, JAX_ENABLE_X64=1", "", wide_floats_of_the_command_line, False),
+    Case("a cache folder that cannot be made", "", no_cache, ("a", "b")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*IMAGES, *ROWS, *SKIPPED, *LONG, *ENVIRONMENTS], ids=lambda case: case.name)
 def test_odd_input(case, tmp_path):
     if not isinstance(case.out, re.Pattern):
         assert case.make(tmp_path) == case.out

@@ -118,10 +118,10 @@ def _cut_notes(
 ) -> list[str]:
     """A line for a task whose inputs, and one for a task whose answers, are longer than the model takes."""
     middle = too_long == "middle" and task.kind == "text_generation"
-    lost = "the middle of what they ask" if middle else "their end"
+    lost = "the middle of the question or text in them" if middle else "their end"
     notes = []
     for which, (what, field, limit, loss) in enumerate(
-        (("inputs", "max_text", max_text, lost), ("answers", "max_answer", max_answer, "their end"))
+        (("inputs", "max_text", max_text, lost), ("answers", "max_answer", max_answer, "the answers' end"))
     ):
         counts = [part.cut[which] for part in (train, test)]
         if any(counts):
@@ -130,7 +130,10 @@ def _cut_notes(
                 f"{count:,} of {size:,} ({100 * count / size:.0f} %) to {use}"
                 for count, size, use in zip(counts, sizes, ("train on", "test on"), strict=True)
             )
-            notes.append(f"data: {task.name}: {parts} have {what} longer than model.{field} = {limit}: {loss} is cut")
+            hint = " (data.too_long)" if loss is lost and task.kind == "text_generation" else ""
+            notes.append(
+                f"data: {task.name}: {parts} have {what} longer than model.{field} = {limit}: {loss} is cut{hint}"
+            )
     return notes
 
 
