@@ -4,7 +4,9 @@ What comes out is a value, or one line that says what is wrong. Where others met
 """
 
 import dataclasses
+import functools
 import io
+import json
 import os
 import re
 import struct
@@ -19,7 +21,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 from tap_jax.cli.startup import start_jax
 from tap_jax.config import load_config
@@ -30,6 +35,10 @@ from tap_jax.data.text import TaskArrays, encode_examples, load_tokenizer
 from tap_jax.errors import UserError
 from tap_jax.experiment import build
 from tap_jax.federation import find_task
+from tap_jax.models import checkpoints
+from tap_jax.models.layers import ModelConfig
+from tap_jax.models.server_model import ServerModel
+from tests.models import huggingface
 
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (128, 128, 128)
 
@@ -340,6 +349,156 @@ LONG = [
     ),
 ]  # fmt: skip
 
+# --- checkpoints in the wild ----------------------------------------------------------------------------------------
+
+SIZES = ModelConfig(
+    name="vilt", width=12, heads=3, mlp=20, image_size=40, patch=8, vocab=37, max_text=11, text_positions=13,
+    backbone_layers=(1, 2), text_heads=2, text_cond_heads=4, text_inner=10, max_answer=6, position_grid=3,
+)  # fmt: skip
+WORDS, NORM = "embeddings.text_embeddings.word_embeddings.weight", "embeddings.text_embeddings.LayerNorm"
+
+
+@functools.cache
+def vilt():
+    """The state of a random ViltModel."""
+    config = huggingface.vilt_config(SIZES, layers=4)
+    model = huggingface.randomise(transformers.ViltModel(config), seed=1)
+    return config, {name: value.contiguous() for name, value in model.state_dict().items()}
+
+
+def checkpoint(edit=None, *, write=save_file, file="model.safetensors", config=None):
+    """(is it the model that was saved?, of which type) of an edited checkpoint, converted."""
+
+    def make(folder):
+        kind, state = vilt()
+        kind.save_pretrained(folder)
+        if config:
+            values = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(values | config))
+        state = dict(state)
+        state = (edit and edit(state)) or state
+        write(state, folder / file)
+        found = checkpoints.load(str(folder), ServerModel(SIZES, (find_task("ag_news"), find_task("fashion_mnist"))))
+        words, scale = found.frozen["encoder/text"]["words"], found.frozen["encoder/text"]["embedding_norm"]["scale"]
+        right = [
+            np.allclose(mine, vilt()[1][name].numpy(), rtol=1e-2, atol=0)
+            for mine, name in ((words, WORDS), (scale, f"{NORM}.weight"))
+        ]
+        return all(right), words.dtype.name
+
+    return make
+
+
+def renamed(change):
+    return lambda state: {change(name): value for name, value in state.items()}
+
+
+def cast(dtype):
+    return lambda state: {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()
+    }
+
+
+def old_norms(name):
+    return re.sub("LayerNorm.bias", "LayerNorm.beta", re.sub("LayerNorm.weight", "LayerNorm.gamma", name))
+
+
+def with_head(state):
+    return state | {"classifier.0.weight": torch.ones(3, 12), "classifier.1.bias": torch.ones(3)}
+
+
+def tied(state, path):
+    """One of two tied weights is stored, under the head's name."""
+    state = {"mlm_score.decoder.weight" if name == WORDS else name: value for name, value in state.items()}
+    save_file(state, path, metadata={"format": "pt", WORDS: "mlm_score.decoder.weight"})
+
+
+def without_a_shard(state, path):
+    first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    names = {name: (first, second)[n % 2] for n, name in enumerate(state)}
+    save_file({name: value for name, value in state.items() if names[name] == first}, path.with_name(first))
+    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def truncated(state, path):
+    save_file(state, path)
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def pointer(state, path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def pickled(state, path):
+    torch.save(state, path)
+
+
+def dropped(name):
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+BIN = {"write": pickled, "file": "pytorch_model.bin"}
+CHECKPOINTS = [
+    Case("fp16", "", checkpoint(cast(torch.float16)), (True, "float32")),
+    Case("bf16", "", checkpoint(cast(torch.bfloat16)), (True, "float32")),
+    Case("bf16, pickled", "", checkpoint(cast(torch.bfloat16), **BIN), (True, "float32")),
+    Case("float64", "", checkpoint(cast(torch.float64)), re.compile("model.weights: .* is float64, not float32")),
+    Case(
+        "module. before every name", "pytorch/pytorch#9176", checkpoint(renamed(lambda name: f"module.{name}"), **BIN),
+        (True, "float32"),
+    ),
+    Case(
+        "module. and vilt. before every name", "pytorch/pytorch#3805",
+        checkpoint(renamed(lambda name: f"module.vilt.{name}")), (True, "float32"),
+    ),
+    Case("_orig_mod. before every name", "", checkpoint(renamed(lambda name: f"_orig_mod.{name}")), (True, "float32")),
+    Case("gamma and beta", "huggingface/transformers#11809", checkpoint(renamed(old_norms)), (True, "float32")),
+    Case("heads of another class", "", checkpoint(with_head), (True, "float32")),
+    Case(
+        "an unknown weight", "", checkpoint(lambda state: state | {"tower.weight": torch.ones(3)}),
+        re.compile("model.weights: 'tower.weight' in .* is not a weight of vilt"),
+    ),
+    Case("tied weights, stored once", "keras-team/keras-hub#3075", checkpoint(write=tied), (True, "float32")),
+    Case(
+        "a weight left out", "huggingface/transformers#38870", checkpoint(dropped(WORDS)),
+        re.compile(f"model.weights: '{WORDS}' is missing in .*; use a whole checkpoint"),
+    ),
+    Case(
+        "a shard that is missing", "huggingface/transformers#16343", checkpoint(write=without_a_shard),
+        re.compile("model.weights: .*model-00002-of-00002.safetensors is missing; download it again"),
+    ),
+    Case(
+        "a truncated file", "lyogavin/airllm#93", checkpoint(write=truncated),
+        re.compile("model.weights: .*model.safetensors is damaged or incomplete .*; download it again"),
+    ),
+    Case(
+        "a pointer of Git LFS", "turboderp/exllama#242", checkpoint(write=pointer),
+        re.compile("model.weights: .* is a pointer of Git LFS and not the file; call `git lfs pull` there"),
+    ),
+    Case(
+        "a whole model, pickled", "", checkpoint(lambda state: {"model": Code()}, **BIN),
+        re.compile("model.weights: .* holds more than tensors and could run code when loaded, .*; use .* safetensors"),
+    ),
+    Case(
+        "another model's config", "", checkpoint(config={"model_type": "bert"}),
+        re.compile("model.weights: .* is a checkpoint of 'bert'; use one of flava, vilt"),
+    ),
+    Case(
+        "another vocabulary", "", checkpoint(config={"vocab_size": 41}),
+        re.compile("model.vocab: 37, but the checkpoint has 41 .*; set model.vocab=41, or use other model.weights"),
+    ),
+    Case(
+        "a vocabulary that the config denies", "",
+        checkpoint(lambda state: state | {WORDS: torch.ones(41, 12)}),
+        re.compile(rf"model.weights: '{WORDS}' in .* has shape \(41, 12\), not \(37, 12\)"),
+    ),
+]  # fmt: skip
+
+
+class Code:
+    """What a pickled model is; nothing that a state holds."""
+
+
 # --- environments: another process, which ends before work begins ---------------------------------------------------
 
 
@@ -407,7 +566,9 @@ ENVIRONMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*IMAGES, *ROWS, *SKIPPED, *LONG, *ENVIRONMENTS], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*IMAGES, *ROWS, *SKIPPED, *LONG, *CHECKPOINTS, *ENVIRONMENTS], ids=lambda case: case.name
+)
 def test_odd_input(case, tmp_path):
     if not isinstance(case.out, re.Pattern):
         assert case.make(tmp_path) == case.out

@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,8 @@ from tap_jax.whole_files import replaced
 __all__ = ["check_sizes", "convert", "find", "load", "model_fields", "read"]
 
 FORMAT = 1  # raise it when the conversion changes
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
+HEADS = re.compile(r"(\w+_)?(heads?|classifier|score)(\.|$)")  # such as those of ViltForQuestionAnswering
 _LOG = logging.getLogger(__name__)
 
 
@@ -97,6 +100,9 @@ def load(source: str, model: ServerModel, *, cache_dir: str | os.PathLike | None
 def read(folder: pathlib.Path, name: str) -> dict[str, Weight]:
     """Every weight of a checkpoint folder by HF's name as the bare model has it, without prefix; none is read yet.
 
+    Names that wrappers put a prefix before (`WRAPPERS`), and LayerNorm's from before PyTorch ("gamma", "beta"), are
+    taken for what they mean. What a head of another class holds (`HEADS`) is left out.
+
     Args:
       folder: with config.json and weights.
       name: "flava" or "vilt".
@@ -107,7 +113,9 @@ def read(folder: pathlib.Path, name: str) -> dict[str, Weight]:
     weights = {}
     known = known_names(name, layer_counts(folder), codebook_blocks=codebook_blocks(folder))
     for key, weight in open_weights(folder).items():
-        bare = key.removeprefix(PREFIX[name])
+        bare = _bare(key, name, known)
+        if bare not in known and HEADS.match(bare):
+            continue
         if bare not in known:
             raise UserError(f"model.weights: '{key}' in {folder / weight.file} is not a weight of {name}")
         if bare in weights:
@@ -116,6 +124,17 @@ def read(folder: pathlib.Path, name: str) -> dict[str, Weight]:
             )
         weights[bare] = weight
     return weights
+
+
+def _bare(key: str, name: str, known: Collection[str]) -> str:
+    """What the bare model of today calls a weight."""
+    while wrapper := next((wrapper for wrapper in WRAPPERS if key.startswith(wrapper)), ""):
+        key = key.removeprefix(wrapper)
+    key = key.removeprefix(PREFIX[name])
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if key.endswith(old) and (today := key.removesuffix(old) + new) in known:
+            return today
+    return key
 
 
 def convert(folder: pathlib.Path, name: str, wanted: Mapping[str, Place], like: Mapping) -> dict[str, dict]:

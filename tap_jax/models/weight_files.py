@@ -4,6 +4,7 @@
 names and layouts are PyTorch's. Reading never runs code: a pickle that holds more than tensors is refused.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from tap_jax.errors import UserError
 
 SINGLE = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")  # in order of preference
 SHARDS = {"model.safetensors": "model-*.safetensors", "pytorch_model.bin": "pytorch_model-*.bin"}
+_POINTER = b"version https://git-lfs"  # how the file begins that a clone without Git LFS has
 _SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 
 
@@ -99,6 +101,11 @@ def open_weights(folder: pathlib.Path) -> dict[str, Weight]:
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return UserError(
+                f"model.weights: {path} is a pointer of Git LFS and not the file; call `git lfs pull` there"
+            )
     reason = (str(error).splitlines() or [""])[0][:120].strip() or type(error).__name__
     return UserError(f"model.weights: {path} is damaged or incomplete ({reason}); download it again")
 
@@ -108,8 +115,11 @@ def _safetensors(path: pathlib.Path) -> Iterator[tuple[str, Weight]]:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from None
-    for name in file.keys():
-        like = file.get_slice(name)
+    # Of tied weights one is stored, and what else it is called is in the metadata (`safetensors.torch.save_model`).
+    stored = {name: name for name in file.keys()}
+    aliases = {alias: name for alias, name in (file.metadata() or {}).items() if name in stored and alias not in stored}
+    for name, at in (stored | aliases).items():
+        like = file.get_slice(at)
         dtype = like.get_dtype()
         yield (
             name,
@@ -117,7 +127,7 @@ def _safetensors(path: pathlib.Path) -> Iterator[tuple[str, Weight]]:
                 path.name,
                 _SAFETENSORS.get(dtype, dtype),
                 tuple(like.get_shape()),
-                functools.partial(file.get_tensor, name),
+                functools.partial(file.get_tensor, at),
             ),
         )
 
