@@ -33,6 +33,30 @@ import pytest
 
 from tap_jax.config import default_config, override, validate
 
+# Files that take minutes, the longest first. A file stays with one process; where a long one began last, the other
+# process would have nothing to do.
+LONG = (
+    "test_readme.py",
+    "test_oracle.py",
+    "engine/test_windows.py",
+    "test_mesh.py",
+    "test_processes.py",
+    "test_notebooks.py",
+    "test_cli.py",
+    "engine/test_store.py",
+    "test_resume.py",
+    "test_measuring.py",
+    "test_useful_share.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The order in which xdist hands out files."""
+    rank = {pathlib.Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    assert all(path.exists() for path in rank), "LONG names a file that is not there"
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))
+
+
 # Linux lets a process map so many pieces of memory (vm.max_map_count is 65,530), of which every compiled program takes
 # some; where it runs out of them, the compiler aborts the process.
 MANY_MAPPINGS = 20_000

@@ -1,4 +1,7 @@
-"""The same run on every shape of mesh, by vmap, pmap and shard_map: the numbers of one device."""
+"""The same run on meshes of eight devices, by pmap and shard_map: the numbers of one device, by vmap.
+
+A mesh of 2 x 2, of two processes, is in tests/test_processes.py.
+"""
 
 import jax
 import numpy as np
@@ -18,12 +21,11 @@ FIELDS = SETTINGS | {
     "model.head_dropout": 0.2,
     "engine.microbatch": 2,
 }
+# Of the cohort's two clients none, some or all of the shards are free, and rows lie on one, two or all devices.
 MESHES = {
-    "vmap": {"mesh.clients": 1},
     "pmap": {"mesh.clients": 8, "mesh.parallel": "pmap"},
     "8x1": {"mesh.clients": 8, "mesh.data": 1},
     "4x2": {"mesh.clients": 4, "mesh.data": 2},
-    "2x4": {"mesh.clients": 2, "mesh.data": 4},
     "1x8": {"mesh.clients": 1, "mesh.data": 8},
 }
 
@@ -39,7 +41,7 @@ def alone(tiny):
 def test_as_on_one_device(tiny, alone, mesh):
     """To 1e-5, over three rounds, both stages and the evaluation."""
     experiment = alive(experiments.build(tiny(ROWS, FIELDS | MESHES[mesh])))
-    assert experiment.engine.devices.size == (1 if mesh == "vmap" else len(jax.devices()))
+    assert experiment.engine.devices.size == len(jax.devices()) == 8
     played, finished = play(experiment)
     for (state, line), (expected, expected_line) in zip(played, alone[0], strict=True):
         assert line["replacements"] == expected_line["replacements"]

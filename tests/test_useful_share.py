@@ -1,5 +1,7 @@
 """The measure of useful arithmetic: against a count by hand, and its costs against counts of other shapes."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -73,7 +75,7 @@ def test_a_packed_row_counted_by_hand():
 
 @pytest.fixture(scope="module")
 def built(tiny):
-    rows = ({"ag_news": 0.3}, {"common_gen": 0.4, "vqa": 0.4}, {"cifar100": 0.5, "mmlu": 0.3})
+    rows = ({"ag_news": 0.3}, {"common_gen": 0.4, "vqa": 0.4}, {"cifar100": 0.5})
     config = tiny(rows, {"engine.packing": "on", "engine.microbatch": 4, "batch_size": 12, "cohort_size": 2})
     return config, experiments.build(config)
 
@@ -119,11 +121,14 @@ def test_shares_of_a_run(built):
 
 def test_the_command_prints_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
-    fields = ("train_size=64", "test_size=8")
-    flags = [f"--config.data.{field}" for field in fields]
-    assert main(["describe", "--config=configs/demo.py", *flags, "--plans=1"]) == 0
+    rows = "({'cifar100':0.5,'common_gen':0.5},)"
+    config = f"demo:cohort_size=1,federation.table=custom,federation.groups=1,federation.rows={rows}"
+    flags = [f"--config={config},data.train_size=64,data.test_size=8", "--plans=1"]
+    assert main(["describe", *flags]) == 0
     out = capsys.readouterr().out
     assert "\nuseful share, rounds: 0." in out and "\nuseful share, stage 2: 0." in out
+    for phase in ("rounds", "stage 2", "evaluation"):
+        assert re.findall(rf"^  {phase} +(\w+)", out, re.MULTILINE) == ["cifar100", "common_gen", "all"]
     for flag, message in (("--plans=-1", "plans: -1"), (f"--config.data.root={tmp_path}", "data.root")):
-        assert main(["describe", "--config=configs/demo.py", "--plans=1", flag]) == 2
+        assert main(["describe", *flags, flag]) == 2
         assert message in capsys.readouterr().err
