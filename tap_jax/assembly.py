@@ -232,6 +232,7 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
         first = optimizer.learning_rate_initial
         return first + done * (optimizer.learning_rate - first)
 
+    twice = any(variant.endswith("+2p") for variant in configuration.variants_of(config))
     return EngineSettings(
         cohort_size=cohort,
         clients_at_once=min(clients, config.engine.clients_at_once or (cohort if cpu else clients)),
@@ -244,6 +245,7 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
         persist=optimizer.state == "persist",
         rate=rate,
         post_rate=optimizer.post_learning_rate,
+        longest=max(config.local_steps * pooled, config.post_steps * (1 + twice)),
         aggregation=config.aggregation,
         scope=config.replacement.scope,
         seed=config.seed,

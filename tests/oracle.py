@@ -154,12 +154,16 @@ class Oracle:
             "tap-stage2": lambda: distil(self.local[i], teacher=teacher)[0],
             "local": lambda: self.local[i],
             "fedavg+post": lambda: teacher,
-            "fedavg+2p": lambda: self.train(teacher, i, t, "post_again", post=True)[0],
+            "fedavg+2p": lambda: self.train({b: self.server[b] for b in self.owned[i]}, i, t, "post", post=2)[0],
         }
         return {variant: make() for variant, make in made.items() if variant in self.variants}
 
-    def train(self, blocks: dict, i: int, t: int, phase: str, *, post: bool = False, teacher: dict | None = None):
-        """Local training on D_i -> (blocks, mean loss of each task seen, the same for the history)."""
+    def train(self, blocks: dict, i: int, t: int, phase: str, *, post: int = False, teacher: dict | None = None):
+        """Local training on D_i -> (blocks, mean loss of each task seen, the same for the history).
+
+        Args:
+          post: 1 for P steps after the rounds, 2 for 2P.
+        """
         adam = self.adam(blocks, self.rate(t, post))
         continued = {"post": "federated", "distil": "personal"}.get(phase, phase)
         if self.config.optimizer.state == "persist" and (i, continued) in self.optimizers:
@@ -179,9 +183,9 @@ class Oracle:
 
     minibatches_per_step = 1
 
-    def steps(self, i: int, t: int, phase: str, post: bool) -> list[tuple[dict[str, list], ...]]:
+    def steps(self, i: int, t: int, phase: str, post: int) -> list[tuple[dict[str, list], ...]]:
         """The minibatches of each step; a minibatch: task -> (domain, id) of its samples, in no particular order."""
-        steps = self.config.post_steps if post else self.config.local_steps
+        steps = post * self.config.post_steps if post else self.config.local_steps
         rest = self.config, i, t, phase, steps, None if post else 1
         drawn = (
             minibatches(self.clients[i], self.model.streams, *rest, minibatch=d)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tap_jax.engine.engine import Engine
 
 # Phase -> the phase with whose optimizer states it goes on, where they persist; the others go on with their own.
-CONTINUES = {"post": "federated", "post_again": "post", "distil": "personal"}
+CONTINUES = {"post": "federated", "distil": "personal"}
 # Bytes of a device's parameters up to which a place is kept for a teacher where there is none, so that one program
 # serves every phase; beyond, a rule that does without has a second program for these phases.
 TEACHER_RESERVED = 2**28
@@ -161,13 +161,14 @@ class Cohort:
     def _kept(self) -> Blocks:
         return blocks.select(self.engine.like, self.engine.partition.kept)
 
-    def plan(self, phase: str, *, post: bool, without: Collection[int] = ()) -> Plan:
+    def plan(self, phase: str, *, post: bool, twice: bool = False, without: Collection[int] = ()) -> Plan:
         """The minibatches of this (seed, round, phase), rows [D, minibatches_per_step, τ, ...]; numpy.
 
         Args:
           without: positions that take no step.
         """
         settings, engine = self.engine.settings, self.engine
+        steps = settings.post_steps * (1 + twice) if post else settings.local_steps
         left_out = np.isin(np.arange(self.clients.size), list(without)).reshape(self.table.shape)
         table = np.where(left_out, -1, self.table)
 
@@ -181,10 +182,10 @@ class Cohort:
                 phase=phase,
                 batch=settings.batch,
                 shapes=engine.shapes,
-                steps=settings.post_steps if post else settings.local_steps,
+                steps=steps,
                 capacities=self.shape.rows,
                 starts=engine.starts,
-                length=max(settings.post_steps, settings.local_steps),
+                length=max(settings.longest, steps),
                 epochs=None if post else 1,
                 minibatch=minibatch,
                 first_clients=engine._with_statistics,
@@ -203,6 +204,7 @@ class Cohort:
         *,
         model: str | None = None,
         post: bool = False,
+        twice: bool = False,
         teacher: Packed | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
@@ -213,7 +215,7 @@ class Cohort:
         Args:
           goes_on: a later call begins where `steps` end; else no optimizer states are kept for it.
         """
-        engine, inputs = self.engine, self.inputs(phase, post=post, idle=idle)
+        engine, inputs = self.engine, self.inputs(phase, post=post, twice=twice, idle=idle)
         if not post and self.of_one_round and not self._trained:
             engine.begins, self._trained = phase, True
         if steps is not None:
@@ -226,7 +228,9 @@ class Cohort:
             self._moments[phase if post else model or phase] = after
         return params, losses
 
-    def inputs(self, phase: str, *, post: bool = False, idle: np.ndarray | None = None) -> "PhaseInputs":
+    def inputs(
+        self, phase: str, *, post: bool = False, twice: bool = False, idle: np.ndarray | None = None
+    ) -> "PhaseInputs":
         """A local training of this (seed, round, phase); its plan is drawn now, unless it has been."""
         settings = self.engine.settings
         seed, number = jax.random.key(settings.seed), PHASES.index(phase)
@@ -239,7 +243,8 @@ class Cohort:
         if drawn and not post and idle is None:
             plan = drawn.result()
         else:
-            plan = self.plan(phase, post=post, without=() if idle is None else np.flatnonzero(idle))
+            without = () if idle is None else np.flatnonzero(idle)
+            plan = self.plan(phase, post=post, twice=twice, without=without)
         plan = share_out(plan, self.engine.devices.parts)
         return PhaseInputs(plan, rate, key)
 

@@ -19,6 +19,8 @@ class EngineSettings:
       generator: of dropout masks, see `objective.Objective`.
       training: static choices of the program.
       persist: a client goes on with its optimizer states instead of starting every local training afresh.
+      longest: most steps that a local training takes; the plans of all have room for so many, so that one program
+        serves them.
       in_pieces: Stage 2 trains by some steps at a time, between which its optimizer states are kept.
       rate: round -> learning rate. post_rate: learning rate after the last round.
       aggregation: "samples" or "uniform".
@@ -39,6 +41,7 @@ class EngineSettings:
     persist: bool
     rate: Callable[[int], float]
     post_rate: float
+    longest: int
     aggregation: str
     scope: str
     seed: int

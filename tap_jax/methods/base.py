@@ -240,11 +240,14 @@ class Cohort(Protocol):
         *,
         model: str | None = None,
         post: bool = False,
+        twice: bool = False,
         teacher: Params | None = None,
         steps: tuple[int, int] | None = None,
         idle: np.ndarray | None = None,
     ) -> tuple[Params, "Losses"]:
         """Local training -> (params, Losses): τ steps of the round, or P steps after the last one.
+
+        With `twice` 2P steps after the last round, of which the first P are those without it (App. C.1).
 
         `phase` names the random stream of minibatches and dropout. `model` is what is trained, where optimizer states
         persist (default: what the phase says). The parameters given are consumed, the teacher's are not; for TAP's rule

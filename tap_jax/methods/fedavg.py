@@ -1,9 +1,7 @@
 """FedAvg (McMahan et al., 2017), component-wise as in Sec. 3.1, and its post-trained variants.
 
 for t = 0..T-1: sample C_t; each client trains W̃[i] from the server's blocks; the server averages per block
-afterwards (+ post): each client trains its W̃[i] for P iterations (+ 2p: for P more)
-
-The second P iterations are a local training of their own, with a fresh optimizer state as every one has by default.
+afterwards (+ post): each client trains its W̃[i] for P iterations (+ 2p: for 2P, in one local training, App. C.1)
 
 Methods that differ in the local step only (Per-FedAvg, DisentAFL) are this one with another `LocalRule`. The
 centralised run is this one with a single client that has everybody's data and takes up to |C_t|·τ iterations a round.
@@ -32,12 +30,9 @@ def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
     """
 
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
-        if not {f"{name}+post", f"{name}+2p"} & set(variants):
-            return
-        params, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
-        if f"{name}+post" in variants:
-            yield f"{name}+post", cohort.unload(params)
-        if f"{name}+2p" in variants:
-            yield f"{name}+2p", cohort.unload(cohort.train(params, "post_again", post=True)[0])
+        for variant, twice in ((f"{name}+post", False), (f"{name}+2p", True)):
+            if variant in variants:
+                params, _ = cohort.train(cohort.broadcast(state.server), "post", post=True, twice=twice)
+                yield variant, cohort.unload(params)
 
     return Method((), federated_round, finish, rule)

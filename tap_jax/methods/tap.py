@@ -212,7 +212,11 @@ def tap(
         if "fedavg+post" in variants:
             yield "fedavg+post", cohort.unload(teacher)
         if "fedavg+2p" in variants:
-            yield "fedavg+2p", cohort.unload(cohort.train(teacher, "post_again", post=True)[0])
+            del teacher, student  # another W̃[i] takes the memory
+            yield (
+                "fedavg+2p",
+                cohort.unload(cohort.train(cohort.broadcast(state.server), "post", post=True, twice=True)[0]),
+            )
 
     carried = (*personal_models, local.MODEL) if with_local else tuple(personal_models)
     rule = LocalRule(

@@ -50,7 +50,7 @@ class FedAvg(Oracle):
 
     def finish(self, i: int, t: int) -> dict[str, dict]:
         once, *_ = self.train(self.received(i), i, t, "post", post=True)
-        twice, *_ = self.train(once, i, t, "post_again", post=True)
+        twice, *_ = self.train(self.received(i), i, t, "post", post=2)
         return {f"{self.name}+post": once, f"{self.name}+2p": twice}
 
 

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
+from tap_jax.methods.base import LocalRule, plain_step
+from tap_jax.methods.fedavg import fedavg
 from tests.methods.oracles import FedAvg
+from tests.oracle import minibatches
 from tests.trajectories import alive, check_trunk, play
 
 ROWS = ({"ag_news": 0.2}, {"cifar100": 0.5, "ag_news": 0.5}, {"cifar100": 0.4})
@@ -35,6 +38,41 @@ def test_standard_backbone_equals_oracle(experiment, run):
     """One block that all clients send and receive; rounds, +post, +2p."""
     assert "backbone" in experiment.partition.names and not any("mote" in name for name in experiment.partition.names)
     check_trunk(experiment, run, FedAvg(experiment))
+
+
+def test_one_program_serves_p_and_2p_iterations(experiment):
+    cohort = experiment.engine.client_batches(0)[0]
+    once, twice = (cohort.plan("post", post=True, twice=twice) for twice in (False, True))
+    assert jax.tree.map(np.shape, once) == jax.tree.map(np.shape, twice)
+    assert (2 * once.steps).tolist() == twice.steps.tolist() == [2 * experiment.config.post_steps] * len(once.steps)
+    same = lambda a, b: np.testing.assert_array_equal(a[..., :n, :], b[..., :n, :])  # noqa: E731
+    n = experiment.config.post_steps
+    same(once.active, twice.active)
+
+
+def test_a_step_is_told_each_task_s_share_of_the_minibatch(tiny):
+    """λ_o, into however many rows a task's samples are cut; a step that gives it as its loss shows its sum."""
+
+    def step(tools, params, state, teacher):
+        params, state, losses = plain_step(tools, params, state, teacher)
+        return params, state, losses._replace(plain=losses.share)
+
+    settings = SETTINGS | {"engine.microbatch": 2}
+    config = tiny(ROWS, settings)
+    built = experiments.build(config, method=fedavg(rule=LocalRule(step)), variants=("fedavg",))
+    cohort = built.engine.cohort([0, 1], 0)
+    _, losses = cohort.train(cohort.broadcast(built.init().server), "federated")
+    found, tasks = np.asarray(losses.plain).reshape(-1, len(built.model.tasks)), [t.name for t in built.model.tasks]
+    for place, i in enumerate(np.ravel(cohort.clients)):
+        if i < 0:
+            continue
+        expected = dict.fromkeys(tasks, 0.0)
+        streams, steps = built.model.streams, config.local_steps
+        for drawn in minibatches(built.engine.data[i], streams, config, int(i), 0, "federated", steps, 1):
+            for task, samples in drawn.items():
+                expected[task] += len(samples) / sum(map(len, drawn.values()))
+        np.testing.assert_allclose(found[place], [expected[task] for task in tasks], rtol=1e-6)
+    assert (found % 1 > 0).any()  # there was something to share
 
 
 @pytest.mark.parametrize("fault", ["clip", "uniform", "lambda"])
