@@ -15,7 +15,7 @@ stand-ins of the same shapes: `--config.model.weights= --config.data.tokenizer=t
     tap-jax describe --config=vilt
 
 Baselines are other methods of this file, `vilt:method=feddat,variants=()`; `launch/tables` has them all.
-Data from a folder of parquet files instead of the hub: `--config.data.root=DIR`. No data at hand:
+Data from a folder of files instead of the hub: `--config.data.root=DIR`. No data at hand:
 `--config.data.root=synthetic`.
 
 Hardware: one GPU with 40 GB or more in bfloat16, a slice of TPUs, or several of them through `mesh.clients`; the sizes

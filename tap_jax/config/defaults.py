@@ -157,7 +157,7 @@ def default_config() -> ConfigDict:
     federation.alpha = 0.5  # Dirichlet concentration per label; small is skewed; only with "dirichlet"
 
     config.data = data = ConfigDict()
-    data.root = "synthetic"  # | "hub" (ids in data/sources.py) | folder with one sub-folder of parquet files per task
+    data.root = "synthetic"  # | "hub" (ids in data/sources.py) | folder with one sub-folder of files per task
     data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all (900 of the embedded suite)
     data.test_size = 0  # samples per task; 0: all (150 of the embedded suite)

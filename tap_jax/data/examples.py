@@ -1,6 +1,6 @@
 """One split of one task as it comes from its source, before tokenisation: the `Examples` record.
 
-Every source (the procedural suite, a folder of parquet files, the hub) ends in this one record, and everything
+Every source (the procedural suite, a folder of files, the hub) ends in this one record, and everything
 after it (word pieces, streams, device arrays) starts from it. Images stay uint8 [64, 64, 3]; texts stay strings,
 already cut by the task's template into what the model reads and what it must write.
 """
