@@ -1,12 +1,14 @@
 """From a configuration to the parts of an experiment: sizes, losses, the method and how it runs."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tap_jax import config as configuration
 from tap_jax import platforms
 from tap_jax.config import ConfigDict
+from tap_jax.data import clients
 from tap_jax.engine.agreement import first_said
 from tap_jax.engine.local_training import TrainingSettings
 from tap_jax.engine.memory import machine_memory
@@ -15,7 +17,7 @@ from tap_jax.engine.privacy import Privacy, epsilon
 from tap_jax.engine.screening import Screening
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.errors import UserError
-from tap_jax.federation import Federation, Task
+from tap_jax.federation import Federation, Task, client_table
 from tap_jax.methods.base import Method
 from tap_jax.methods.criteria import CRITERIA, Criterion
 from tap_jax.methods.disentafl import disentafl
@@ -30,6 +32,35 @@ from tap_jax.models.attention import why_not_cudnn
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
 from tap_jax.platforms import Platform
+
+
+def federation_of(config: ConfigDict) -> Federation:
+    """The clients and tasks of a configuration: of its table, or those that its data name.
+
+    Where the data name them, the column of clients is read, or the number of rows of every client's files, and nothing
+    else. Method "centralised" has one client with all of it.
+
+    Raises:
+      UserError: no such data, or as of `config.federation_of`.
+    """
+    if not configuration.is_natural(config):
+        return configuration.federation_of(config)
+    found = clients.natural_federation(
+        config.federation.tasks,
+        root=config.data.root,
+        column=config.data.client_column,
+        limit=config.data.train_size,
+        folders=dict(config.data.folders),
+        cache_dir=configuration.data_cache(config),
+        on_bad_row=config.data.on_bad_row,
+    )
+    if config.method == "centralised":
+        return client_table(({task.name: 1.0 for task in found.tasks},))
+    if config.cohort_size > len(found.clients):
+        raise UserError(
+            f"cohort_size: {config.cohort_size}, but the data name {len(found.clients)} clients; use at most so many"
+        )
+    return found
 
 
 def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:
@@ -255,6 +286,21 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
         generator=generator_of(config, platform),
         in_pieces=config.method == "tap" and bool(config.distillation.patience),
     )
+
+
+def test_notes(federation: Federation, personal: Sequence[Mapping[str, np.ndarray]] | None) -> tuple[str, ...]:
+    """Which clients have no test samples of their own, and so no score; a line per task."""
+    notes = []
+    for task in federation.tasks if personal is not None else ():
+        lacking = [
+            client.name
+            for client, mine in zip(federation.clients, personal, strict=True)
+            if task.name in client.shares and task.name not in mine
+        ]
+        if lacking:
+            more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+            notes.append(f"data: no test rows of {task.name}, so no score, for {', '.join(lacking[:3])}{more}")
+    return tuple(notes)
 
 
 def privacy_notes(config: ConfigDict, federation: Federation) -> tuple[str, ...]:

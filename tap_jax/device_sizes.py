@@ -18,7 +18,7 @@ from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
 from tap_jax.data.packing import SEQUENCE
 from tap_jax.engine.memory_plan import MemoryPlan, memory_plan
-from tap_jax.federation import Task
+from tap_jax.federation import Federation, Task
 from tap_jax.models.accounting import shapes
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
@@ -59,12 +59,13 @@ class Sizes:
         )
 
 
-def sized(config: ConfigDict, platform: Platform | None = None, devices: int = 1) -> ConfigDict:
+def sized(config: ConfigDict, federation: Federation, platform: Platform | None = None, devices: int = 1) -> ConfigDict:
     """The configuration with the defaults of a device in the place of 0 and "auto"; itself where there are none.
 
     On CPUs, and where a device's memory is not known, nothing is changed.
 
     Args:
+      federation: of the configuration.
       platform: of the run's devices; default: of this process's.
       devices: how many share out the clients.
     """
@@ -74,9 +75,9 @@ def sized(config: ConfigDict, platform: Platform | None = None, devices: int = 1
         return config
     if engine.microbatch and engine.clients_at_once and engine.remat != "auto":
         return config
-    found = next(iter(choices(config, platform, devices)), None)
+    found = next(iter(choices(config, federation, platform, devices)), None)
     if found is None:  # nothing fits by the estimate: the smallest, and the compiler has the last word
-        found = min(_all(config, platform, devices), key=lambda sizes: sizes.bytes)
+        found = min(_all(config, federation, platform, devices), key=lambda sizes: sizes.bytes)
     return with_sizes(config, found)
 
 
@@ -90,14 +91,14 @@ def with_sizes(config: ConfigDict, sizes: Sizes) -> ConfigDict:
     return configuration.override(config.copy_and_resolve_references(), fields)
 
 
-def choices(config: ConfigDict, platform: Platform, devices: int = 1) -> list[Sizes]:
+def choices(config: ConfigDict, federation: Federation, platform: Platform, devices: int = 1) -> list[Sizes]:
     """What fits by the estimate, the fastest first. Settings that the configuration names are kept."""
-    fits = [sizes for sizes in _all(config, platform, devices) if sizes.bytes <= FILLED * platform.memory]
+    fits = [sizes for sizes in _all(config, federation, platform, devices) if sizes.bytes <= FILLED * platform.memory]
     return sorted(fits, key=lambda sizes: (sizes.time, -sizes.clients, sizes.bytes))
 
 
-def _all(config: ConfigDict, platform: Platform, devices: int) -> Iterator[Sizes]:
-    engine, people = config.engine, len(configuration.federation_of(config).clients)
+def _all(config: ConfigDict, federation: Federation, platform: Platform, devices: int) -> Iterator[Sizes]:
+    engine, people = config.engine, len(federation.clients)
     rows = [engine.microbatch] if engine.microbatch else [s for s in (32, 16, 8, 4, 2, 1) if s <= config.batch_size]
     if engine.clients_at_once:
         batches = [min(engine.clients_at_once, people)]
@@ -105,7 +106,7 @@ def _all(config: ConfigDict, platform: Platform, devices: int) -> Iterator[Sizes
         shards, halves = shards_of(config, devices), (-(-people // 2**n) for n in range(12))
         batches = sorted({people, *(min(people, -(-c // shards) * shards) for c in halves)})
     words = (KEPT, LAYER) if engine.remat == "auto" else (engine.remat,)
-    estimate = Estimate(config, platform, devices)
+    estimate = Estimate(config, federation, platform, devices)
     for clients in batches:
         for microbatch in rows:
             for remat in words:
@@ -120,9 +121,8 @@ class Estimate:
     much again of the row's blocks and their gradients.
     """
 
-    def __init__(self, config: ConfigDict, platform: Platform, devices: int = 1):
+    def __init__(self, config: ConfigDict, federation: Federation, platform: Platform, devices: int = 1):
         self.config, self.platform, self.devices = config, platform, devices
-        federation = configuration.federation_of(config)
         self.packed = assembly.packed_of(config, platform)
         self.people = len(federation.clients)
         model = assembly.model_config(config, attention="einsum", platform=platform)

@@ -247,7 +247,10 @@ class Experiment:
         """Rows by variant, client and task, in the order in which the configuration and the federation name them."""
         variants = [*self.variants, *{row["variant"]: None for row in rows}]
         tasks = [task.name for task in self.model.tasks]
-        return sorted(rows, key=lambda row: (variants.index(row["variant"]), row["client"], tasks.index(row["task"])))
+        number = {label: number for number, label in enumerate(self.federation.labels)}
+        return sorted(
+            rows, key=lambda row: (variants.index(row["variant"]), number[row["client"]], tasks.index(row["task"]))
+        )
 
 
 def build(
@@ -257,6 +260,7 @@ def build(
     method: Method | None = None,
     variants: Sequence[str] = (),
     target: Sequence[jax.Device] = (),
+    federation: Federation | None = None,
 ) -> Experiment:
     """Builds everything that a configuration describes: federation, data, model, method, and the engine to train it.
 
@@ -270,6 +274,7 @@ def build(
         blocks. Not read without one: those are the configuration's.
       target: devices of a topology (`jax.experimental.topologies`), to compile for and not to run: weights are not
         read, and what would lie on a device, or start there, is a `jax.ShapeDtypeStruct`.
+      federation: what `assembly.federation_of` made of the configuration, where that is known already.
 
     Raises:
       UserError: whatever is wrong with it, in one line.
@@ -292,11 +297,11 @@ def build(
         raise UserError("criterion: replacement is TAP's; use it with method='tap' and no method of your own")
     if method and not variants:
         raise UserError("variants: missing; name what the method's finish yields, and what is the server's blocks")
-    federation = configuration.federation_of(config)
+    federation = federation or assembly.federation_of(config)
     tasks = assembly.tasks_of(config, federation)
     variants = tuple(variants) if method else configuration.variants_of(config)
     platform = platform_of(target[0]) if target else None
-    sized = device_sizes.sized(config, platform, len(target or jax.devices()))
+    sized = device_sizes.sized(config, federation, platform, len(target or jax.devices()))
     settings = assembly.engine_settings(sized, len(federation.clients), platform)
     devices = parallel.devices(**config.mesh, cohort=settings.cohort_size, absent=target)
     # What cannot be had or does not fit is said before the data are read.
@@ -305,7 +310,7 @@ def build(
     notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config, platform))
     pretrained = None if target else pretrained_weights(config, tasks)
     data = read_data(config, federation, tasks)
-    notes = (*notes, *data.notes)
+    notes = (*notes, *data.notes, *assembly.test_notes(federation, data.personal_tests))
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
     model = ServerModel(assembly.model_config(sized, vocab=vocab, platform=platform), tasks)
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
@@ -339,6 +344,7 @@ def build(
         rule=method.rule,
         settings=settings,
         devices=devices,
+        labels=federation.labels,
     )
     return Experiment(
         config,
@@ -376,6 +382,8 @@ def read_data(config: ConfigDict, federation: Federation, tasks: Sequence[Task])
         split=config.federation.split,
         alpha=config.federation.alpha,
         parts=config.federation.parts,
+        classes_per_client=config.federation.classes_per_client,
+        client_column=config.data.client_column,
         personal_test=config.data.test_split == "personal",
         on_bad_row=config.data.on_bad_row,
         too_long=config.data.too_long,

@@ -8,6 +8,7 @@ A *stream* is a (task, domain) pair, the unit for which the compiled program has
 """
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Iterable, Mapping
 
@@ -120,12 +121,14 @@ class Client:
       group: the training sets are cut into as many equal parts as there are groups; a client draws from
         its own group's part, disjointly from the group's other clients.
       pattern: label of the row of the client table this client comes from (for per-pattern counts).
+      samples: task name -> training samples, where the data name the clients; else empty.
     """
 
     name: str
     shares: Mapping[str, float]
     group: int = 0
     pattern: int = 0
+    samples: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Federation:
 
     Attributes:
       clients: K of them; a client's number is its place here.
+      named: files and reports call the clients by their names, not by their numbers.
 
     Raises:
       UserError: no clients, a client without tasks, an unknown task, a share outside (0, 1], or shares of
@@ -149,8 +153,11 @@ class Federation:
     """
 
     clients: tuple[Client, ...]
+    named: bool = False
 
     def __post_init__(self):
+        if self.named and len({client.name for client in self.clients}) < len(self.clients):
+            raise UserError("federation.clients: two of one name; name each once")
         if not self.clients:
             raise UserError("federation.clients: empty; name at least one client")
         handed_out: dict[tuple[int, str], float] = {}
@@ -188,6 +195,31 @@ class Federation:
     def task_mask(self) -> np.ndarray:
         """bool [K, O]: client k has task o."""
         return np.array([[task.name in client.shares for task in self.tasks] for client in self.clients])
+
+    @functools.cached_property
+    def labels(self) -> tuple[int | str, ...]:
+        """What files and reports call each client."""
+        return tuple(client.name if self.named else number for number, client in enumerate(self.clients))
+
+    def number_of(self, label: int | str) -> int:
+        """The number of the client of that name, or of that number.
+
+        Raises:
+          UserError: there is none; the message says which there are.
+        """
+        names = [client.name for client in self.clients]
+        if str(label) in names:
+            return names.index(str(label))
+        if not self.named and str(label).isdecimal() and int(label) < len(names):
+            return int(label)
+        last = len(names) - 1
+        known = (
+            (", ".join(names) if last < 10 else f"{', '.join(names[:3])}, .. {names[-1]}")
+            if self.named
+            else f"numbers 0 to {last}"
+        )
+        near = [f"did you mean '{name}'? " for name in difflib.get_close_matches(str(label), names, n=1)]
+        raise UserError(f"client: no client '{label}'; {''.join(near) if self.named else ''}the run has {known}")
 
     def tasks_of(self, client: int) -> tuple[Task, ...]:
         """The tasks of client number `client`, in the federation's order."""

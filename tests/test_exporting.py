@@ -125,9 +125,9 @@ def test_fewer_tasks_from_python(run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--client=2"], "client: no number 2; the run has clients 0 to 1"),
-        (["--client=one"], "client: 'one' is no number of a client; the first is 0"),
-        (["--client=-1"], "client: '-1' is no number of a client"),
+        (["--client=2"], "client: no client .2.; the run has numbers 0 to 1"),
+        (["--client=one"], "client: no client .one.; the run has numbers 0 to 1"),
+        (["--client=-1"], "client: no client .-1.; the run has numbers"),
         ([], "client: missing; a personal model is some client's, name one of 0 to 1"),
         (["--client=1", "--tasks=ag_news,cifar100"], "tasks: client 1 does not have 'cifar100'; it has ag_news"),
         (["--model=server", "--tasks=vqa"], "tasks: the federation does not have 'vqa'; it has cifar100, ag_news"),

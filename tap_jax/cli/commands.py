@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: in
         _finish(screen, rows, pathlib.Path(workdir))
 
 
-def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+def evaluate(workdir: str, client: str = "", coordinator: str = "", processes: int = 0, process: int = -1) -> None:
     """`tap-jax evaluate`."""
     several = distributed.processes(coordinator, processes, process)
     folder = pathlib.Path(workdir)
@@ -47,7 +47,7 @@ def evaluate(workdir: str, coordinator: str = "", processes: int = 0, process: i
     with terminal.Terminal(config.rounds) as screen:
         screen.say("reading data, building the model")
         screen.doing("reading data, building the model")
-        rows = runs.evaluate(folder, _reporter(screen, evaluation_headline))
+        rows = runs.evaluate(folder, _reporter(screen, evaluation_headline), client=client or None)
         _finish(screen, rows, folder)
 
 
@@ -69,10 +69,8 @@ def export(workdir: str, client: str, format: str, out: str, model: str, variant
     """`tap-jax export`.
 
     Raises:
-      UserError: a client that is no number, a folder that cannot be written to, or what `export_client` raises.
+      UserError: a folder that cannot be written to, or what `export_client` raises.
     """
-    if client and not client.isdecimal():
-        raise UserError(f"client: '{client}' is no number of a client; the first is 0")
     _writable("out", out)
     startup.start_jax(configuration.of_run(workdir))
     from tap_jax.runs import exporting
@@ -80,7 +78,7 @@ def export(workdir: str, client: str, format: str, out: str, model: str, variant
     difference = exporting.export_client(
         workdir,
         out,
-        client=int(client) if client else None,
+        client=client or None,
         format=format,
         model=model,
         variant=variant,
@@ -156,9 +154,10 @@ def bench(
     """`tap-jax bench`: the JSON line goes to stdout, everything else to stderr."""
     several = distributed.processes(coordinator, processes, process)
     if clients:
-        most = len(configuration.federation_of(config).clients)
-        if not 0 < clients <= most:
-            raise UserError(f"clients: {clients} of {most}; use 1 to {most}")
+        if not configuration.is_natural(config):  # whose clients are known once the data are looked at
+            most = len(configuration.federation_of(config).clients)
+            if not 0 < clients <= most:
+                raise UserError(f"clients: {clients} of {most}; use 1 to {most}")
         configuration.validate(configuration.override(config, {"cohort_size": clients}))
     if against:  # or JAX would take the GPU's memory for itself
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -259,7 +258,12 @@ _ALL = (
     Command(
         "evaluate",
         evaluate,
-        (Flag("workdir", "DIR", "of a finished run"), _REGISTER, *PROCESSES),
+        (
+            Flag("workdir", "DIR", "of a finished run"),
+            Flag("client", "NAME", "score this one alone, by name or number, and write nothing; default: all", ""),
+            _REGISTER,
+            *PROCESSES,
+        ),
         "scores the models of a finished run again",
         "Rewrites results.json, report.md, report.html and figures/.\nExample: tap-jax evaluate --workdir=runs/demo",
     ),
@@ -280,7 +284,7 @@ _ALL = (
         export,
         (
             Flag("workdir", "DIR", "of a finished run"),
-            Flag("client", "N", "whose model, from 0; --model=server may do without", ""),
+            Flag("client", "NAME", "whose model: a number from 0, or its name; --model=server may do without", ""),
             Flag("format", "FORMAT", "torch (the default: all of it), or of the encoders peft, huggingface", "torch"),
             Flag("out", "DIR", "where the files go, a new or empty folder"),
             Flag(

@@ -8,7 +8,7 @@ the file's argument (`flava:rounds=5,seed=42`) and `load_config`'s `overrides` c
 from ml_collections import ConfigDict
 
 from tap_jax.config.defaults import NEUTRAL_FIELDS, SERVER_VARIANTS, VARIANTS, default_config
-from tap_jax.config.derived import data_cache, federation_of, margin_label, margins_of, variants_of
+from tap_jax.config.derived import data_cache, federation_of, is_natural, margin_label, margins_of, variants_of
 from tap_jax.config.fields import override, value_of
 from tap_jax.config.files import from_json, load_config, of_run, to_json
 from tap_jax.config.identity import config_hash, differences
@@ -24,6 +24,7 @@ __all__ = [
     "default_config",
     "differences",
     "federation_of",
+    "is_natural",
     "from_json",
     "load_config",
     "margin_label",

@@ -24,6 +24,7 @@ SERVER_VARIANTS = ("fedavg", "per-fedavg", "disentafl", "centralised")
 
 # Packages that curves can go to, and extras of their names.
 WRITERS = ("tensorboard", "wandb")
+NATURAL_SPLITS = ("column", "folder")  # where the data say who the clients are
 IMAGE_SIDE = 64  # pixels a side of every stored image
 FLAVA_POSITIONS = 512  # of the text encoder, in every published FLAVA
 
@@ -153,11 +154,19 @@ def default_config() -> ConfigDict:
     # Parts that a training set is cut into: 0 is one for each group; with fewer, groups share them in turn, so that a
     # large federation can be played on little data. Only with split "share".
     federation.parts = 0
-    federation.split = "share"  # by the table's shares | "iid": equal parts for a task's clients | "dirichlet"
+    # How samples are dealt out: by the table's shares | "iid": equal parts for a task's clients | "dirichlet" |
+    # "pathological": a few classes for each (McMahan et al. 2017). Or clients are as the data name them, and no table
+    # is read: "column": by the values of data.client_column | "folder": each folder in data.root is a client's.
+    federation.split = "share"
     federation.alpha = 0.5  # Dirichlet concentration per label; small is skewed; only with "dirichlet"
+    federation.classes_per_client = 2  # of each task, or domains where it has no classes; only with "pathological"
+    federation.tasks = ()  # names of the tasks to take; (): all that data.root has; only with "column" or "folder"
 
     config.data = data = ConfigDict()
-    data.root = "synthetic"  # | "hub" (ids in data/sources.py) | folder with one sub-folder of files per task
+    # | "sites", with a column "site" | "hub" (ids in data/sources.py) | folder with one sub-folder of files per
+    # task, or with federation.split "folder" with one sub-folder per client that has one per task
+    data.root = "synthetic"
+    data.client_column = ""  # says whose a row is, in training and test sets; only with federation.split "column"
     data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all (900 of the embedded suite)
     data.test_size = 0  # samples per task; 0: all (150 of the embedded suite)
@@ -166,7 +175,9 @@ def default_config() -> ConfigDict:
     # options that Table 23 puts behind it stay | cut off its "end"
     data.too_long = "middle"
     data.held_out = 0.0  # part of each client's training samples left out of training, for what looks at held-out loss
-    data.test_split = "common"  # ⚙ each task's whole test set for each client | "personal": cut like the training set
+    # ⚙ each task's whole test set for each client | "personal": cut like the training set. A client that the data name
+    # and that has no test row of its task gets no score there.
+    data.test_split = "common"
     data.image_classes = 0  # keep only labels below this in image classification; 0: all
     data.tokenizer = "train"  # word pieces trained on the run's own texts | hub id | folder
     data.cache_dir = ""  # of downloads and prepared arrays; "": tap_jax/data in the user's cache folder
@@ -252,7 +263,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.condition": ("pooled", "paths"),
     "model.position": ("interpolate", "slice"),
     "federation.table": (*PAPER_ROWS, "custom"),
-    "federation.split": ("share", "iid", "dirichlet"),
+    "federation.split": ("share", "iid", "dirichlet", "pathological", *NATURAL_SPLITS),
     "data.test_split": ("common", "personal"),
     "data.on_bad_row": ("stop", "skip"),
     "data.too_long": ("middle", "end"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tap_jax.config.defaults import VARIANTS
+from tap_jax.config.defaults import NATURAL_SPLITS, VARIANTS
 from tap_jax.config.fields import is_number
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS, PAPER_ROWS, Federation, client_table
@@ -20,13 +20,21 @@ def federation_of(config: ConfigDict) -> Federation:
 
     Raises:
       UserError: unknown table or task, or shares that do not add up.
+      ValueError: the data say who the clients are; `assembly.federation_of` reads them.
     """
+    if is_natural(config):
+        raise ValueError(f"federation.split={config.federation.split}: the clients are in the data")
     rows = client_rows(config.federation)
     federation = client_table(rows, groups=config.federation.groups)
     if config.method != "centralised":
         return federation
     total = {task.name: min(1.0, sum(row.get(task.name, 0.0) for row in rows)) for task in federation.tasks}
     return client_table((total,), groups=1)
+
+
+def is_natural(config: ConfigDict) -> bool:
+    """Whether the data say who the clients are, and not a table."""
+    return config.federation.split in NATURAL_SPLITS
 
 
 def variants_of(config: ConfigDict) -> tuple[str, ...]:

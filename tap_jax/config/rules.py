@@ -6,10 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tap_jax.config.defaults import CHOICES, FLAVA_POSITIONS, IMAGE_SIDE, VARIANTS, WRITERS, default_config
-from tap_jax.config.derived import client_rows, margins_of
+from tap_jax.config.derived import client_rows, is_natural, margins_of
 from tap_jax.config.fields import cast, flat, is_number, refuse_unknown
 from tap_jax.errors import UserError
-from tap_jax.federation import client_table
+from tap_jax.federation import client_table, find_task
 
 # Every other number is > 0; tuples of numbers elementwise.
 _MAY_BE_ZERO = (
@@ -152,6 +152,15 @@ def _check_federation(config: ConfigDict) -> None:
             f"federation.parts: {federation.parts} for {federation.groups} groups leaves data without a client; use at"
             f" most {federation.groups}, or take less by data.train_size"
         )
+    for field, wanted, value in (
+        ("data.client_column", "'column'", config.data.client_column),
+        ("federation.tasks", "'column' or 'folder'", federation.tasks),
+    ):
+        if value and f"'{federation.split}'" not in wanted:
+            raise UserError(f"{field}: goes with federation.split={wanted}, not '{federation.split}'; drop one")
+    if is_natural(config):
+        _check_natural(config)
+        return
     rows = client_rows(federation)
     clients = len(rows) * federation.groups
     if clients > _MOST_CLIENTS:  # before a table of so many is made
@@ -162,6 +171,24 @@ def _check_federation(config: ConfigDict) -> None:
     client_table(rows, groups=federation.groups)
     if config.cohort_size > clients:
         raise UserError(f"cohort_size: {config.cohort_size} of {clients} clients; use at most {clients}")
+
+
+def _check_natural(config: ConfigDict) -> None:
+    """Clients that the data name; how many there are is known once they are found."""
+    federation, data = config.federation, config.data
+    if federation.rows:
+        raise UserError(f"federation.rows: federation.split='{federation.split}' takes clients from the data; drop one")
+    if federation.split == "column" and not data.client_column:
+        raise UserError("data.client_column: empty; name the column that says whose a row is, such as 'site'")
+    if data.root == "synthetic" or (federation.split == "folder" and data.root in ("hub", "sites")):
+        raise UserError(
+            f"data.root: '{data.root}' has no clients for federation.split='{federation.split}'; name a folder"
+            + (", 'hub' or 'sites'" if federation.split == "column" else " with one sub-folder per client")
+        )
+    for name in federation.tasks:
+        find_task(name)
+    if data.root == "hub" and not federation.tasks:
+        raise UserError("federation.tasks: empty; name the tasks to take from the hub")
 
 
 def _check_field(field: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 IMAGE_SIDE = 64
-_PER_SAMPLE = ("domains", "images", "inputs", "labels", "targets", "references", "shorten")
+PER_SAMPLE = ("domains", "images", "inputs", "labels", "targets", "references", "shorten", "clients")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Examples:
       labels: int32 [N], classification only.
       targets: N texts, text_generation only: what the decoder must write.
       references: text_generation only: per sample one or more acceptable outputs, the target first.
+      clients: N names, whose each sample is; None where the data name no clients.
       shorten: int32 [N, 2], where the part of an input begins and ends, in characters, that gives way where the whole
         is too long for the model: a question, say, and not the options after it. None: the end of the input does.
       notes: lines for the user, about rows that were skipped.
@@ -47,11 +48,12 @@ class Examples:
     labels: np.ndarray | None = None
     targets: tuple[str, ...] | None = None
     references: tuple[tuple[str, ...], ...] | None = None
+    clients: tuple[str, ...] | None = None
     shorten: np.ndarray | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in _PER_SAMPLE:
+        for name in PER_SAMPLE:
             value = getattr(self, name)
             if value is not None and len(value) != len(self.domains):
                 raise ValueError(f"{name} has {len(value)} entries, domains has {len(self.domains)}")
@@ -74,7 +76,7 @@ class Examples:
         """The samples `ids` (int [M], repeats allowed), in that order."""
         ids = np.asarray(ids, dtype=np.int64)
         taken: dict = {"notes": self.notes}
-        for name in _PER_SAMPLE:
+        for name in PER_SAMPLE:
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
                 taken[name] = value[ids]

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tap_jax.data import clients as natural
 from tap_jax.data import hub, synthetic
 from tap_jax.data.examples import Examples
-from tap_jax.data.partition import assign
+from tap_jax.data.partition import assign, by_name
 from tap_jax.data.sampling import ClientData
 from tap_jax.data.text import TaskArrays, WordPiece, encode_examples, load_tokenizer
 from tap_jax.errors import UserError
@@ -23,7 +24,8 @@ class FederatedData:
     Attributes:
       train, test: task name -> arrays of the split.
       clients: one `ClientData` per client, ids into `train`.
-      personal_tests: per client, task name -> ids into `test`; None where everybody has the common test set.
+      personal_tests: per client, task name -> ids into `test`; None where everybody has the common test set. A task is
+        missing where the client has no test sample of it.
       tokenizer: None where no task has text.
       notes: lines for the user, about rows that were skipped and texts that were cut.
     """
@@ -34,6 +36,16 @@ class FederatedData:
     personal_tests: tuple[Mapping[str, np.ndarray], ...] | None
     tokenizer: WordPiece | None
     notes: tuple[str, ...] = ()
+
+    def samples(self) -> list[dict[str, int]]:
+        """Per client, task name -> training samples."""
+        found: list[dict[str, int]] = []
+        for client in self.clients:
+            found.append({})
+            for stream, ids in client.streams.items():
+                task = stream.partition("/")[0]
+                found[-1][task] = found[-1].get(task, 0) + len(ids)
+        return found
 
 
 def build(
@@ -53,6 +65,8 @@ def build(
     split: str = "share",
     alpha: float = 0.5,
     parts: int = 0,
+    classes_per_client: int = 2,
+    client_column: str = "",
     personal_test: bool = False,
     on_bad_row: str = "stop",
     too_long: str = "middle",
@@ -62,7 +76,7 @@ def build(
     Args:
       federation: who takes how much of what.
       tasks: the federation's tasks, with the number of classes in use.
-      root: "synthetic", "hub" or a folder; see `hub.load`.
+      root: "synthetic", "sites", "hub" or a folder; see `hub.load` and `sites`.
       seed: of the synthetic suite and of the split between clients.
       vocab: V; the bound where the tokenizer is trained, else what the tokenizer must have.
       max_text, max_answer: longest input and answer in word pieces.
@@ -71,7 +85,9 @@ def build(
       image_classes: keep only labels below this in image classification; 0 for all.
       folders: task name -> sub-folder of `root`, where it is not the task's name.
       cache_dir: of converted sets and trained tokenizers; None keeps nothing.
-      split, alpha, parts: how a set is dealt out; see `partition.assign`.
+      split, alpha, parts, classes_per_client: how a set is dealt out; see `partition.assign`. "column" and "folder": as
+        the data say, see `clients`; a federation without names then has all in common, by shares.
+      client_column: "column" only; says whose a row is.
       personal_test: cut each test set between the clients like its training set.
       on_bad_row: see `hub.load`. too_long: see `text.encode_examples`.
 
@@ -86,7 +102,10 @@ def build(
             if root == "synthetic":
                 found[task.name] = synthetic.load(task, part, size=limit or SYNTHETIC_SIZES[part], seed=seed)
             else:
-                found[task.name] = _read(task, part, root, limit, image_classes, folders, cache_dir, on_bad_row)
+                column = client_column if split == "column" else None if split == "folder" else ""
+                found[task.name] = _read(
+                    task, part, root, limit, image_classes, folders, cache_dir, on_bad_row, seed, column
+                )
     pieces = _tokenizer(tokenizer, splits["train"], vocab, cache_dir)
     encoded = {
         part: {
@@ -104,13 +123,29 @@ def build(
     for name in train:
         train[name], test[name] = _equal_widths(train[name], test[name])
 
-    def deal(arrays):
-        labels = {name: part.domains if part.labels is None else part.labels for name, part in arrays.items()}
-        counts = {name: len(part) for name, part in arrays.items()}
-        return assign(federation, counts, seed=seed, labels=labels, split=split, alpha=alpha, parts=parts)
+    def kinds(arrays):
+        return {name: part.domains if part.labels is None else part.labels for name, part in arrays.items()}
 
-    clients = tuple(client_data(tasks, mine, train) for mine in deal(train))
-    return FederatedData(train, test, clients, tuple(deal(test)) if personal_test else None, pieces, tuple(notes))
+    def deal(part, arrays):
+        if federation.named:
+            names = {name: examples.clients for name, examples in splits[part].items()}
+            return by_name(federation, names, test=part == "test")
+        return assign(
+            federation,
+            {name: len(part) for name, part in arrays.items()},
+            seed=seed,
+            labels=kinds(arrays),
+            split="share" if split in ("column", "folder") else split,
+            alpha=alpha,
+            parts=parts,
+            classes_per_client=classes_per_client,
+            classes=kinds(train),
+        )
+
+    clients = tuple(client_data(tasks, mine, train) for mine in deal("train", train))
+    return FederatedData(
+        train, test, clients, tuple(deal("test", test)) if personal_test else None, pieces, tuple(notes)
+    )
 
 
 def _cut_notes(
@@ -174,19 +209,30 @@ def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
     return tuple(map(padded, splits))
 
 
-def _read(task: Task, part: str, root, limit: int, image_classes: int, folders, cache_dir, on_bad_row: str) -> Examples:
+def _read(
+    task: Task,
+    part: str,
+    root: str,
+    limit: int,
+    image_classes: int,
+    folders: Mapping[str, str] | None,
+    cache_dir: str | None,
+    on_bad_row: str,
+    seed: int,
+    column: str | None,
+) -> Examples:
+    """`column`: says whose a row is; None where each folder is a client's, "" where nothing does."""
     reduced = bool(image_classes) and task.kind == "image_classification"
+    drawn = root == "sites"  # with the classes in use
+    reduced = reduced and not drawn
     known = dataclasses.replace(task, classes=10**6) if reduced else task
     folders = {name: folder for name, folder in (folders or {}).items() if folder}
-    found = hub.load(
-        known,
-        part,
-        root=root,
-        cache_dir=cache_dir,
-        limit=None if reduced else limit or None,
-        folders=folders,
-        on_bad_row=on_bad_row,
-    )
+    given = {"root": root, "folders": folders, "cache_dir": cache_dir, "on_bad_row": on_bad_row}
+    given["limit"] = None if reduced else limit or None
+    if drawn or column != "":
+        found = natural.read(known, part, column=column or "", seed=seed, **given)
+    else:
+        found = hub.load(known, part, **given)
     if reduced:
         kept = np.flatnonzero(found.labels < task.classes)
         if len(kept) == 0:

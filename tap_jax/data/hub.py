@@ -39,6 +39,7 @@ def load(
     cache_dir: str | None = None,
     limit: int | None = None,
     folders: Mapping[str, str] | None = None,
+    client_column: str = "",
     on_bad_row: str = "stop",
 ) -> Examples:
     """Reads one split of one task.
@@ -50,6 +51,7 @@ def load(
       cache_dir: where converted splits are kept (and the hub's files); None converts every time.
       limit: at most so many samples, a fixed random subset in the file's order; None for all.
       folders: task name -> folder under `root`, where it is not the task's name.
+      client_column: the column that says whose a row is; "" where none does.
       on_bad_row: "stop" at a row that cannot be used, or "skip" it; what was skipped is in the examples' notes.
 
     Raises:
@@ -65,10 +67,13 @@ def load(
     conversion = [dataclasses.astuple(source), _described(TEMPLATES.get(task.name)), _SPLIT_SEED, VQA_TRAIN_ROWS]
     files = _files(task, split, root, folders)
     identity = [file.identity for file in files] or ["hub"]
-    cached = cache_dir and cache.cache_path(cache_dir, task, split, [identity, *conversion, limit, on_bad_row])
+    owner = (client_column,) if client_column else ()
+    settings = [identity, *conversion, limit, on_bad_row, *owner]
+    cached = cache_dir and cache.cache_path(cache_dir, task, split, settings)
     if cached and (examples := cache.read_cache(cached)) is not None:
         return examples
-    examples = convert(task, split, _opened(task, split, files, cache_dir), limit=limit, on_bad_row=on_bad_row)
+    rows = _opened(task, split, files, cache_dir, owner)
+    examples = convert(task, split, rows, limit=limit, client_column=client_column, on_bad_row=on_bad_row)
     if cached:
         try:
             cache.write_cache(cached, examples)
@@ -95,6 +100,27 @@ def rows_of(
       UserError: data that are missing or lack a column.
     """
     return _opened(task, split, _files(task, split, root, folders), cache_dir, also)
+
+
+def client_name(value: object, *, where: str, column: str) -> str:
+    """The name of a client as a cell gives it: text, or a number, of which 3 and 3.0 are one.
+
+    Raises:
+      BadRow: the cell is empty.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    name = "" if values.is_null(value) else str(value).strip()
+    if not name:
+        raise values.bad(where, column, "no client's name")
+    return name
+
+
+def subset(count: int, limit: int | None) -> np.ndarray:
+    """Which of `count` rows a limit keeps, ascending: a fixed random subset; all of them without a limit."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(_SPLIT_SEED).permutation(count)[:limit])
 
 
 def _files(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -> list[reading.Files]:
@@ -172,7 +198,13 @@ def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> t
 
 
 def convert(
-    task: Task, split: str, rows: reading.Joined, *, limit: int | None = None, on_bad_row: str = "stop"
+    task: Task,
+    split: str,
+    rows: reading.Joined,
+    *,
+    limit: int | None = None,
+    client_column: str = "",
+    on_bad_row: str = "stop",
 ) -> Examples:
     """Rows with the hub's columns -> `Examples`.
 
@@ -180,7 +212,7 @@ def convert(
       task: its kind, domains and number of classes.
       split: "train" or "test"; test rows of common_gen with one concept_set_idx become one sample.
       rows: with the source's columns; pictures as bytes or {"bytes": ..., "path": ...}.
-      limit: see `load`.
+      limit, client_column: see `load`. Rows of several clients are never one sample.
       on_bad_row: see `load`.
 
     Raises:
@@ -189,23 +221,23 @@ def convert(
     """
     source, place = SOURCES[task.name], f"{task.name}/{split}"
     _check_source(task, source)
-    columns = rows.columns([name for name in source.needed if name != source.image])  # images come one by one
+    needed = dict.fromkeys((*source.needed, *((client_column,) if client_column else ())))
+    columns = rows.columns([name for name in needed if name != source.image])  # images come one by one
     if not rows.count:
         raise UserError(f"data.root: {place} has no rows; put data there")
     attempt = _Attempts(place, on_bad_row)
     groups = [[row] for row in range(rows.count)]
     if task.name == "common_gen" and split == "test":
-        by_set: dict[int, list[int]] = {}
-        for row, index in enumerate(columns["concept_set_idx"]):
+        by_set: dict[object, list[int]] = {}
+        owners = columns[client_column] if client_column else [None] * rows.count
+        for row, (index, owner) in enumerate(zip(columns["concept_set_idx"], owners, strict=True)):
             if attempt(row, values.check, index, column="concept_set_idx") is not _FAILED:
-                by_set.setdefault(index, []).append(row)
+                by_set.setdefault((index, owner), []).append(row)
         groups = list(by_set.values())
-    if limit is not None and limit < len(groups):
-        kept = np.random.default_rng(_SPLIT_SEED).permutation(len(groups))[:limit]
-        groups = [groups[i] for i in np.sort(kept)]
+    groups = [groups[i] for i in subset(len(groups), limit)]
     samples = []  # (row, its fields, those of the further rows of its group)
     for group in groups:
-        found = [(row, attempt(row, _fields, task, columns, row)) for row in group]
+        found = [(row, attempt(row, _fields, task, columns, row, client_column)) for row in group]
         found = [(row, fields) for row, fields in found if fields is not _FAILED]
         if found:
             samples.append((found[0][0], [fields for _, fields in found]))
@@ -228,6 +260,8 @@ def convert(
         fields["references"] = tuple(tuple(mine["target"] for mine in group) for _, group in samples)
         fields["targets"] = tuple(group[0] for group in fields["references"])
         fields["shorten"] = np.array([mine["shorten"] for mine in first], np.int32)
+    if client_column:
+        fields["clients"] = tuple(mine["client"] for mine in first)
     return Examples(**fields)
 
 
@@ -282,9 +316,11 @@ def _check_source(task: Task, source: Source) -> None:
         )
 
 
-def _fields(task: Task, columns: Columns, row: int, *, where: str) -> dict:
-    """What a row has besides its image: domain, label, texts."""
+def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where: str) -> dict:
+    """What a row has besides its image: domain, label, texts, whose it is."""
     source, found = SOURCES[task.name], {"domain": 0}
+    if client_column:
+        found["client"] = client_name(columns[client_column][row], where=where, column=client_column)
     if source.label:
         remedy = f"raise classes of {task.name}, "
         entry = columns[source.label][row]

@@ -56,6 +56,7 @@ class Engine:
       like: shapes of every block by name, private ones too.
       finished: what the blocks of finished models are of, see `BlockTables`; default: of `model`.
       devices: where everything runs.
+      labels: what files and reports call each client; default: its number.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class Engine:
         rule: LocalRule,
         settings: EngineSettings,
         devices: Devices,
+        labels: Sequence[int | str] = (),
     ):
         self.model, self.partition, self.settings, self.devices = model, partition, settings, devices
         self.data, self.held_out, self.rule = tuple(data), tuple(held_out), rule
+        self.labels = tuple(labels) or tuple(range(len(self.data)))
         self.tasks: tuple[Task, ...] = model.tasks
         self.shared, self.by_client, self.by_row = map(devices.sharding, (SHARED, CLIENTS, ROWS))
         self.frozen = devices.put(frozen, SHARED)

@@ -5,6 +5,7 @@ A key is a block's name, a colon, and the path of the leaf in the block: "mote/i
 
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,18 +19,26 @@ from tap_jax.errors import UserError
 from tap_jax.whole_files import replaced
 
 
-def model_file(folder: str | os.PathLike, variant: str, client: int) -> pathlib.Path:
-    """Where the model is, or will be."""
-    return pathlib.Path(folder) / variant / f"client_{client:04d}.safetensors"
+def model_file(folder: str | os.PathLike, variant: str, client: int, name: str = "") -> pathlib.Path:
+    """Where the model is, or will be.
+
+    Args:
+      name: of a client that has one; letters that not every file system takes are written as in addresses, "%2F". The
+        number tells names apart that differ in upper and lower case alone.
+    """
+    name = f"_{urllib.parse.quote(name, safe=' ')}" if name else ""
+    return pathlib.Path(folder) / variant / f"client_{client:04d}{name}.safetensors"
 
 
-def write_model(folder: str | os.PathLike, variant: str, client: int, blocks: Blocks, rounds: int) -> None:
+def write_model(
+    folder: str | os.PathLike, variant: str, client: int, blocks: Blocks, rounds: int, name: str = ""
+) -> None:
     """Writes one client's blocks as they are after `rounds` rounds; the file is there whole or not at all.
 
     Raises:
       UserError: it cannot be written.
     """
-    path = model_file(folder, variant, client)
+    path = model_file(folder, variant, client, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     # safetensors writes the memory of an array as it lies, whatever its strides.
     tensors = {key: np.ascontiguousarray(leaf) for key, leaf in _leaves(blocks)}
@@ -40,13 +49,15 @@ def write_model(folder: str | os.PathLike, variant: str, client: int, blocks: Bl
         raise UserError(f"workdir: {path} cannot be written ({error}); free some space, and call train again") from None
 
 
-def read_model(folder: str | os.PathLike, variant: str, client: int, like: Blocks, rounds: int) -> Blocks:
+def read_model(
+    folder: str | os.PathLike, variant: str, client: int, like: Blocks, rounds: int, name: str = ""
+) -> Blocks:
     """One client's blocks, in the shapes of `like`.
 
     Raises:
       UserError: the file is missing or damaged, or of another round.
     """
-    path = model_file(folder, variant, client)
+    path = model_file(folder, variant, client, name)
     try:
         with safe_open(path, "numpy") as file:
             if (file.metadata() or {}).get("rounds") != str(rounds):

@@ -148,7 +148,9 @@ def _kept(cohort: Cohort, state: State) -> State:
     Raises:
       UserError: an update was dropped, and `screening.on_broken` is "stop".
     """
-    if cohort.engine.settings.screening.stop and (broken := dropped(cohort.verdicts, cohort.clients)):
+    if cohort.engine.settings.screening.stop and (
+        broken := dropped(cohort.verdicts, cohort.clients, cohort.engine.labels)
+    ):
         found = ", ".join(map(describe, broken))
         raise UserError(
             f"screening.on_broken: 'stop', and round {cohort.round + 1} has a broken update: {found}; look at the"
@@ -180,10 +182,11 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
     names = [task.name for task in engine.tasks]
     real = [position for position, client in enumerate(cohort.clients) if client >= 0]
     real.sort(key=lambda position: cohort.clients[position])
+    label = {p: engine.labels[cohort.clients[p]] for p in real}
 
     def by_client(table):
         return {
-            str(cohort.clients[p]): {
+            str(label[p]): {
                 name: float(table[p, o]) if np.isfinite(table[p, o]) else None
                 for o, name in enumerate(names)
                 if metrics["seen"][p, o]
@@ -193,13 +196,13 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
 
     line = {
         "round": round_,
-        "clients": [int(cohort.clients[p]) for p in real],
+        "clients": [label[p] for p in real],
         "learning_rate": float(settings.rate(round_)),
         "losses": {model: by_client(metrics[key]) for key, model in LOSSES.items() if key in metrics},
     }
     if "replaced" in metrics:
         line["replacements"] = [
-            {"round": round_, "client": int(cohort.clients[p]), "task": names[o], "variant": variant}
+            {"round": round_, "client": label[p], "task": names[o], "variant": variant}
             for variant, replaced in metrics["replaced"].items()
             for p in real
             for o in np.flatnonzero(replaced[p])
@@ -208,11 +211,11 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
         # Those of the cohort send what they trained; every client of the federation receives its blocks (Algorithm 1).
         sizes = np.array([blocks.size_bytes(engine.like[name]) for name in engine.partition.names])
         sizes *= engine.partition.sent  # private blocks stay where they are
-        line["bytes_sent"] = {str(k): int(engine.sends[k] @ sizes) for k in line["clients"]}
+        line["bytes_sent"] = {str(label[p]): int(engine.sends[cohort.clients[p]] @ sizes) for p in real}
         line["bytes_received"] = int(engine.partition.owned.sum(0) @ sizes)
     if cohort.verdicts:
-        line["dropped"] = dropped(cohort.verdicts, cohort.clients)
-        if found := norms(cohort.verdicts, cohort.clients):
+        line["dropped"] = dropped(cohort.verdicts, cohort.clients, engine.labels)
+        if found := norms(cohort.verdicts, cohort.clients, engine.labels):
             line["update_norms"] = found
         if settings.privacy:
             line["epsilon"] = epsilon(

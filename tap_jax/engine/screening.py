@@ -87,17 +87,18 @@ def screen(
     return losses.seen.any(1) & (reason == 0), Verdicts(reason, norm)
 
 
-def dropped(verdicts: Sequence[Verdicts], clients: np.ndarray) -> list[dict]:
+def dropped(verdicts: Sequence[Verdicts], clients: np.ndarray, labels: Sequence[int | str]) -> list[dict]:
     """The dropped updates of a round as JSON-ready entries {"client", "why"}, with "norm" where that is why.
 
     Args:
       verdicts: of the round's aggregations. clients: int [P], client numbers, -1 at an empty position.
+      labels: what each client is called.
     """
     found = []
     for verdict in jax.device_get(list(verdicts)):
         for position in np.flatnonzero((verdict.reason > 0) & (clients >= 0)):
             why = REASONS[verdict.reason[position] - 1]
-            entry = {"client": int(clients[position]), "why": why}
+            entry = {"client": labels[clients[position]], "why": why}
             if why == REASONS[2]:
                 norm = float(verdict.norm[position])
                 entry["norm"] = norm if np.isfinite(norm) else None
@@ -105,10 +106,10 @@ def dropped(verdicts: Sequence[Verdicts], clients: np.ndarray) -> list[dict]:
     return sorted(found, key=lambda entry: entry["client"])
 
 
-def norms(verdicts: Sequence[Verdicts], clients: np.ndarray) -> dict[str, float | None]:
-    """Client number -> ‖Δ_i‖ in this round, where it was asked for; None where it is no number."""
+def norms(verdicts: Sequence[Verdicts], clients: np.ndarray, labels: Sequence[int | str]) -> dict[str, float | None]:
+    """What a client is called -> ‖Δ_i‖ in this round, where it was asked for; None where it is no number."""
     return {
-        str(client): float(norm) if np.isfinite(norm) else None
+        str(labels[client]): float(norm) if np.isfinite(norm) else None
         for verdict in jax.device_get(list(verdicts))
         if verdict.norm is not None
         for client, norm in sorted(zip(clients.tolist(), verdict.norm, strict=True))
@@ -134,5 +135,10 @@ def totals(lines: Iterable[Mapping]) -> dict | None:
     return {
         "updates": sum(len(line["clients"]) for line in lines),
         "dropped": sum(len(line["dropped"]) for line in lines),
-        "clients": {client: dict(clients[client]) for client in sorted(clients, key=int)},
+        "clients": {client: dict(clients[client]) for client in sorted(clients, key=_in_order)},
     }
+
+
+def _in_order(label: str) -> tuple:
+    """Numbers by size, and behind them names."""
+    return (0, int(label), "") if label.isdecimal() else (1, 0, label)

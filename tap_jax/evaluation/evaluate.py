@@ -104,8 +104,14 @@ class Evaluator:
         return found
 
     def ids(self, client: int, task: str) -> np.ndarray:
-        """int64 [.], the client's test samples of a task."""
-        return np.arange(len(self.tests[task])) if self.personal is None else self.personal[client][task]
+        """int64 [.], the client's test samples of a task; none where it has no test set of its own there."""
+        if self.personal is None:
+            return np.arange(len(self.tests[task]))
+        return self.personal[client].get(task, np.zeros(0, np.int64))
+
+    def label(self, client: int) -> int | str:
+        """What results call a client."""
+        return self.engine.labels[client]
 
     def predict(
         self, cohort: Cohort, params: Params, wanted: Mapping[str, set[int]], name: str = "the model"
@@ -125,7 +131,7 @@ class Evaluator:
             if any(one.count.any() for one in rows):
                 clients = set().union(*(wanted.get(task.name, ()) for task in family.tasks))
                 tasks = ", ".join(task.name for task in family.tasks if wanted.get(task.name))
-                self.tell(f"{name}: predictions for {tasks}, {_clients(clients & set(cohort.clients.tolist()))}")
+                self.tell(f"{name}: predictions for {tasks}, {self._clients(clients & set(cohort.clients.tolist()))}")
                 values = self._programs[family.name](
                     self.engine.frozen,
                     self.arrays[family.name],
@@ -198,13 +204,13 @@ class Evaluator:
             values = {"mse": float(np.mean(predicted, dtype=np.float64))}
         else:
             texts = self.tokenizer.decode(predicted)
-            self.tell(f"{variant}: scores of {len(texts)} texts of {task.name}, client {client}")
+            self.tell(f"{variant}: scores of {len(texts)} texts of {task.name}, client {self.label(client)}")
             scores = self.scorer.score(texts, [test.references[i] for i in ids])
             values = {name: float(np.mean(value)) for name, value in scores.items()}
         return [
             Row(
                 variant=variant,
-                client=client,
+                client=self.label(client),
                 task=task.name,
                 metric=metric,
                 value=None if diverged or not np.isfinite(value) else value,
@@ -220,7 +226,10 @@ class Evaluator:
         """
         mask = self.engine.partition.task_mask
         diverged = {(client, name) for client, mine in models.items() for name in self._broken(mine)}
-        wanted = {task.name: {k for k in models if mask[k, o]} for o, task in enumerate(self.engine.tasks)}
+        wanted = {
+            task.name: {k for k in models if mask[k, o] and len(self.ids(k, task.name))}
+            for o, task in enumerate(self.engine.tasks)
+        }
         params = cohort.load(models, like=self.engine.finished.like)
         if self.sampler:
             self.sampler.images(variant, cohort, params)
@@ -236,7 +245,10 @@ class Evaluator:
         lost = mask & state.seen.any(0) & ~(state.seen & state.heard).any(0)
         diverged = {(int(k), self.engine.tasks[o].name) for k, o in np.argwhere(lost)}
         owners = {task.name: np.flatnonzero(mask[:, o]) for o, task in enumerate(self.engine.tasks)}
-        wanted = {name: {int(k) for k in (found if self.personal else found[:1])} for name, found in owners.items()}
+        wanted = {
+            name: {int(k) for k in (found if self.personal else found[:1]) if len(self.ids(int(k), name))}
+            for name, found in owners.items()
+        }
         for cohort in self.engine.client_batches(0):
             present = {name: clients & {int(k) for k in cohort.clients} for name, clients in wanted.items()}
             if any(present.values()):
@@ -245,8 +257,14 @@ class Evaluator:
                     self.sampler.images(variant, cohort, params)
                 rows += self._score_all(variant, self.predict(cohort, params, present, variant), diverged)
         if self.personal is None:
-            rows = [Row({**row, "client": int(k)}) for row in rows for k in owners[row["task"]]]
+            rows = [Row({**row, "client": self.label(k)}) for row in rows for k in owners[row["task"]]]
         return rows
+
+    def _clients(self, numbers: Collection[int]) -> str:
+        """In words: "client 3", "clients 3, 13", "30 clients"."""
+        if len(numbers) > 4:
+            return f"{len(numbers)} clients"
+        return f"client{'s' * (len(numbers) > 1)} {', '.join(str(self.label(k)) for k in sorted(numbers))}"
 
     def _broken(self, mine: Blocks) -> list[str]:
         """Names of the tasks that use a block of the client's which holds a value that is no number."""
@@ -315,10 +333,3 @@ def _of(rows: TestRows, values: np.ndarray, position: int, cohort: Cohort, varia
     ids = rows.ids[shard][mine].reshape(-1)
     found = values[shard][mine].reshape(len(ids), *values.shape[4:])
     return ids[ids >= 0], found[ids >= 0]
-
-
-def _clients(numbers: Collection[int]) -> str:
-    """In words: "client 3", "clients 3, 13", "30 clients"."""
-    if len(numbers) > 4:
-        return f"{len(numbers)} clients"
-    return f"client{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from tap_jax.evaluation.page import html_page
 from tap_jax.evaluation.scores import Row, finite
-from tap_jax.evaluation.tables import markdown_table
+from tap_jax.evaluation.tables import client_table, markdown_table
 from tap_jax.whole_files import write_file
 
 
@@ -84,6 +84,7 @@ def _report(results: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str
         " its clients.\n"
     )
     parts.extend(f"Note: {note}\n" for note in notes)
+    parts.extend(client_table(rows))
     if replacements:
         tasks = [entry["task"] for entry in replacements if entry.get("variant", "tap") == "tap"]
         counts = ", ".join(f"{task} {tasks.count(task)}" for task in dict.fromkeys(tasks))

@@ -44,7 +44,8 @@ class Sampler:
             for example, ids in zip(self.evaluator.ids(client, task.name)[:EXAMPLES].tolist(), predicted, strict=False):
                 given = "" if test.tokens is None else decode(test.tokens[example][None])[0]
                 (generated,), references = decode(ids[None]), tuple(test.references[example])
-                self.samples.append(TextSample(variant, client, task.name, example, given, generated, references))
+                label = self.evaluator.label(client)
+                self.samples.append(TextSample(variant, label, task.name, example, given, generated, references))
 
     def images(self, variant: str, cohort: Cohort, params: Params) -> None:
         """Sees the models of a cohort before they are scored."""
@@ -62,7 +63,8 @@ class Sampler:
                 painted = to_uint8(self.engine.devices.fetch(painted[0]))
                 for shard, row, client, task, example in kept:
                     target = self.tests[task].images[example]
-                    self.samples.append(ImageSample(variant, client, task, example, target, painted[shard, 0, row, 0]))
+                    label, drawn = self.evaluator.label(client), painted[shard, 0, row, 0]
+                    self.samples.append(ImageSample(variant, label, task, example, target, drawn))
 
     def _rows(self, cohort: Cohort, family: Family) -> tuple[TestRows, list[tuple[int, int, int, str, int]]]:
         """One row for each image to keep, on the first device of its shard; (shard, row, client, task, example)."""

@@ -25,7 +25,7 @@ class TextSample:
     """One generated text; `example` is its number in the task's test set, `given` the input's text."""
 
     variant: str
-    client: int
+    client: int | str
     task: str
     example: int
     given: str
@@ -38,7 +38,7 @@ class ImageSample:
     """One reconstructed image, both uint8 [64, 64, 3]; `example` is its number in the task's test set."""
 
     variant: str
-    client: int
+    client: int | str
     task: str
     example: int
     target: np.ndarray
@@ -88,7 +88,7 @@ def read_samples(folder: Path) -> list[Sample]:
                 columns = {field.name: stored[field.name] for field in dataclasses.fields(ImageSample)}
             for values in zip(*columns.values(), strict=True):
                 variant, client, task, example, target, reconstruction = values
-                found.append(ImageSample(str(variant), int(client), str(task), int(example), target, reconstruction))
+                found.append(ImageSample(str(variant), client.item(), str(task), int(example), target, reconstruction))
     except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"report: {path} is broken ({error}); remove it") from None
     return found

@@ -93,6 +93,38 @@ def text_table(
     return "\n\n".join("\n".join(lines) for lines in drawings) + "\n"
 
 
+def client_table(rows: Sequence[Row], most: int = 300) -> list[str]:
+    """Markdown of the first variant's scores by client, where clients have names; nothing where they have none.
+
+    Args:
+      most: clients at most; of more, a line says where their scores are.
+    """
+    clients = list(dict.fromkeys(row["client"] for row in rows))
+    if not clients or not all(isinstance(client, str) for client in clients):
+        return []
+    if len(clients) > most:
+        return [f"Scores of each of the {len(clients):,} clients are in results.json.\n"]
+    variant = rows[0]["variant"]
+    mine = [row for row in rows if row["variant"] == variant]
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in mine))
+    found = {(row["client"], row["task"], row["metric"]): row["value"] for row in mine}
+
+    def cell(key: tuple[str, str, str], digits: int) -> str:
+        value = found.get(key)
+        return "" if key not in found else DIVERGED if value is None else f"{value:.{digits}f}"
+
+    lines = [f"| {variant} by client |", "|---|"]
+    for task, name in columns:
+        metric = find_metric(name)
+        lines[0] += f" {task} {metric.label} {'↑' if metric.higher_is_better else '↓'} |"
+        lines[1] += "---|"
+    for client in clients:
+        cells = [cell((client, task, name), find_metric(name).digits) for task, name in columns]
+        shown = " ".join(client.replace("|", "\\|").split())
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]
+
+
 def ranking(printed: Mapping[str, float], *, higher_is_better: bool) -> dict[str, int]:
     """Name -> place, 0 for the best; equal values share theirs."""
     order = sorted(set(printed.values()), reverse=higher_is_better)

@@ -1,6 +1,7 @@
 """The text of `tap-jax describe`: parameters, who owns which block, memory, FLOPs (Table 7).
 
-It follows from shapes alone: nothing is allocated, no data are read.
+It follows from shapes alone: nothing is allocated, and of the data only the clients' names are read, where they name
+them.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,15 @@ def describe(config: ConfigDict, *, plans: int = 0) -> str:
         there are here.
     """
     found = outline(config)
-    parts = [_head(found), _paper(found), _patterns(found), _stored(found), _map(found), _memory(found)]
+    parts = [
+        _head(found),
+        *_clients(found),
+        _paper(found),
+        _patterns(found),
+        _stored(found),
+        _map(found),
+        _memory(found),
+    ]
     parts.append(_flops(found))
     if plans:
         parts.append(useful(found, plans))
@@ -52,6 +61,29 @@ def _head(found: Outline) -> str:
     if any("text" in task.modalities for task in federation.tasks):
         lines.append(f"vocabulary: {config.model.vocab:,}{vocab}")
     return "\n".join(lines)
+
+
+_LISTED = 16  # clients of a long list, most of them its first
+
+
+def _clients(found: Outline) -> list[str]:
+    """Clients x tasks: training samples, where the data name the clients."""
+    federation = found.federation
+    if not federation.named:
+        return []
+    tasks, everybody = [task.name for task in federation.tasks], federation.clients
+
+    def line(name: str, counts: Sequence[int]) -> tuple[str, ...]:
+        return (name, *(f"{n:,}" if n else "." for n in counts), f"{sum(counts):,}")
+
+    table = [line(one.name, [one.samples.get(task, 0) for task in tasks]) for one in everybody]
+    if len(table) > _LISTED:
+        gap = (f".. {len(table) - _LISTED:,} more", *[""] * (len(tasks) + 1))
+        table = [*table[: _LISTED - 4], gap, *table[-4:]]
+    totals = line("samples", [sum(one.samples.get(task, 0) for one in everybody) for task in tasks])
+    owners = line("clients", [sum(task in one.samples for one in everybody) for task in tasks])[:-1]
+    rows = [("client", *tasks, "samples"), *table, totals, (*owners, f"{len(everybody):,}")]
+    return ["Clients x tasks, training samples\n" + _columns(rows, left=(0,))]
 
 
 def _adapters(model: ServerModel) -> str:
@@ -210,7 +242,7 @@ def useful(found: Outline, plans: int, platform: Platform | None = None, devices
       UserError: the data cannot be read.
     """
     config, federation = found.config, found.federation
-    sizes = sized(config, platform, devices)
+    sizes = sized(config, federation, platform, devices)
     data = read_data(config, federation, found.model.tasks)
     shares = measure(
         found.model,

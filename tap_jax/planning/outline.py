@@ -41,13 +41,13 @@ class Outline:
 
 
 def outline(config: ConfigDict) -> Outline:
-    """Everything of `experiment.build` that needs no data.
+    """Everything of `experiment.build` that needs no data but, where these name the clients, their names.
 
     Raises:
       UserError: whatever is wrong with the configuration.
     """
     configuration.validate(config)
-    federation = configuration.federation_of(config)
+    federation = assembly.federation_of(config)
     model = ServerModel(assembly.model_config(config, attention="einsum"), assembly.tasks_of(config, federation))
     patterns: dict[int, list[int]] = {}
     for number, client in enumerate(federation.clients):

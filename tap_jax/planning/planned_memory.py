@@ -23,7 +23,7 @@ MIB = 2**20
 
 def plan(found: Outline) -> MemoryPlan:
     """Of a configuration; of its data, the bound that it sets, if any."""
-    config, model = device_sizes.sized(found.config, devices=len(jax.devices())), found.model
+    config, model = device_sizes.sized(found.config, found.federation, devices=len(jax.devices())), found.model
     settings = assembly.engine_settings(config, len(found.federation.clients))
     frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)

@@ -13,6 +13,7 @@ import numpy as np
 
 from tap_jax import blocks
 from tap_jax import config as configuration
+from tap_jax.assembly import federation_of
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
@@ -22,6 +23,7 @@ from tap_jax.experiment import Experiment, build
 from tap_jax.export.staging import check_free
 from tap_jax.federation import Federation
 from tap_jax.models.server_model import ServerModel
+from tap_jax.runs import run_folder
 from tap_jax.runs.runner import stored_model
 
 FORMATS = ("torch", "peft", "huggingface")
@@ -32,7 +34,7 @@ def export_client(
     workdir: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    client: int | None = None,
+    client: int | str | None = None,
     format: str = "torch",
     model: str = "personal",
     variant: str = "",
@@ -44,7 +46,7 @@ def export_client(
     Args:
       workdir: of a finished run. The run's data must be at hand as for `evaluate`.
       out: a new or empty folder.
-      client: whose, counted from 0; may be left out for model="server", which is then of all tasks.
+      client: whose, by number from 0 or by name; may be left out for model="server", which is then of all tasks.
       format: "torch": a folder for `export.torch_model`, the whole model. "peft": the encoders' LoRA as PEFT adapters
         for FlavaModel or ViltModel, the rest beside them. "huggingface": a FlavaModel or ViltModel with the encoders'
         LoRA merged, and nothing else of what was trained (but ViLT's CLS and positions).
@@ -79,11 +81,13 @@ def export_client(
     config = _finished(workdir)
     if model != "personal" and config.method == "local":
         raise UserError(f"model: a run of method=local trains no {model} model; use model=personal")
-    federation = configuration.federation_of(config)
-    names = _tasks(federation, client, model, tasks)
+    federation = federation_of(config)
+    run_folder.check_clients(workdir, federation)
+    label, client = client, None if client is None else federation.number_of(client)
+    names = _tasks(federation, client, label, model, tasks)
     variant = _variant(config, model, variant)
     check_free(out)
-    experiment = build(config)
+    experiment = build(config, federation=federation)
     trained, step = _blocks(experiment, workdir, model, client, variant, say)
     # A finished model can have other parts than the one that was trained (FedDAT's teacher).
     sizes = experiment.engine.finished.model.config if is_finished(model, variant) else experiment.model.config
@@ -126,17 +130,17 @@ def _finished(workdir: pathlib.Path) -> ConfigDict:
     return config
 
 
-def _tasks(federation: Federation, client: int | None, model: str, wanted: Sequence[str]) -> list[str]:
-    """The names of the tasks to export, in the federation's order."""
+def _tasks(
+    federation: Federation, client: int | None, label: int | str | None, model: str, wanted: Sequence[str]
+) -> list[str]:
+    """The names of the tasks to export, in the federation's order; `label` is what the client was called."""
     clients = len(federation.clients)
     if client is None:
         if model != "server":
             raise UserError(f"client: missing; a {model} model is some client's, name one of 0 to {clients - 1}")
         owner, mine = "the federation", federation.tasks
-    elif not 0 <= client < clients:
-        raise UserError(f"client: no number {client}; the run has clients 0 to {clients - 1}")
     else:
-        owner, mine = f"client {client}", federation.tasks_of(client)
+        owner, mine = f"client {label}", federation.tasks_of(client)
     names = [task.name for task in mine]
     for task in wanted:
         if task not in names:

@@ -14,7 +14,10 @@ from tap_jax.engine.agreement import in_step
 from tap_jax.engine.file_lock import hold
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment
+from tap_jax.federation import Federation
 from tap_jax.whole_files import write_file
+
+CLIENTS = "clients.json"  # names, and task -> training samples; only where the data name them
 
 
 def check(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -32,6 +35,31 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise UserError(
             f"workdir: {workdir} holds a run of another configuration ({configuration.differences(before, config)});"
             " name another folder or remove it"
+        )
+
+
+def check_clients(workdir: pathlib.Path, federation: Federation) -> None:
+    """Whether the clients that the data name are those that the run began with.
+
+    Raises:
+      UserError: they are not; the message names some.
+    """
+    path = workdir / CLIENTS
+    if not federation.named or not path.exists():
+        return
+    try:
+        before = {entry["name"]: set(entry["tasks"]) for entry in json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"workdir: {path} is damaged; remove it, and the data's clients are taken as they are"
+        ) from None
+    now = {client.name: set(client.shares) for client in federation.clients}
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if differing:
+        listed = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+        raise UserError(
+            f"workdir: {workdir} holds a run of other clients or tasks of theirs ({listed}); bring the data back, or"
+            " name another folder"
         )
 
 
@@ -62,8 +90,14 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def begin(workdir: pathlib.Path, experiment: Experiment) -> None:
-    """Writes what a run leaves before its first round: the configuration and the tokenizer."""
+    """Writes what a run leaves before its first round: the configuration, the tokenizer, clients that have names."""
     write_file(workdir / "config.json", configuration.to_json(experiment.config))
+    if experiment.federation.named:
+        found = [
+            {"name": name, "tasks": tasks}
+            for name, tasks in zip(experiment.federation.labels, experiment.data.samples(), strict=True)
+        ]
+        write_file(workdir / CLIENTS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if experiment.data.tokenizer is not None:
         experiment.data.tokenizer.save(workdir / "tokenizer")
 

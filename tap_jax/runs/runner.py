@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from tap_jax import config as configuration
+from tap_jax.assembly import federation_of
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
@@ -104,7 +105,9 @@ def run(
     with in_step():
         if jax.process_index() == 0:  # which writes
             writers.check(config.writers)
-    experiment = build(config)
+    federation = federation_of(config)
+    run_folder.check_clients(workdir, federation)
+    experiment = build(config, federation=federation)
     reporter.built(experiment)
     for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
         reporter.say(note)
@@ -193,7 +196,7 @@ def _play(
         if variant == "tap":  # the first of a pass: teacher and student have trained since the one before (Table 7)
             stage2 += time.monotonic() - since
         for client, found in mine.items() if writes else ():
-            write_model(workdir / "models", variant, client, found, config.rounds)
+            write_model(workdir / "models", variant, client, found, config.rounds, name_of(experiment, client))
         rows += experiment.evaluate_cohort(variant, cohort, mine)
         reporter.scored(variant)
         _stop_here(stop)
@@ -277,24 +280,43 @@ def stored_model(experiment: Experiment, workdir: pathlib.Path, variant: str, cl
     """
     like = experiment.engine.finished.like
     like = {name: like[name] for name in experiment.partition.blocks_of(client) if name in like}
-    return read_model(workdir / "models", variant, client, like, experiment.config.rounds)
+    name = name_of(experiment, client)
+    return read_model(workdir / "models", variant, client, like, experiment.config.rounds, name)
 
 
-def evaluate(workdir: str | os.PathLike, reporter: Reporter = Reporter()) -> list[Row]:
+def name_of(experiment: Experiment, client: int) -> str:
+    """What files call a client beside its number; "" where it has a number only."""
+    federation = experiment.federation
+    return federation.clients[client].name if federation.named else ""
+
+
+def evaluate(
+    workdir: str | os.PathLike,
+    reporter: Reporter = Reporter(),  # noqa: B008, it is frozen
+    client: int | str | None = None,
+) -> list[Row]:
     """`tap-jax evaluate`: scores the models of a finished run again and rewrites its results -> result rows.
 
+    Args:
+      client: name or number; only this one's models are scored, and nothing is written. None: all.
+
     Raises:
-      UserError: no run there, one that has not finished, or one whose results.json is damaged.
+      UserError: no run there, one that has not finished, or one whose results.json is damaged; no such client.
     """
     workdir = pathlib.Path(workdir)
     config, results = configuration.of_run(workdir), run_folder.earlier_results(workdir / "results.json")
-    experiment = build(config)
+    federation = federation_of(config)
+    number = None if client is None else federation.number_of(client)
+    run_folder.check_clients(workdir, federation)
+    experiment = build(config, federation=federation)
     reporter.built(experiment)
     with run_folder.alone(workdir):
-        return _evaluate(experiment, workdir, results, reporter)
+        return _evaluate(experiment, workdir, results, reporter, number)
 
 
-def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, reporter: Reporter) -> list[Row]:
+def _evaluate(
+    experiment: Experiment, workdir: pathlib.Path, results: dict, reporter: Reporter, client: int | None
+) -> list[Row]:
     """`evaluate`, once nobody else is in the folder; `results` are those that are there."""
     config = experiment.config
     initial = experiment.init(workdir)
@@ -304,16 +326,20 @@ def _evaluate(experiment: Experiment, workdir: pathlib.Path, results: dict, repo
     _announce(experiment, reporter)
     experiment.evaluator.tell = reporter.doing
     rows = []
+    cohorts = [experiment.engine.cohort([client], state.round)] if client is not None else None
     for variant in experiment.variants:
         if variant in configuration.SERVER_VARIANTS:
             rows += experiment.evaluate_server(variant, state)
             reporter.scored(variant)
             continue
-        for cohort in experiment.engine.client_batches(state.round):
+        for cohort in cohorts or experiment.engine.client_batches(state.round):
             models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
             rows += experiment.evaluate_cohort(variant, cohort, models)
             reporter.scored(variant)
     rows = experiment.in_order(rows)
+    if client is not None:
+        label = experiment.federation.labels[client]
+        return [row for row in rows if row["client"] == label]
     if jax.process_index():  # the first one writes
         return rows
     write_results(

@@ -19,7 +19,7 @@ def pooled(dealt, task):
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(60, 400),
     groups=st.integers(1, 4),
-    split=st.sampled_from(["share", "iid", "dirichlet"]),
+    split=st.sampled_from(["share", "iid", "dirichlet", "pathological"]),
 )
 def test_no_sample_twice_and_none_lost(seed, size, groups, split):
     federation = client_table([{"ag_news": 0.25, "vqa": 1.0}, {"ag_news": 0.5}, {"ag_news": 0.25}], groups=groups)
@@ -61,7 +61,7 @@ def test_one_group_has_all_parts():
     assert sorted(alone["vqa"]) == list(range(30))
 
 
-@pytest.mark.parametrize("split", ["share", "iid", "dirichlet"])
+@pytest.mark.parametrize("split", ["share", "iid", "dirichlet", "pathological"])
 def test_the_seed_decides(split):
     federation = client_table([{"vqa": 0.5}, {"vqa": 0.5}])
     first, again, other = (assign(federation, {"vqa": 50}, seed=seed, split=split) for seed in (1, 1, 2))
@@ -108,6 +108,43 @@ def test_a_test_set_is_skewed_like_its_training_set():
     assert np.ptp(mixes[0], 1).max() > 0.2, "the classes are dealt alike"
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    owners=st.integers(1, 12),
+    most=st.integers(1, 6),
+    classes=st.integers(1, 10),
+    extra=st.integers(0, 200),
+)
+def test_pathological_clients_have_so_many_classes(seed, owners, most, classes, extra):
+    """Each client has that many, all classes have equally many clients, and those of a class equal parts of it."""
+    labels = np.random.default_rng(seed).permutation(np.arange(owners * classes + extra) % classes)
+    federation = client_table([{"ag_news": 1 / owners}] * owners)
+    given = {"seed": seed, "split": "pathological", "classes_per_client": most}
+    dealt = assign(federation, {"ag_news": len(labels)}, labels={"ag_news": labels}, **given)
+    mixes = np.array([np.bincount(labels[mine["ag_news"]], minlength=classes) for mine in dealt])  # [client, class]
+    assert ((mixes > 0).sum(1) == min(most, classes)).all()
+    users = (mixes > 0).sum(0)
+    assert np.ptp(users) <= 1
+    for c in np.flatnonzero(users):
+        mine = mixes[mixes[:, c] > 0, c]
+        assert np.ptp(mine) <= 1 and mine.sum() == (labels == c).sum()
+    ids = pooled(dealt, "ag_news")
+    assert len(np.unique(ids)) == len(ids)
+
+    # A test set of another size and order, without the first class, goes to clients of the same classes.
+    test = np.random.default_rng(seed + 1).permutation(np.arange(owners * classes) % classes)
+    test = test[test > 0] if most > 1 and classes > 1 else test
+    again = assign(federation, {"ag_news": len(test)}, labels={"ag_news": test}, classes={"ag_news": labels}, **given)
+    for mine, mix in zip(again, mixes, strict=True):
+        assert set(test[mine["ag_news"]]) == set(np.flatnonzero(mix)) & set(test)
+
+
+def test_a_pathological_split_of_one_kind_is_even():
+    dealt = assign(client_table([{"vqa": 0.1}] * 4), {"vqa": 42}, seed=0, split="pathological")
+    assert sorted(len(mine["vqa"]) for mine in dealt) == [10, 10, 11, 11]
+
+
 def test_tiny_alpha_leaves_nobody_empty():
     dealt = assign(client_table([{"vqa": 0.1}] * 10), {"vqa": 12}, seed=0, split="dirichlet", alpha=1e-8)
     assert sorted(len(mine["vqa"]) for mine in dealt) == [1] * 9 + [3]
@@ -122,6 +159,10 @@ def test_tiny_alpha_leaves_nobody_empty():
         ({"sizes": {}}, "no training set for task vqa"),
         ({"sizes": {"vqa": 9}, "split": "fair"}, "federation.split: unknown 'fair'"),
         ({"sizes": {"vqa": 9}, "split": "dirichlet", "alpha": 0.0}, "federation.alpha: 0.0; use more than 0"),
+        (
+            {"sizes": {"vqa": 9}, "split": "pathological", "classes_per_client": 0},
+            "federation.classes_per_client: 0; use at least 1",
+        ),
     ],
 )
 def test_user_errors(kwargs, message):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from tap_jax import device_sizes
+from tap_jax import assembly, device_sizes
 from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment, build
@@ -78,4 +78,4 @@ def about(run: Experiment, target: Target) -> tuple[str, ...]:
 def sizes(send: Callable[[Any], None], config: ConfigDict, target: Target) -> None:
     """Sends what fits by the estimate, the fastest first (`device_sizes.choices`)."""
     found = devices(target)
-    send(device_sizes.choices(config, platform_of(found[0]), len(found)))
+    send(device_sizes.choices(config, assembly.federation_of(config), platform_of(found[0]), len(found)))

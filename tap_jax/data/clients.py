@@ -1,0 +1,213 @@
+"""Clients as the data name them: by a column that says whose a row is, or by a folder for each.
+
+What is read to find them is that column, or the number of rows of each file. A client is known by its name alone: the
+order of names, in a set or between training and test set, means nothing.
+"""
+
+import collections
+import os
+import pathlib
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tap_jax.data import hub, sites
+from tap_jax.data.examples import PER_SAMPLE, Examples
+from tap_jax.data.sources import SOURCES
+from tap_jax.data.values import BadRow
+from tap_jax.errors import UserError
+from tap_jax.federation import TASKS, Client, Federation, Task, find_task
+
+MOST_BYTES = 200  # of a client's name as files' names have it, escaped; file systems take 255
+
+
+def natural_federation(
+    tasks: Sequence[str],
+    *,
+    root: str,
+    column: str,
+    limit: int = 0,
+    folders: Mapping[str, str] | None = None,
+    cache_dir: str | None = None,
+    on_bad_row: str = "stop",
+) -> Federation:
+    """The clients that have training samples, by name; a client's tasks are those in which it has rows.
+
+    Shares are parts of a task's rows, all clients are of group 0, and clients with the same tasks are of one pattern.
+
+    Args:
+      tasks: names; () for all whose data are there.
+      root: "sites", "hub" or a folder; see `federated.build`.
+      column: that says whose a row is; "" where each folder in `root` is a client's.
+      limit: training samples per task, of all clients together; 0 for all.
+      folders, cache_dir, on_bad_row: see `hub.load`.
+
+    Raises:
+      UserError: no data, a row without a client, or a name that cannot be one.
+    """
+    chosen = [find_task(name) for name in tasks] or _present(root, column, folders)
+    counts = {
+        task.name: collections.Counter(
+            names_of(
+                task,
+                "train",
+                root=root,
+                column=column,
+                limit=limit,
+                folders=folders,
+                cache_dir=cache_dir,
+                on_bad_row=on_bad_row,
+            )
+        )
+        for task in chosen
+    }
+    samples: dict[str, dict[str, int]] = {}
+    for task, found in counts.items():
+        for name, mine in found.items():
+            samples.setdefault(name, {})[task] = mine
+    totals = {task: found.total() for task, found in counts.items()}
+    patterns: dict[frozenset[str], int] = {}
+    clients = []
+    for name in sorted(samples):
+        _check_name(name)
+        pattern = patterns.setdefault(frozenset(samples[name]), len(patterns))
+        shares = {task: mine / totals[task] for task, mine in samples[name].items()}
+        clients.append(Client(name, shares, 0, pattern, samples[name]))
+    return Federation(tuple(clients), named=True)
+
+
+def names_of(
+    task: Task,
+    split: str,
+    *,
+    root: str,
+    column: str,
+    limit: int = 0,
+    folders: Mapping[str, str] | None = None,
+    cache_dir: str | None = None,
+    on_bad_row: str = "stop",
+) -> list[str]:
+    """Whose each row of a split is, in the order of `read`. Arguments as of `natural_federation`."""
+    if root == "sites":
+        names = sites.names(task.name, split)
+    elif column:
+        rows = hub.rows_of(task, split, root=root, cache_dir=cache_dir, folders=folders, also=(column,))
+        place = f"{task.name}/{split}"
+        names = []
+        for row, value in enumerate(rows.columns((column,))[column]):
+            try:
+                names.append(hub.client_name(value, where=f"{place} row {row}", column=column))
+            except BadRow:
+                if on_bad_row != "skip":
+                    raise
+                names.append("")  # nobody's
+    else:
+        found = _with_task(root, task, folders)
+        rows = {name: hub.rows_of(task, split, root=place, folders=folders).count for name, place in found}
+        names = [name for name, count in rows.items() for _ in range(count)]
+    return [names[row] for row in hub.subset(len(names), limit or None) if names[row]]
+
+
+def read(
+    task: Task,
+    split: str,
+    *,
+    root: str,
+    column: str,
+    seed: int,
+    limit: int | None = None,
+    folders: Mapping[str, str] | None = None,
+    cache_dir: str | None = None,
+    on_bad_row: str = "stop",
+) -> Examples:
+    """One split of one task, with `Examples.clients`. Arguments as of `natural_federation`.
+
+    Args:
+      seed: of the embedded sites.
+
+    Raises:
+      UserError: as of `hub.load`.
+    """
+    if root == "sites":
+        examples = sites.load(task, split, seed=seed)
+    elif column:
+        given = {"cache_dir": cache_dir, "folders": folders, "on_bad_row": on_bad_row}
+        return hub.load(task, split, root=root, limit=limit, client_column=column, **given)
+    else:
+        given = {"cache_dir": cache_dir, "folders": folders, "on_bad_row": on_bad_row}
+        found = _with_task(root, task, folders)
+        examples = joined([(name, hub.load(task, split, root=place, **given)) for name, place in found])
+    return examples.take(hub.subset(len(examples), limit))
+
+
+def joined(parts: Iterable[tuple[str, Examples]]) -> Examples:
+    """The samples of several clients, (name, samples), one client after the other."""
+    names, found = zip(*parts, strict=True)
+    clients = tuple(name for name, part in zip(names, found, strict=True) for _ in range(len(part)))
+
+    def together(field: str):
+        values = [getattr(part, field) for part in found]
+        if values[0] is None:
+            return None
+        arrays = isinstance(values[0], np.ndarray)
+        return np.concatenate(values) if arrays else tuple(x for part in values for x in part)
+
+    fields = [field for field in (*PER_SAMPLE, "notes") if field != "clients"]
+    return Examples(**{field: together(field) for field in fields}, clients=clients)
+
+
+def _present(root: str, column: str, folders: Mapping[str, str] | None) -> list[Task]:
+    """The known tasks that have data.
+
+    Raises:
+      UserError: there are none.
+    """
+    if root == "sites":
+        if column != sites.COLUMN:
+            raise UserError(f"data.client_column: '{column}'; the embedded sites have a column '{sites.COLUMN}'")
+        return [find_task(name) for name in sites.tasks()]
+    places = [root] if column else [place for _, place in _folders(root)]
+    found = [
+        task for task in TASKS.values() if task.name in SOURCES and any(_has(place, task, folders) for place in places)
+    ]
+    if not found:
+        where = root if column else f"any folder of {root}"
+        raise UserError(f"data.root: no task has data in {where}; there has to be one sub-folder per task")
+    return found
+
+
+def _folders(root: str) -> list[tuple[str, str]]:
+    """(name, folder) of each client, by name.
+
+    Raises:
+      UserError: there is no such folder, or it has none in it.
+    """
+    base = pathlib.Path(root)
+    if not base.is_dir():
+        raise UserError(f"data.root: there is no folder {base}; name one with a sub-folder for each client")
+    names = sorted(path.name for path in base.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise UserError(f"data.root: {base} has no folders; make one per client, with one per task in it")
+    return [(name, os.path.join(root, name)) for name in names]
+
+
+def _with_task(root: str, task: Task, folders: Mapping[str, str] | None) -> list[tuple[str, str]]:
+    """(name, folder) of each client that has the task.
+
+    Raises:
+      UserError: nobody has it.
+    """
+    found = [(name, place) for name, place in _folders(root) if _has(place, task, folders)]
+    if not found:
+        raise UserError(f"data.root: no client in {root} has {task.name}; add a folder of that name or drop the task")
+    return found
+
+
+def _has(root: str, task: Task, folders: Mapping[str, str] | None) -> bool:
+    return (pathlib.Path(root) / ((folders or {}).get(task.name) or task.name)).is_dir()
+
+
+def _check_name(name: str) -> None:
+    if len(urllib.parse.quote(name)) > MOST_BYTES or not name.isprintable():
+        raise UserError(f"data: client {name[:40]!r}: use a printable name of at most {MOST_BYTES} bytes (3 for 'ü')")
