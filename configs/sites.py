@@ -6,7 +6,7 @@ frozen weights are random: it shows how a federation of named clients is run.
 
     tap-jax train --config=configs/sites.py --workdir=runs/sites
 
-About a minute on two cores, most of it compiling.
+About three minutes of processor time, most of it compiling.
 """
 
 from ml_collections import ConfigDict

@@ -318,7 +318,7 @@ _ALL = (
             Flag("minutes", "N", "with --target: how long one program may take to compile", 30),
             _REGISTER,
         ),
-        "parameters (Table 7), who owns which block, memory plan, FLOPs; reads data for --plans and --target only",
+        "parameters (Table 7), who owns which block, memory plan, FLOPs; reads data for --plans, --target and clients",
         "Prints, and writes nothing. Devices are those of this machine, or what config.mesh asks for.\n"
         "With --target nothing is allocated and no weights are read; it takes tap-jax[target-tpu] or [target-gpu].\n"
         "With --plans beside it nothing is compiled; plans are drawn with the target's defaults.\n"

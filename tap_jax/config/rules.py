@@ -176,8 +176,6 @@ def _check_federation(config: ConfigDict) -> None:
 def _check_natural(config: ConfigDict) -> None:
     """Clients that the data name; how many there are is known once they are found."""
     federation, data = config.federation, config.data
-    if federation.rows:
-        raise UserError(f"federation.rows: federation.split='{federation.split}' takes clients from the data; drop one")
     if federation.split == "column" and not data.client_column:
         raise UserError("data.client_column: empty; name the column that says whose a row is, such as 'site'")
     if data.root == "synthetic" or (federation.split == "folder" and data.root in ("hub", "sites")):

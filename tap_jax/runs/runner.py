@@ -339,7 +339,10 @@ def _evaluate(
     rows = experiment.in_order(rows)
     if client is not None:
         label = experiment.federation.labels[client]
-        return [row for row in rows if row["client"] == label]
+        rows = [row for row in rows if row["client"] == label]
+        if not rows:
+            raise UserError(f"client: {label} has no test rows of its own, so there is no score; see data.test_split")
+        return rows
     if jax.process_index():  # the first one writes
         return rows
     write_results(

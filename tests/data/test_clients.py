@@ -158,7 +158,6 @@ def test_clients_are_found_by_name():
         ({"data.root": "sites"}, "the embedded sites have a column 'site'"),
         ({"federation.tasks": ("weather",)}, "unknown task 'weather'"),
         ({"federation.tasks": ("vqa",)}, "data.root: no folder vqa"),
-        ({"federation.table": "custom", "federation.rows": ({"vqa": 1.0},)}, "federation.rows: .* from the data"),
         ({"cohort_size": 4}, "cohort_size: 4, but the data name 3 clients"),
         ({"federation.split": "folder", "data.client_column": ""}, "no task has data in any folder"),
         ({"federation.split": "folder"}, "data.client_column: goes with"),
