@@ -162,7 +162,7 @@ def test_a_missing_writer_is_said_before_anything_is_built(tiny, tmp_path, monke
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_only_the_process_that_writes_needs_the_writers(process, tiny, tmp_path, monkeypatch):
-    def build(config):
+    def build(config, federation=None):
         raise RuntimeError("something is built")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
