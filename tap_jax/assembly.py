@@ -18,27 +18,21 @@ from tap_jax.engine.screening import Screening
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.errors import UserError
 from tap_jax.federation import Federation, Task, client_table
-from tap_jax.methods.base import Method
-from tap_jax.methods.criteria import CRITERIA, Criterion
-from tap_jax.methods.disentafl import disentafl
-from tap_jax.methods.early_stopping import Patience
-from tap_jax.methods.fedavg import fedavg
-from tap_jax.methods.feddat import feddat
-from tap_jax.methods.local import local
+from tap_jax.methods.base import Method, Setting
+from tap_jax.methods.criteria import Criterion
 from tap_jax.methods.losses import task_loss
-from tap_jax.methods.per_fedavg import per_fedavg
-from tap_jax.methods.tap import Distillation, Replacement, tap
 from tap_jax.models.attention import why_not_cudnn
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
 from tap_jax.platforms import Platform
+from tap_jax.registry import METHODS
 
 
 def federation_of(config: ConfigDict) -> Federation:
     """The clients and tasks of a configuration: of its table, or those that its data name.
 
     Where the data name them, the column of clients is read, or the number of rows of every client's files, and nothing
-    else. Method "centralised" has one client with all of it.
+    else. A pooled method has one client with all of it.
 
     Raises:
       UserError: no such data, or as of `config.federation_of`.
@@ -54,7 +48,7 @@ def federation_of(config: ConfigDict) -> Federation:
         cache_dir=configuration.data_cache(config),
         on_bad_row=config.data.on_bad_row,
     )
-    if config.method == "centralised":
+    if METHODS[config.method].pooled:
         return client_table(({task.name: 1.0 for task in found.tasks},))
     if config.cohort_size > len(found.clients):
         raise UserError(
@@ -105,8 +99,9 @@ def remat_of(config: ConfigDict) -> str:
 
 def _why_not_cudnn(config: ConfigDict, platform: Platform | None = None) -> str:
     """Why cuDNN's attention cannot be had for this run; empty where it can."""
-    if config.method == "per_fedavg" and config.per_fedavg.hessian == "exact":
-        return "it has no second derivative, which per_fedavg.hessian='exact' takes"
+    entry, settings = configuration.method_of(config)
+    if entry.twice(settings):
+        return f"it has no second derivative, which method '{entry.name}' takes as it is set"
     if (platform or platforms.here()).kind != "gpu":
         return "no NVIDIA GPU is at hand"
     if platform:
@@ -143,7 +138,8 @@ def model_config(
         "remat": remat_of(config) == "layer",
         "dtype": compute_dtype(config, platform),
     }
-    fields |= {"bottleneck": config.feddat.bottleneck if config.method == "feddat" else 0}
+    entry, settings = configuration.method_of(config)
+    fields |= {"bottleneck": entry.adapters(settings)}
     return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
 
 
@@ -156,43 +152,8 @@ def method_of(
       variants: what the run is to yield.
       criterion: of replacement, in the place of the configuration's.
     """
-    match config.method:
-        case "fedavg":
-            return fedavg()
-        case "centralised":
-            return fedavg("centralised")
-        case "local":
-            return local()
-        case "per_fedavg":
-            return per_fedavg(scale=config.per_fedavg.inner_scale, exact=config.per_fedavg.hessian == "exact")
-        case "disentafl":
-            return disentafl(weight=config.disentafl.weight)
-        case "feddat":
-            return feddat(
-                model.forward, model.dual, weight=config.feddat.weight, image_loss=config.distillation.image_loss
-            )
-    margins = {
-        variant: np.array([by_kind[task.kind] for task in model.tasks], np.float32)
-        for variant, by_kind in configuration.margins_of(config).items()
-    }
-    section, distillation = config.replacement, config.distillation
-    patience = Patience(config.post_steps, distillation.look_every, distillation.patience)
-    return tap(
-        model.tasks,
-        margins,
-        variants=variants,
-        replacement=Replacement(
-            section.history, section.first, criterion or CRITERIA[section.criterion], section.margin == "relative"
-        ),
-        patience=patience if distillation.patience else None,
-        forward=model.forward,
-        distillation=Distillation(
-            dict(distillation.weights),
-            distillation.temperature,
-            distillation.temperature_power,
-            distillation.image_loss,
-        ),
-    )
+    entry, settings = configuration.method_of(config)
+    return entry.method(settings, Setting(model, variants, config.post_steps, criterion))
 
 
 def finished_model(model: ServerModel) -> ServerModel:
@@ -254,7 +215,8 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
     """
     cpu, optimizer = not (platform or platforms.here()).accelerated, config.optimizer
     # All data in one place: as many iterations a round as the cohort's clients can take together.
-    cohort, pooled = (1, config.cohort_size) if config.method == "centralised" else (config.cohort_size, 1)
+    entry, settings = configuration.method_of(config)
+    cohort, pooled = (1, config.cohort_size) if entry.pooled else (config.cohort_size, 1)
     training = TrainingSettings(clip_norm=optimizer.clip_norm, weight_decay=optimizer.weight_decay)
 
     def rate(round_: int) -> float:
@@ -284,7 +246,7 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
         privacy=Privacy(**config.privacy) if config.privacy.noise_multiplier else None,
         window=max(1, config.engine.window),
         generator=generator_of(config, platform),
-        in_pieces=config.method == "tap" and bool(config.distillation.patience),
+        in_pieces=bool(settings.get("distillation", {}).get("patience")),
     )
 
 

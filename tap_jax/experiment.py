@@ -36,6 +36,7 @@ from tap_jax.methods.criteria import Criterion
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
 from tap_jax.platforms import platform_of
+from tap_jax.registry import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,8 +241,7 @@ class Experiment:
 
     @property
     def _server_variant(self) -> str:
-        found = [name for name in configuration.VARIANTS[self.config.method] if name in configuration.SERVER_VARIANTS]
-        return found[0] if found else "server"
+        return next(iter(METHODS[self.config.method].server), "server")
 
     def in_order(self, rows: Sequence[Row]) -> list[Row]:
         """Rows by variant, client and task, in the order in which the configuration and the federation name them."""

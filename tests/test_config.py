@@ -10,7 +10,6 @@ import pytest
 
 from tap_jax.config import (
     NEUTRAL_FIELDS,
-    VARIANTS,
     config_hash,
     default_config,
     differences,
@@ -30,6 +29,7 @@ from tap_jax.data import examples
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS, find_task
 from tap_jax.models.layers import ModelConfig
+from tap_jax.registry import METHODS
 
 FLAVA, VILT = "configs/flava.py", "configs/vilt.py"
 
@@ -390,7 +390,7 @@ def test_custom_federation():
 
 
 def test_variants_default_to_the_method():
-    for method in VARIANTS:
+    for method in METHODS:
         assert variants_of(override(default_config(), {"method": method})) == (method.replace("_", "-"),)
     assert "fedavg+2p" in variants_of(load_config(FLAVA))
 

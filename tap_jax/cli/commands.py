@@ -231,7 +231,9 @@ _CONFIG = Flag(
     "NAME[:KEY=VALUE,...]",
     "demo, flava, vilt, ..., a Python file, or the config.json of a run",
 )
-_REGISTER = Flag("register", "FILE", "Python that registers tasks of your own, such as the config file of the run", "")
+_REGISTER = Flag(
+    "register", "FILE", "Python that registers tasks and methods of your own, such as the config file of the run", ""
+)
 PROCESSES = (
     Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
     Flag("processes", "N", "how many processes make the run, all started with the same command", 0),

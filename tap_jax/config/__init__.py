@@ -7,8 +7,16 @@ the file's argument (`flava:rounds=5,seed=42`) and `load_config`'s `overrides` c
 
 from ml_collections import ConfigDict
 
-from tap_jax.config.defaults import NEUTRAL_FIELDS, SERVER_VARIANTS, VARIANTS, default_config
-from tap_jax.config.derived import data_cache, federation_of, is_natural, margin_label, margins_of, variants_of
+from tap_jax.config.defaults import NEUTRAL_FIELDS, default_config
+from tap_jax.config.derived import (
+    data_cache,
+    federation_of,
+    is_natural,
+    margin_label,
+    margins_of,
+    method_of,
+    variants_of,
+)
 from tap_jax.config.fields import override, value_of
 from tap_jax.config.files import from_json, load_config, of_run, to_json
 from tap_jax.config.identity import config_hash, differences
@@ -16,8 +24,6 @@ from tap_jax.config.rules import validate
 
 __all__ = [
     "NEUTRAL_FIELDS",
-    "SERVER_VARIANTS",
-    "VARIANTS",
     "ConfigDict",
     "config_hash",
     "data_cache",
@@ -29,6 +35,7 @@ __all__ = [
     "load_config",
     "margin_label",
     "margins_of",
+    "method_of",
     "of_run",
     "override",
     "to_json",

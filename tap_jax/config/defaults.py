@@ -6,21 +6,9 @@ reading.
 
 from ml_collections import ConfigDict
 
+from tap_jax.errors import UserError
 from tap_jax.federation import PAPER_ROWS, TASKS
-
-# method -> what one run of it can yield; the first is the default. Those of one line share a trunk (Sec. 3, App. C).
-VARIANTS: dict[str, tuple[str, ...]] = {
-    # tap-no-kd: Stage 2 without distillation; tap-stage1: no Stage 2 at all; tap-stage2: no replacement in Stage 1.
-    "tap": ("tap", "tap-no-kd", "tap-stage1", "tap-stage2", "local", "fedavg", "fedavg+post", "fedavg+2p"),
-    "fedavg": ("fedavg", "fedavg+post", "fedavg+2p"),
-    "local": ("local",),
-    "per_fedavg": ("per-fedavg", "per-fedavg+post"),
-    "disentafl": ("disentafl", "disentafl+post", "disentafl+2p"),
-    "feddat": ("feddat", "feddat+post"),
-    "centralised": ("centralised",),
-}
-# The server's blocks as they are: no client has a model of its own.
-SERVER_VARIANTS = ("fedavg", "per-fedavg", "disentafl", "centralised")
+from tap_jax.registry import METHODS
 
 # Packages that curves can go to, and extras of their names.
 WRITERS = ("tensorboard", "wandb")
@@ -38,8 +26,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
 
     # --- The algorithm: Table 21 unless said otherwise -------------------------------------------------------------
-    config.method = "tap"  # one of VARIANTS
-    config.variants = ()  # which results to make, see VARIANTS; empty: the method's first
+    config.method = "tap"  # one of `registry.METHODS`
+    config.variants = ()  # which results to make, of the method's in `registry.METHODS`; empty: its first
     config.rounds = 200  # T, communication rounds
     config.cohort_size = 2  # clients per round, drawn uniformly
     config.local_steps = 20  # τ, iterations per round and model; fewer where a client's data give out
@@ -96,13 +84,11 @@ def default_config() -> ConfigDict:
     distillation.patience = 0  # looks at the held-out loss without a new best after which a client stops; 0: never
     distillation.look_every = 10  # steps between two looks
 
-    config.per_fedavg = ConfigDict()
-    config.per_fedavg.inner_scale = 1.0  # inner rate / outer rate; Table 21 has one schedule for both
-    config.per_fedavg.hessian = "none"  # ⚙ first-order | "exact", by forward differentiation of the gradient
-    config.disentafl = ConfigDict(dict(weight=0.5))  # of the disentanglement loss
-    config.feddat = ConfigDict()
-    config.feddat.bottleneck = 32  # inner width of the adapters; 16 for ViLT
-    config.feddat.weight = 2e-3  # of the KL terms
+    for name, entry in METHODS.items():  # what a method alone reads, see the registry
+        if entry.section and name in config:
+            raise UserError(f"method {name}: the configuration has a field of that name; choose another")
+        if entry.section:
+            config[name] = ConfigDict(dict(entry.section))
 
     # --- The server model: Sec. 3.1, Tables 18-21 ------------------------------------------------------------------
     config.model = model = ConfigDict()
@@ -244,9 +230,7 @@ NEUTRAL_FIELDS = (
     "writers",
 )
 
-# field -> the words that it takes.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": tuple(VARIANTS),
+_CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation": ("samples", "uniform"),
     "optimizer.state": ("fresh", "persist"),
     "screening.on_broken": ("drop", "stop"),
@@ -255,7 +239,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "replacement.first": ("replace", "keep"),
     "replacement.criterion": ("loss", "held_out", "gradient", "representation"),
     "replacement.margin": ("absolute", "relative"),
-    "per_fedavg.hessian": ("none", "exact"),
     "model.backbone": ("routed", "standard"),
     "distillation.image_loss": ("kl", "mse"),
     "model.name": ("flava", "vilt"),
@@ -274,3 +257,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.remat": ("auto", "none", "layer"),
     "mesh.parallel": ("auto", "vmap", "pmap", "shard_map"),
 }
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """Field -> the words that it takes; those of registered methods among them."""
+    of_methods = {f"{e.name}.{field}": words for e in METHODS.values() for field, words in e.choices.items()}
+    return _CHOICES | {"method": tuple(METHODS)} | of_methods

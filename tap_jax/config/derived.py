@@ -7,16 +7,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tap_jax.config.defaults import NATURAL_SPLITS, VARIANTS
+from tap_jax.config.defaults import NATURAL_SPLITS
 from tap_jax.config.fields import is_number
 from tap_jax.errors import UserError
 from tap_jax.federation import KINDS, PAPER_ROWS, Federation, client_table
+from tap_jax.registry import METHODS, MethodEntry, Settings
 
 LOW_MARGIN_KINDS = ("image_generation", "text_classification")  # Tables 11-13 and 22
 
 
 def federation_of(config: ConfigDict) -> Federation:
-    """The clients and tasks that `config.federation` describes; for method "centralised" one client with all of it.
+    """The clients and tasks that `config.federation` describes; of a pooled method one client with all of it.
 
     Raises:
       UserError: unknown table or task, or shares that do not add up.
@@ -26,7 +27,7 @@ def federation_of(config: ConfigDict) -> Federation:
         raise ValueError(f"federation.split={config.federation.split}: the clients are in the data")
     rows = client_rows(config.federation)
     federation = client_table(rows, groups=config.federation.groups)
-    if config.method != "centralised":
+    if not METHODS[config.method].pooled:
         return federation
     total = {task.name: min(1.0, sum(row.get(task.name, 0.0) for row in rows)) for task in federation.tasks}
     return client_table((total,), groups=1)
@@ -39,8 +40,24 @@ def is_natural(config: ConfigDict) -> bool:
 
 def variants_of(config: ConfigDict) -> tuple[str, ...]:
     """The results a run is to make: `config.variants` or the method itself, and one for each further margin."""
-    chosen = tuple(config.variants) or VARIANTS[config.method][:1]
+    chosen = tuple(config.variants) or METHODS[config.method].variants[:1]
     return chosen + tuple(margins_of(config))[1:] if config.method == "tap" else chosen
+
+
+def method_of(config: ConfigDict) -> tuple[MethodEntry, Settings]:
+    """The method's entry, and the settings that it alone reads, as plain values; margins as of `margins_of`."""
+    entry, settings = METHODS[config.method], {}
+    for name in entry.reads:
+        if name == "margins":
+            settings[name] = margins_of(config)
+            continue
+        *path, last = name.split(".")
+        section, inner = config, settings
+        for part in path:
+            section, inner = section[part], inner.setdefault(part, {})
+        value = section[last]
+        inner[last] = value.to_dict() if isinstance(value, ConfigDict) else value
+    return entry, settings
 
 
 def data_cache(config: ConfigDict) -> str:

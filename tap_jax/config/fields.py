@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from tap_jax.config.defaults import CHOICES
+from tap_jax.config.defaults import choices
 from tap_jax.errors import UserError
 
 
@@ -85,7 +85,7 @@ def refuse_section(field: str, value: Any, section: ConfigDict) -> NoReturn:
     Raises:
       UserError: always; it names the fields that take this value, or else what the section has.
     """
-    meant = [name for name, words in CHOICES.items() if name.startswith(f"{field}.") and value in words]
+    meant = [name for name, words in choices().items() if name.startswith(f"{field}.") and value in words]
     likely = " or ".join(f"{name}={value}" for name in meant)
     hint = f"did you mean {likely}?" if meant else f"{field} has: {', '.join(section)}"
     raise UserError(f"{field}: is a section, not a value; {hint}")

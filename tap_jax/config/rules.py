@@ -5,11 +5,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tap_jax.config.defaults import CHOICES, FLAVA_POSITIONS, IMAGE_SIDE, VARIANTS, WRITERS, default_config
+from tap_jax.config.defaults import FLAVA_POSITIONS, IMAGE_SIDE, WRITERS, choices, default_config
 from tap_jax.config.derived import client_rows, is_natural, margins_of
 from tap_jax.config.fields import cast, flat, is_number, refuse_unknown
 from tap_jax.errors import UserError
 from tap_jax.federation import client_table, find_task
+from tap_jax.registry import METHODS
 
 # Every other number is > 0; tuples of numbers elementwise.
 _MAY_BE_ZERO = (
@@ -39,21 +40,23 @@ def validate(config: ConfigDict) -> None:
     for field in given:
         if field not in expected:
             refuse_unknown(default, field)
+    words = choices()
     for field, standard in expected.items():
         if field not in given:
             raise UserError(f"{field}: missing; start from tap_jax.config.default_config()")
-        _check_field(field, cast(field, given[field], standard))
+        _check_field(field, cast(field, given[field], standard), words.get(field))
     for check in (_check_outcome, _check_privacy, _check_method, _check_model, _check_federation):
         check(config)
 
 
 def _check_outcome(config: ConfigDict) -> None:
     """What the run is to yield and to write."""
+    known = METHODS[config.method].variants
     for variant in config.variants:
-        if variant not in VARIANTS[config.method]:
+        if variant not in known:
             raise UserError(
                 f"variants: '{variant}' does not come out of method '{config.method}';"
-                f" use {', '.join(VARIANTS[config.method])}, or variants=() for the first"
+                f" use {', '.join(known)}, or variants=() for the first"
             )
     if len(set(config.variants)) < len(config.variants):
         raise UserError(f"variants: {', '.join(config.variants)}; name each once")
@@ -69,7 +72,7 @@ def _check_privacy(config: ConfigDict) -> None:
     if config.privacy.delta >= 1:
         raise UserError(f"privacy.delta: {config.privacy.delta}; use less than 1, best well below 1 / clients")
     if config.privacy.noise_multiplier:
-        if config.method in ("local", "centralised"):
+        if not METHODS[config.method].sends:
             raise UserError(
                 f"privacy.noise_multiplier: method '{config.method}' has no clients' updates to make private; use 0"
             )
@@ -82,10 +85,12 @@ def _check_privacy(config: ConfigDict) -> None:
 
 def _check_method(config: ConfigDict) -> None:
     """What goes with the method, its criterion and its backbone."""
-    if config.engine.window > 1 and config.method != "tap":
+    if config.engine.window > 1 and not METHODS[config.method].personal:
         raise UserError(f"engine.window: method '{config.method}' trains nothing that can wait for later rounds; use 0")
-    if config.model.backbone == "standard" and config.method == "disentafl":
-        raise UserError("model.backbone: 'disentafl' compares what the routed backbone's stacks put out; use 'routed'")
+    if config.model.backbone == "standard" and METHODS[config.method].routed:
+        raise UserError(
+            f"model.backbone: '{config.method}' compares what the routed backbone's stacks put out; use 'routed'"
+        )
     if config.replacement.criterion == "gradient" and config.replacement.margin == "relative":
         raise UserError(
             "replacement.margin: 'relative' scales losses, and criterion 'gradient' compares cosines; drop one"
@@ -189,10 +194,10 @@ def _check_natural(config: ConfigDict) -> None:
         raise UserError("federation.tasks: empty; name the tasks to take from the hub")
 
 
-def _check_field(field: str, value: Any) -> None:
-    """The rule of one field, its type being right."""
-    if field in CHOICES and value not in CHOICES[field]:
-        raise UserError(f"{field}: unknown '{value}'; use one of {', '.join(CHOICES[field])}")
+def _check_field(field: str, value: Any, words: tuple[str, ...] | None) -> None:
+    """The rule of one field, its type being right; `words`: the only ones that it takes."""
+    if words and value not in words:
+        raise UserError(f"{field}: unknown '{value}'; use one of {', '.join(words)}")
     if field in _NON_EMPTY and not value:
         raise UserError(f"{field}: empty; see its comment in tap_jax/config/defaults.py for the choices")
     for number in value if isinstance(value, tuple) else (value,):

@@ -8,15 +8,18 @@ from typing import Any
 from tap_jax import config as configuration
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.scores import Row, Summary, summarise
+from tap_jax.registry import METHODS
 
-# What a method reads besides the fields that all share; a variant belongs to the method whose name it begins with.
-METHOD_FIELDS = {
-    "tap": ("margins", "replacement", "distillation"),
-    "per-fedavg": ("per_fedavg",),
-    "disentafl": ("disentafl",),
-    "feddat": ("feddat", "distillation.image_loss"),
-}
-_OWN = ("seed", "method", "variants", "model.backbone", *(name for names in METHOD_FIELDS.values() for name in names))
+_SHARED = ("seed", "method", "variants", "model.backbone")  # what runs of one comparison may differ in
+
+
+def _fields_of_methods() -> dict[str, tuple[str, ...]]:
+    """What a method reads besides the fields that all share, by the first of its variants.
+
+    A variant belongs to the method with whose first one its name begins.
+    """
+    return {entry.variants[0]: entry.reads for entry in METHODS.values() if entry.reads}
+
 
 Key = tuple[str, str]  # (backbone, variant)
 
@@ -89,10 +92,11 @@ def comparisons(runs: Sequence[FinishedRun]) -> list[Comparison]:
 
 def _identity(run: FinishedRun) -> dict[str, Any]:
     flat = _flat(run.config.to_dict())
+    free = (*_SHARED, *(name for names in _fields_of_methods().values() for name in names))
     return {
         field: value
         for field, value in flat.items()
-        if field not in configuration.NEUTRAL_FIELDS and not any(_within(field, own) for own in _OWN)
+        if field not in configuration.NEUTRAL_FIELDS and not any(_within(field, own) for own in free)
     }
 
 
@@ -103,14 +107,15 @@ def _chosen(model: str, differing: tuple[str, ...], runs: Sequence[FinishedRun])
     theirs in the name: tap@0.05 for margins, else "tap (replacement.scope=exclusive)".
     """
     ranked = sorted(runs, key=lambda run: run.method != "tap")  # stable
-    usual = {method: _usual([run for run in ranked if _reads(run, method)], method) for method in METHOD_FIELDS}
+    methods = _fields_of_methods()
+    usual = {method: _usual([run for run in ranked if _reads(run, method)], method) for method in methods}
     chosen: dict[tuple[str, str, int], FinishedRun] = {}
     names: dict[tuple[str, str], str] = {}
     spare: dict[tuple[str, str], list[str]] = {}
     for run in ranked:
         for variant in dict.fromkeys(row["variant"] for row in run.rows):
             name = variant
-            method = next((method for method in METHOD_FIELDS if variant.startswith(method)), None)
+            method = next((method for method in methods if variant.startswith(method)), None)
             if method and (other := _differing(run, usual[method], method)):
                 name = _renamed(run, variant, other)
             first = chosen.setdefault((run.backbone, name, run.seed), run)
@@ -136,7 +141,7 @@ def _reads(run: FinishedRun, method: str) -> bool:
 def _settings(run: FinishedRun, method: str) -> dict[str, Any]:
     """What only this method reads, margins as one value whichever way they were written."""
     flat = _flat({**run.config.to_dict(), "margins": tuple(sorted(run.margins.items()))})
-    return {field: flat[field] for field in flat if any(_within(field, name) for name in METHOD_FIELDS[method])}
+    return {field: flat[field] for field in flat if any(_within(field, name) for name in _fields_of_methods()[method])}
 
 
 def _usual(runs: Sequence[FinishedRun], method: str) -> dict[str, Any]:

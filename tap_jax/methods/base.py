@@ -323,6 +323,22 @@ class SplitRound:
         return self.personal(cohort, state, trained.pop())
 
 
+class Setting(NamedTuple):
+    """What a method is made for, beside its own settings (`registry.MethodEntry.make`).
+
+    Attributes:
+      model: the `ServerModel`: its tasks, and its pure functions such as `forward`.
+      variants: what the run is to yield.
+      post_steps: P.
+      criterion: of replacement, in the place of the settings'; None: theirs.
+    """
+
+    model: Any
+    variants: Sequence[str]
+    post_steps: int
+    criterion: Callable | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A federated algorithm.

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from tap_jax.federation import Task
-from tap_jax.methods.base import LocalRule, Method, Row, Tools
+from tap_jax.methods.base import LocalRule, Method, Row, Setting, Tools
 from tap_jax.methods.fedavg import fedavg
+from tap_jax.registry import Settings
 
 
 def groups_of(task: Task) -> tuple[str, ...]:
@@ -78,7 +79,7 @@ def disentanglement(row: Row, latents: Array, others: Mapping[str, Array]) -> Ar
     return sum(terms)
 
 
-def disentafl(*, weight: float = 0.5) -> Method:
+def disentafl(*, weight: float) -> Method:
     """DisentAFL as a method, with the variants "disentafl", "disentafl+post" and "disentafl+2p".
 
     Args:
@@ -95,3 +96,8 @@ def disentafl(*, weight: float = 0.5) -> Method:
 
     rule = LocalRule(step, extra_loss=extra_loss, statistics=second_moments, needs_statistics=has_counterparts)
     return fedavg("disentafl", rule)
+
+
+def configured(settings: Settings, setting: Setting) -> Method:
+    """DisentAFL of a configuration."""
+    return disentafl(weight=settings["disentafl"]["weight"])

@@ -9,7 +9,8 @@ centralised run is this one with a single client that has everybody's data and t
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, State
+from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, Setting, State
+from tap_jax.registry import Settings
 
 
 def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
@@ -36,3 +37,13 @@ def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
                 yield variant, cohort.unload(params)
 
     return Method((), federated_round, finish, rule)
+
+
+def configured(settings: Settings, setting: Setting) -> Method:
+    """FedAvg of a configuration."""
+    return fedavg()
+
+
+def centralised(settings: Settings, setting: Setting) -> Method:
+    """The centralised run of a configuration."""
+    return fedavg("centralised")

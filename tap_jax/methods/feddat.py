@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from tap_jax.blocks import PRIVATE, Blocks, Params, Tree
-from tap_jax.methods.base import Cohort, Forward, LocalRule, Method, Row, State, StepLosses, Tools
+from tap_jax.methods.base import Cohort, Forward, LocalRule, Method, Row, Setting, State, StepLosses, Tools
 from tap_jax.methods.losses import distillation_loss
+from tap_jax.registry import Settings
 
 MODEL = "private"
 
@@ -152,3 +153,13 @@ def feddat(
 def with_own_blocks(blocks: Blocks) -> dict:
     """A client's blocks by name as a model with A0 sees them."""
     return {name: blocks.get(PRIVATE + name, tree) for name, tree in blocks.items() if not name.startswith(PRIVATE)}
+
+
+def configured(settings: Settings, setting: Setting) -> Method:
+    """FedDAT of a configuration."""
+    return feddat(
+        setting.model.forward,
+        setting.model.dual,
+        weight=settings["feddat"]["weight"],
+        image_loss=settings["distillation"]["image_loss"],
+    )

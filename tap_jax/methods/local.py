@@ -7,7 +7,8 @@ So every method spends the same local iterations; sampling all clients every rou
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import Cohort, Method, State
+from tap_jax.methods.base import Cohort, Method, Setting, State
+from tap_jax.registry import Settings
 
 MODEL = "local"
 
@@ -39,3 +40,8 @@ def as_it_is(cohort: Cohort, state: State, model: str) -> dict:
 def local() -> Method:
     """Local as a method."""
     return Method((MODEL,), local_round, finish)
+
+
+def configured(settings: Settings, setting: Setting) -> Method:
+    """Local of a configuration."""
+    return local()

@@ -15,8 +15,9 @@ What is evaluated without post-training is the server's blocks. α is η times `
 import jax
 import jax.numpy as jnp
 
-from tap_jax.methods.base import LocalRule, LocalStep, Method, Tools
+from tap_jax.methods.base import LocalRule, LocalStep, Method, Setting, Tools
 from tap_jax.methods.fedavg import fedavg
+from tap_jax.registry import Settings
 
 
 def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
@@ -50,3 +51,9 @@ def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
 def per_fedavg(*, scale: float = 1.0, exact: bool = False) -> Method:
     """Per-FedAvg as a method, with the variants "per-fedavg" and "per-fedavg+post"; see `meta_step`."""
     return fedavg("per-fedavg", LocalRule(meta_step(scale=scale, exact=exact), minibatches_per_step=2))
+
+
+def configured(settings: Settings, setting: Setting) -> Method:
+    """Per-FedAvg of a configuration."""
+    section = settings["per_fedavg"]
+    return per_fedavg(scale=section["inner_scale"], exact=section["hessian"] == "exact")

@@ -33,15 +33,17 @@ from tap_jax.methods.base import (
     LocalRule,
     Method,
     Row,
+    Setting,
     SplitRound,
     State,
     Trained,
     put_rows,
     take_rows,
 )
-from tap_jax.methods.criteria import Criterion, Evidence, loss, relative_margin
+from tap_jax.methods.criteria import CRITERIA, Criterion, Evidence, loss, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
 from tap_jax.methods.losses import distillation_loss
+from tap_jax.registry import Settings
 
 MODEL = "personal"
 
@@ -225,3 +227,28 @@ def tap(
         extra_loss=distillation_term(forward, distillation),
     )
     return Method(carried, SplitRound(federated, personal), finish, rule, margins=personal_models)
+
+
+def configured(settings: Settings, setting: Setting) -> Method:
+    """TAP of a configuration."""
+    stage1, stage2 = settings["replacement"], settings["distillation"]
+    margins = {
+        variant: np.array([by_kind[task.kind] for task in setting.model.tasks], np.float32)
+        for variant, by_kind in settings["margins"].items()
+    }
+    return tap(
+        setting.model.tasks,
+        margins,
+        variants=setting.variants,
+        replacement=Replacement(
+            stage1["history"],
+            stage1["first"],
+            setting.criterion or CRITERIA[stage1["criterion"]],
+            stage1["margin"] == "relative",
+        ),
+        patience=Patience(setting.post_steps, stage2["look_every"], stage2["patience"]) if stage2["patience"] else None,
+        forward=setting.model.forward,
+        distillation=Distillation(
+            stage2["weights"], stage2["temperature"], stage2["temperature_power"], stage2["image_loss"]
+        ),
+    )

@@ -29,6 +29,7 @@ from tap_jax.planning.flops import Flops
 from tap_jax.planning.step_cost import gradients_per_step, steps_cost, task_costs
 from tap_jax.planning.useful_share import Costs, Measure, Share
 from tap_jax.platforms import peak_tflops
+from tap_jax.registry import METHODS
 
 REPEATS = 5
 RIVALS = ("torch", "torch-fused")
@@ -218,7 +219,7 @@ def _rounds(run: Experiment, rounds: int, say: Say) -> dict[str, Any]:
         "schedule_s": _short(statistics.mean(times) * run.config.rounds),
         "round_seconds": [_short(value) for value in times],
     }
-    if run.config.method == "tap":
+    if METHODS[run.config.method].personal:
         say("bench: Stage 2 of one client of each pattern")
         found |= _stage2(run, state)
     return dict.fromkeys(ROUND_FIELDS) | found

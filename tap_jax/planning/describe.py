@@ -21,6 +21,7 @@ from tap_jax.planning.planned_memory import MIB, data_bytes, mesh, plan
 from tap_jax.planning.step_cost import gradients_per_step, longest, task_flops
 from tap_jax.planning.useful_share import measure, report
 from tap_jax.platforms import Platform
+from tap_jax.registry import METHODS
 
 
 def describe(config: ConfigDict, *, plans: int = 0) -> str:
@@ -250,7 +251,7 @@ def useful(found: Outline, plans: int, platform: Platform | None = None, devices
         data,
         training_data(config, data)[0],
         settings := assembly.engine_settings(sizes, len(federation.clients), platform),
-        personal=config.method == "tap",
+        personal=METHODS[config.method].personal,
         plans=plans,
     )
     packed = ", packed" if settings.packed else ""

@@ -17,6 +17,7 @@ from tap_jax.methods.base import Method
 from tap_jax.models.accounting import shapes
 from tap_jax.models.server_model import to_compute_dtype
 from tap_jax.planning.outline import Outline
+from tap_jax.registry import server_variants
 
 MIB = 2**20
 
@@ -91,8 +92,8 @@ def _plan(
         partition,
         method,
         settings,
-        made=any(variant not in configuration.SERVER_VARIANTS for variant in variants),
-        after=any(variant not in (*configuration.SERVER_VARIANTS, "local") for variant in variants),
+        made=any(variant not in server_variants() for variant in variants),
+        after=any(variant not in (*server_variants(), "local") for variant in variants),
         host_bytes=assembly.host_bytes(config, clients),
         **sizes,
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tap_jax import assembly
+from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
 from tap_jax.data.minibatches import Batch
 from tap_jax.federation import Task
@@ -36,11 +37,8 @@ class Cost:
 
 def gradients_per_step(config: ConfigDict) -> int | None:
     """Gradients of the task losses that a local step takes; None where it computes more than those."""
-    if config.method in ("disentafl", "feddat"):
-        return None
-    if config.method == "per_fedavg":
-        return 2 if config.per_fedavg.hessian == "none" else None
-    return 1
+    entry, settings = configuration.method_of(config)
+    return entry.gradients(settings)
 
 
 def longest(model: ServerModel, task: Task) -> Widths:

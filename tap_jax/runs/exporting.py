@@ -23,6 +23,7 @@ from tap_jax.experiment import Experiment, build
 from tap_jax.export.staging import check_free
 from tap_jax.federation import Federation
 from tap_jax.models.server_model import ServerModel
+from tap_jax.registry import server_variants
 from tap_jax.runs import run_folder
 from tap_jax.runs.runner import stored_model
 
@@ -180,7 +181,7 @@ def is_finished(model: str, variant: str) -> bool:
     Args:
       model: one of `MODELS`. variant: of a personal model.
     """
-    return model == "personal" and variant not in configuration.SERVER_VARIANTS
+    return model == "personal" and variant not in server_variants()
 
 
 def _one_of(field: str, value: str, known: Sequence[str]) -> None:

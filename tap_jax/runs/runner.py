@@ -35,6 +35,7 @@ from tap_jax.evaluation.samples import write_samples
 from tap_jax.evaluation.scores import summarise
 from tap_jax.experiment import Experiment, build
 from tap_jax.methods.base import State
+from tap_jax.registry import server_variants
 from tap_jax.runs import run_folder, writers
 from tap_jax.runs.writers import Guarded, Writer
 
@@ -203,7 +204,7 @@ def _play(
         del mine  # or it would stay while the next models are trained
         since = time.monotonic()
     for variant in experiment.variants:
-        if variant in configuration.SERVER_VARIANTS:
+        if variant in server_variants():
             rows += experiment.evaluate_server(variant, state)
             reporter.scored(variant)
             _stop_here(stop)
@@ -328,7 +329,7 @@ def _evaluate(
     rows = []
     cohorts = [experiment.engine.cohort([client], state.round)] if client is not None else None
     for variant in experiment.variants:
-        if variant in configuration.SERVER_VARIANTS:
+        if variant in server_variants():
             rows += experiment.evaluate_server(variant, state)
             reporter.scored(variant)
             continue
@@ -368,7 +369,7 @@ def _announce(experiment: Experiment, reporter: Reporter) -> None:
         f"after the last round: {', '.join(experiment.variants)} for {clients} clients"
         + (f", {at_once} at a time" if at_once < clients else "")
     )
-    servers = configuration.SERVER_VARIANTS
+    servers = server_variants()
     batches = -(-clients // at_once)
     reporter.last({variant: 1 if variant in servers else batches for variant in experiment.variants})
 

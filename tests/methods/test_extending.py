@@ -1,10 +1,15 @@
 """One's own criterion and one's own method, without a change to the package (quoted in launch/docs/extending.md)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import tap_jax
+from tap_jax import registry
+from tap_jax.errors import UserError
 from tap_jax.methods.base import LocalRule, Method
 from tests.methods.oracles import FedAvg
 from tests.trajectories import agree
@@ -88,6 +93,33 @@ class FedProx(FedAvg):
         losses, gradient = super().step(adam, drawn, teacher)
         pull = jax.tree.map(lambda w, start: np.float32(self.strength) * (w - start), adam.blocks, self.start)
         return losses, jax.tree.map(np.add, gradient, pull)
+
+
+def test_own_method_by_name(tiny, monkeypatch):
+    """A registered method has fields in the configuration, is checked with it, and trains like the one handed over."""
+    rows, names = ROWS, ("fedprox", "fedprox+post")
+    handed = tap_jax.build(tiny(rows, SETTINGS), method=fedprox(FedProx.strength), variants=names)
+    entry = registry.MethodEntry(
+        "fedprox",
+        names,
+        server=names[:1],
+        section={"strength": 0.1},
+        reads=("fedprox",),
+        make=lambda settings, setting: fedprox(settings["fedprox"]["strength"]),
+    )
+    for name in registry.METHODS:
+        with pytest.raises(UserError, match="already registered"):
+            registry.register_method(dataclasses.replace(entry, name=name))
+    with monkeypatch.context() as patch:
+        patch.setitem(registry.METHODS, "fedprox", entry)
+        with pytest.raises(UserError, match="variants: 'tap' does not come out of method 'fedprox'"):
+            tiny(rows, SETTINGS | {"method": "fedprox", "variants": ("tap",)})
+        fields = {"method": "fedprox", "fedprox.strength": FedProx.strength, "variants": ()}
+        named = tap_jax.build(tiny(rows, SETTINGS | fields))
+        assert named.variants == names[:1]
+        states = [experiment.round(experiment.init())[0] for experiment in (handed, named)]
+        jax.tree.map(np.testing.assert_array_equal, states[0].server, states[1].server)
+        assert {row["variant"] for row in named.evaluate(states[1])} == {"fedprox"}
 
 
 def test_own_method(tiny):
