@@ -152,6 +152,70 @@ def scene(rng: np.random.Generator) -> dict:
     return {"concepts": [concepts[i] for i in rng.permutation(len(concepts))], "target": target, "others": sentences}
 
 
+# --- for pre-training: the same words, in other combinations (`corpus` says which) --------------------------------
+
+_TOPICAL_FRAMES = {
+    2: ("{s} on {a} and {b}", "{a} , {b} : more on that {t}", "after {a} comes {b} , says a {s}"),
+    4: (
+        "{a} and {b} , {c} and {d}",
+        "{s} : {a} and {b} surprise {c} , but no {d} {t}",
+        "new {a} may change {b} , big {c} shake {d}",
+    ),
+}
+
+
+def topical(rng: np.random.Generator) -> str:
+    """Two or four words of one topic, some of them shared with another topic."""
+    topic, count = rng.integers(len(_TOPICS)), (2, 4)[rng.integers(2)]
+    own, shared = _TOPICS[topic], _CONFUSABLE[topic]
+    words = [*rng.permutation(own)[:count]]
+    if rng.random() < 0.6:
+        words[rng.integers(count)] = _pick(rng, shared)
+    named = dict(zip("abcd", words, strict=False))
+    return _pick(rng, _TOPICAL_FRAMES[count]).format(**named, s=_pick(rng, _NEWS_SOURCES), t=_pick(rng, _NEWS_TIMES))
+
+
+def fact(rng: np.random.Generator) -> dict:
+    """{text, question, subject, choices, answer}: two cues and what they call for, as a sentence and as a question."""
+    domain = _pick(rng, QUESTION_DOMAINS)
+    frame, cues = _QUESTIONS[domain]
+    choices = sorted(cues)
+    answer = rng.integers(len(choices))
+    first, second = rng.permutation(cues[choices[answer]])[:2]
+    who, when = _pick(rng, _PERSONS), _pick(rng, _TIMES)
+    asked = frame.replace("{a}, {b}, {c} and {d}", "{a} and {b}").format(a=first, b=second, who=who, when=when)
+    text = f"{domain} : {first} and {second} , that is {choices[answer]}"
+    return {"text": text, "question": asked, "subject": domain, "choices": choices, "answer": int(answer)}
+
+
+def joint_scene(rng: np.random.Generator) -> dict:
+    """{concepts, target}: two who act, each in a way of their own or both in the same."""
+    doers = [str(doer) for doer in rng.permutation(_DOERS)[:2]]
+    actions = [_action(rng), _action(rng)]
+    place = _pick(rng, tuple(_PLACES))
+    if rng.random() < 0.5:
+        (verb, thing), _ = actions
+        used = [verb, thing]
+        text = f"a {doers[0]} and a {doers[1]} {verb}{f' the {thing}' if thing else ''} {_PLACES[place]}."
+    else:
+        used = [word for action in actions for word in action]
+        clauses = [
+            f"a {doer} {_third_person(verb)}{f' the {thing}' if thing else ''}"
+            for doer, (verb, thing) in zip(doers, actions, strict=True)
+        ]
+        text = f"{clauses[0]} and {clauses[1]} {_PLACES[place]}."
+    concepts = list(dict.fromkeys([*doers, *filter(None, used), place]))
+    return {"concepts": [concepts[i] for i in rng.permutation(len(concepts))], "target": text}
+
+
+def _action(rng: np.random.Generator) -> tuple[str, str]:
+    """A verb, and what it is done to or ""."""
+    if rng.random() < 0.4:
+        return _pick(rng, _INTRANSITIVE), ""
+    verb = _pick(rng, tuple(_TRANSITIVE))
+    return verb, _pick(rng, _TRANSITIVE[verb])
+
+
 def _third_person(verb: str) -> str:
     if verb == "carry":
         return "carries"

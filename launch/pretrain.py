@@ -1,0 +1,620 @@
+"""Pre-trains a small FLAVA or ViLT from nothing, on a CPU, and writes a checkpoint folder for `model.weights`.
+
+    python launch/pretrain.py flava --out=weights/flava --minutes=15
+
+Model and losses are transformers' own. FLAVA (`FlavaForPreTraining`): masked patches, masked words, both of captioned
+pictures, captions against pictures (contrastive), and whether a caption belongs to its picture. ViLT
+(`ViltForMaskedLM`): masked words, of captioned pictures and of sentences alone. transformers has no image-text matching
+loss for ViLT (`ViltForImageAndTextRetrieval` refuses labels), so there is none here.
+
+FLAVA predicts a code for each masked patch. The published model takes the codes from an image codebook of its own that
+was trained on photographs, of which there is no small one, and a random one would tell patches apart by chance. Codes
+here are the nearest of --codes centres, k-means of patches of the pictures, and go to the model as its `mim_labels`.
+
+Pictures and texts are drawn by `tap_jax.data.corpus`, in combinations that no task of the embedded suite has; or they
+are those of a folder (--data): NAME.txt beside NAME.png or .jpg is the picture's captions, one a line; lines of other
+.txt files are sentences; pictures without a text are for masked patches alone.
+
+Written to --out: config.json and model.safetensors (FlavaModel, ViltModel), the tokenizer's files, losses.csv and
+losses.png, probe.json, and a card, README.md. The probe is ridge regression from mean token features to what each task
+of the embedded suite asks, once of the trained model and once of the model before its first step. It reads training
+sets of a seed of its own, 40 samples to fit and 1,560 others to score, ten times; no test set is read.
+
+Needs PyTorch, transformers and tap_jax; no network. One core is enough for the default sizes, those of the demos.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from scipy.cluster.vq import kmeans2, vq
+
+from tap_jax.data import corpus, synthetic
+from tap_jax.data.images import MEAN, STD
+from tap_jax.data.text import SPECIAL, WordPiece, load_tokenizer
+from tap_jax.errors import UserError
+from tap_jax.federation import find_task
+
+PROBE_SEED = 1009  # of training sets that no configuration here draws
+PROBE_SIZE, PROBE_FIT, PROBE_REPEATS = 1600, 40, 10  # samples, how many of them to fit on, and how often anew
+PENALTY = 10.0  # of the ridge, on standardised features
+MASKED_WORDS, MASKED_PATCHES = 0.25, 0.4  # parts
+EMBEDDED = ("tiny_imagenet", "cifar100", "fashion_mnist", "caltech256", "ag_news", "mmlu", "vqa", "common_gen")
+VERBS = "run walk sleep jump dance play throw eat carry read watch wash paint".split()
+IMAGES = (".png", ".jpg", ".jpeg")
+IGNORED = -100  # a label that no loss reads
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("flava", "vilt"))
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the checkpoint's folder, new or empty")
+    parser.add_argument("--data", type=pathlib.Path, help="a folder of your own pictures and texts; else drawn ones")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of training, at most (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="so many, where the minutes allow; 0: as many as fit")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--mlp", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=1, help="of each of FLAVA's encoders (default: %(default)s)")
+    parser.add_argument("--fusion-layers", type=int, help="multimodal layers (default: FLAVA 2, ViLT 4)")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--patch", type=int, default=8, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, default=1000, help="word pieces, at most (default: %(default)s)")
+    parser.add_argument(
+        "--max-text", type=int, default=64, help="word pieces of a text, at most (default: %(default)s)"
+    )
+    parser.add_argument("--codes", type=int, default=256, help="of patches (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=16000, help="pictures that are drawn (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="of each kind (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="AdamW's highest (default: %(default)s)")
+    chosen = parser.parse_args(argv)
+    try:
+        run(chosen)
+    except UserError as error:
+        print(f"pretrain: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Reads or draws the data, trains, probes, writes."""
+    if chosen.out.exists() and any(chosen.out.iterdir()):
+        raise UserError(f"--out: {chosen.out} is not empty; name a new folder")
+    for field in ("image_size", "width"):
+        divisor = {"image_size": "patch", "width": "heads"}[field]
+        if getattr(chosen, field) % getattr(chosen, divisor):
+            raise UserError(f"--{divisor}: does not divide --{field.replace('_', '-')}; use one that does")
+    chosen.fusion_layers = chosen.fusion_layers or {"flava": 2, "vilt": 4}[chosen.model]
+    torch.manual_seed(chosen.seed)
+    transformers.utils.logging.set_verbosity_error()
+    print("reading the folder" if chosen.data else "drawing pictures and texts", flush=True)
+    texts = read_folder(chosen.data, chosen) if chosen.data else drawn(chosen)
+    tokenizer = load_tokenizer("train", [*texts.sentences, *texts.captions], vocab_size=chosen.vocab)
+    data = Data.of(texts, tokenizer, chosen)
+    model = (flava if chosen.model == "flava" else vilt)(chosen, tokenizer.size)
+    features = flava_features if chosen.model == "flava" else vilt_features
+    random = probe(model, features, tokenizer, chosen)
+    curves = train(model, data, chosen)
+    trained = probe(model, features, tokenizer, chosen)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    write(chosen, model, tokenizer, data, curves, {"random": random, "trained": trained})
+    for name, score in trained.items():
+        print(f"probe {name}: {score:.3f}, of random weights {random[name]:.3f}")
+    print(f"written to {chosen.out}; use it with\n  {usage(chosen, tokenizer.size)}")
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Pictures, their captions, and sentences.
+
+    Attributes:
+      images: float32 [N, 3, S, S], standardised, S the model's.
+      captions, shown: M captions, and which picture each belongs to, int64 [M].
+      sentences: may be none.
+    """
+
+    images: torch.Tensor
+    captions: Sequence[str]
+    shown: np.ndarray
+    sentences: Sequence[str]
+
+
+def pixels(images: np.ndarray, size: int) -> torch.Tensor:
+    """uint8 [N, H, H, 3] -> float32 [N, 3, size, size], standardised and resized as tap_jax does it."""
+    tensor = torch.tensor((images / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).permute(0, 3, 1, 2)
+    return F.interpolate(tensor, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def drawn(chosen: argparse.Namespace) -> Texts:
+    """Three captions of each drawn picture, and as many sentences."""
+    rng = np.random.default_rng([chosen.seed, corpus.STREAM])
+    parts, captions = [], []
+    for start in range(0, chosen.pool, 1000):
+        images, found = corpus.draw_pictures(rng, min(1000, chosen.pool - start))
+        parts.append(pixels(images, chosen.image_size))
+        captions += [corpus.caption(rng, picture) for picture in found for _ in range(3)]
+    sentences = [corpus.sentence(rng) for _ in captions]
+    return Texts(torch.cat(parts), captions, np.repeat(np.arange(chosen.pool), 3), sentences)
+
+
+def read_folder(folder: pathlib.Path, chosen: argparse.Namespace) -> Texts:
+    """A folder's pictures, captions and sentences, at any depth."""
+    from tap_jax.data.images import to_rgb64
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [path for path in files if path.suffix.lower() in IMAGES]
+    if not found:
+        raise UserError(f"--data: no {', '.join(IMAGES)} in {folder}; name a folder with pictures")
+    number = {path.with_suffix(".txt"): at for at, path in enumerate(found)}
+    captions, shown, sentences = [], [], []
+    for path in files:
+        if path.suffix != ".txt":
+            continue
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if path in number:
+            captions += lines
+            shown += [number[path]] * len(lines)
+        else:
+            sentences += lines
+    if not captions:
+        raise UserError(f"--data: no captions in {folder}; put NAME.txt beside NAME.png, a caption a line")
+    images = []
+    for path in found:
+        try:
+            images.append(pixels(to_rgb64(path.read_bytes(), where=str(path))[None], chosen.image_size))
+        except UserError as error:
+            wrong = str(error).partition("'image': ")[2].rpartition("; ")[0]
+            raise UserError(f"--data: {path}: {wrong}; mend or remove it") from None
+    return Texts(torch.cat(images), captions, np.array(shown), sentences)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What batches are cut from.
+
+    Attributes:
+      images: float32 [N, 3, S, S]. codes: int64 [N, (S/patch)²], of their patches.
+      captions: int64 [M, T], 0-padded. shown: int64 [M], the picture of each.
+      sentences: int64 [S, T], 0-padded, short ones first, or None.
+      vocab, mask: how many word pieces, and which of them is [MASK].
+    """
+
+    images: torch.Tensor
+    codes: torch.Tensor
+    captions: torch.Tensor
+    shown: torch.Tensor
+    sentences: torch.Tensor | None
+    vocab: int
+    mask: int
+
+    @classmethod
+    def of(cls, texts: Texts, tokenizer: WordPiece, chosen: argparse.Namespace) -> "Data":
+        """Encodes the texts, and the patches by k-means."""
+        patches = F.unfold(texts.images, chosen.patch, stride=chosen.patch).transpose(1, 2).contiguous().numpy()
+        flat = patches.reshape(-1, patches.shape[-1])
+        rng = np.random.default_rng(chosen.seed)
+        some = flat[rng.choice(len(flat), min(len(flat), 50 * chosen.codes), replace=False)]
+        centres, _ = kmeans2(some, min(chosen.codes, len(some)), iter=10, minit="points", rng=rng)
+        codes = vq(flat, centres)[0].reshape(patches.shape[:2])
+        encode = lambda lines: torch.tensor(tokenizer.encode(lines, chosen.max_text)).long()  # noqa: E731
+        return cls(
+            texts.images,
+            torch.tensor(codes).long(),
+            encode(texts.captions),
+            torch.tensor(texts.shown).long(),
+            encode(sorted(texts.sentences, key=len)) if texts.sentences else None,
+            tokenizer.size,
+            SPECIAL.index("[MASK]"),
+        )
+
+
+def trimmed(tokens: torch.Tensor) -> torch.Tensor:
+    """int64 [B, T] without the columns in which every text has ended."""
+    return tokens[:, : int((tokens != 0).sum(1).max())]
+
+
+def some_sentences(data: Data, batch: int) -> torch.Tensor:
+    """int64 [B, T]: a random eighth of them by length, so that few places are padding, and B of those."""
+    window = -(-len(data.sentences) // 8)
+    start = int(torch.randint(len(data.sentences) - window + 1, ()))
+    return trimmed(data.sentences[start + torch.randint(window, (batch,))])
+
+
+def masked_words(tokens: torch.Tensor, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens with some masked, labels [B, T]) as BERT has it: of those chosen 80 % [MASK], 10 % others, 10 % kept."""
+    chance = torch.rand(tokens.shape)
+    chosen = (chance < MASKED_WORDS) & (tokens >= len(SPECIAL))
+    chosen[:, 1] |= ~chosen.any(1)  # at least one in every text
+    labels = tokens.masked_fill(~chosen, IGNORED)
+    how = torch.rand(tokens.shape)
+    changed = tokens.masked_fill(chosen & (how < 0.8), data.mask)
+    other = torch.randint(len(SPECIAL), data.vocab, tokens.shape)
+    return torch.where(chosen & (how >= 0.9), other, changed), labels
+
+
+# --- the models ----------------------------------------------------------------------------------------------------
+
+
+def spread(chosen: argparse.Namespace) -> float:
+    """Initial deviation of weights: BERT's 0.02 at width 768, as strong at any other."""
+    return 0.02 * math.sqrt(768 / chosen.width)
+
+
+def flava(chosen: argparse.Namespace, vocab: int) -> transformers.FlavaForPreTraining:
+    """A FLAVA of the sizes chosen, random."""
+    common = dict(
+        hidden_size=chosen.width,
+        num_attention_heads=chosen.heads,
+        intermediate_size=chosen.mlp,
+        initializer_range=spread(chosen),
+    )
+    config = transformers.FlavaConfig(
+        image_config=common
+        | dict(
+            num_hidden_layers=chosen.layers,
+            image_size=chosen.image_size,
+            patch_size=chosen.patch,
+            vocab_size=chosen.codes,
+        ),
+        text_config=common
+        | dict(num_hidden_layers=chosen.layers, vocab_size=vocab, max_position_embeddings=chosen.max_text),
+        multimodal_config=common | dict(num_hidden_layers=chosen.fusion_layers),
+        hidden_size=chosen.width,
+        projection_dim=chosen.width,
+        initializer_range=spread(chosen),
+        init_codebook=False,
+    )
+    model = transformers.FlavaForPreTraining(config)
+    embeddings = model.flava.image_model.embeddings
+    _place(embeddings.position_embeddings, embeddings.cls_token, embeddings.mask_token)
+    return model
+
+
+def vilt(chosen: argparse.Namespace, vocab: int) -> transformers.ViltForMaskedLM:
+    """A ViLT of the sizes chosen, random."""
+    config = transformers.ViltConfig(
+        hidden_size=chosen.width,
+        num_attention_heads=chosen.heads,
+        intermediate_size=chosen.mlp,
+        num_hidden_layers=chosen.fusion_layers,
+        image_size=chosen.image_size,
+        patch_size=chosen.patch,
+        vocab_size=vocab,
+        max_position_embeddings=chosen.max_text,
+        initializer_range=spread(chosen),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = transformers.ViltForMaskedLM(config)
+    _place(model.vilt.embeddings.position_embeddings, model.vilt.embeddings.cls_token)
+    return model
+
+
+def _place(*parameters: torch.nn.Parameter) -> None:
+    """transformers starts these at 0; a random model then could not tell places apart, which would flatter training."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=0.02)
+
+
+def seen_through_adaptor(images: torch.Tensor) -> torch.Tensor:
+    """Every other batch [B, 3, S, S] through a random input adaptor (3x3 convolution, GELU, 1x1), new each time.
+
+    tap_jax puts a trainable one in front of the frozen encoder, and a run starts with a random one.
+    """
+    if torch.rand(()) < 0.5:
+        return images
+    first, second = (torch.empty(3, 3, side, side).uniform_(-1, 1) / math.sqrt(3 * side**2) for side in (3, 1))
+    return F.conv2d(F.gelu(F.conv2d(images, first, padding=1)), second)
+
+
+def flava_losses(model, data: Data, batch: int) -> dict[str, torch.Tensor]:
+    """FlavaForPreTraining's losses of three batches: pictures, sentences, captioned pictures.
+
+    Half of the captions are another picture's, for the matching loss; the other losses then leave those pairs out.
+    """
+    losses = {}
+    at = torch.randint(len(data.images), (batch,))
+    hidden = torch.rand(data.codes[at].shape) < MASKED_PATCHES
+    shown = seen_through_adaptor(data.images[at])
+    found = model(pixel_values=shown, bool_masked_pos=hidden, mim_labels=data.codes[at], return_loss=True)
+    losses["mim"] = found.loss_info.mim
+    if data.sentences is not None:
+        tokens = some_sentences(data, batch)
+        masked, labels = masked_words(tokens, data)
+        found = model(
+            input_ids=tokens, input_ids_masked=masked, attention_mask=tokens != 0, mlm_labels=labels, return_loss=True
+        )
+        losses["mlm"] = found.loss_info.mlm
+    at = torch.randint(len(data.captions), (batch,))
+    belongs = torch.rand(batch) < 0.5
+    belongs[0] = True  # without one, transformers counts all pairs as matching
+    read = torch.where(belongs, at, torch.randint(len(data.captions), (batch,)))
+    tokens, seen = trimmed(data.captions[read]), data.shown[at]
+    masked, labels = masked_words(tokens, data)
+    found = model(
+        input_ids=tokens,
+        input_ids_masked=masked,
+        attention_mask=tokens != 0,
+        pixel_values=seen_through_adaptor(data.images[seen]),
+        bool_masked_pos=torch.rand(data.codes[seen].shape) < MASKED_PATCHES,
+        mim_labels=data.codes[seen],
+        mlm_labels=labels,
+        itm_labels=belongs.long(),
+        return_loss=True,
+    )
+    for name in ("mmm_image", "mmm_text", "itm", "global_contrastive"):
+        losses[name] = getattr(found.loss_info, name)
+    return losses
+
+
+def vilt_losses(model, data: Data, batch: int) -> dict[str, torch.Tensor]:
+    """ViltForMaskedLM's loss of two batches: captioned pictures, and sentences beside an empty picture."""
+    at = torch.randint(len(data.captions), (batch,))
+    tokens = trimmed(data.captions[at])
+    masked, labels = masked_words(tokens, data)
+    shown = seen_through_adaptor(data.images[data.shown[at]])
+    losses = {"captions": model(masked, attention_mask=(tokens != 0).long(), pixel_values=shown, labels=labels).loss}
+    if data.sentences is not None:
+        tokens = some_sentences(data, batch)
+        masked, labels = masked_words(tokens, data)
+        losses["sentences"] = model(masked, labels=labels, **without_picture(model, tokens)).loss
+    return losses
+
+
+def without_picture(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What lets ViLT read a text alone: one image token that the attention leaves out."""
+    empty = torch.zeros(len(tokens), 1, model.config.hidden_size)
+    return {
+        "attention_mask": (tokens != 0).long(),
+        "image_embeds": empty,
+        "pixel_mask": torch.zeros(len(tokens), 1, dtype=torch.long),
+    }
+
+
+def train(model, data: Data, chosen: argparse.Namespace) -> list[dict[str, float]]:
+    """AdamW with a linear rise and a cosine's fall, until steps or minutes are over -> losses, means of 50 steps."""
+    losses_of = flava_losses if chosen.model == "flava" else vilt_losses
+    optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
+    started, step, done, lines, recent = time.monotonic(), 0, 0.0, [], []
+    model.train()
+    while done < 1:
+        rate = min(1.0, done / 0.03 + 0.01) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = chosen.learning_rate * rate
+        losses = losses_of(model, data, chosen.batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        recent.append([loss.item() for loss in losses.values()])
+        passed = (time.monotonic() - started) / (60 * chosen.minutes)
+        done = max(passed, step / chosen.steps) if chosen.steps else passed
+        if step % 50 == 0 or done >= 1:
+            line = {"step": step} | dict(zip(losses, np.mean(recent, 0).round(4).tolist(), strict=True))
+            lines.append(line)
+            recent = []
+            if step % 1000 == 0:
+                print(f"{done:.0%}: {line}", flush=True)
+    model.eval()
+    if chosen.steps and step < chosen.steps:
+        print(f"--minutes were over after {step} of {chosen.steps} steps", flush=True)
+    return lines
+
+
+# --- the linear probe ----------------------------------------------------------------------------------------------
+
+
+def mean_over(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[B, T, D] -> [B, D] over the tokens that are there."""
+    weights = mask.float()[..., None]
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def flava_features(model, images: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+    """[B, D], mean token of FLAVA's last layer: the image's, the text's, or where there are both the multimodal one."""
+    inner = model.flava
+    if tokens is None:
+        return inner.image_model(pixel_values=images).last_hidden_state.mean(1)
+    if images is None:
+        return mean_over(inner.text_model(tokens, attention_mask=tokens != 0).last_hidden_state, tokens != 0)
+    found = inner(input_ids=tokens, pixel_values=images, attention_mask=tokens != 0).multimodal_embeddings
+    before = found.shape[1] - tokens.shape[1]
+    mask = torch.cat([torch.ones(len(tokens), before, dtype=torch.bool), tokens != 0], 1)
+    return mean_over(found, mask)
+
+
+def vilt_features(model, images: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+    """[B, D], mean token of ViLT's last layer; beside a picture alone stands the text [CLS] [SEP]."""
+    if tokens is None:
+        tokens = torch.tensor([[SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")]]).expand(len(images), 2)
+    if images is None:
+        found = model.vilt(tokens, **without_picture(model, tokens)).last_hidden_state[:, : tokens.shape[1]]
+        return mean_over(found, tokens != 0)
+    torch.manual_seed(0)  # transformers shuffles the patches
+    found = model.vilt(tokens, attention_mask=(tokens != 0).long(), pixel_values=images).last_hidden_state
+    rest = torch.ones(len(tokens), found.shape[1] - tokens.shape[1], dtype=torch.bool)
+    return mean_over(found, torch.cat([tokens != 0, rest], 1))
+
+
+def probe(model, features: Callable, tokenizer: WordPiece, chosen: argparse.Namespace) -> dict[str, float]:
+    """Task -> accuracy of a ridge regression on frozen features; for tasks that rebuild a picture, explained variance.
+
+    Targets: the label; of mmlu and vqa the answer; of common_gen the verb; of the picture 8x8 pixels.
+    """
+    model.eval()
+    scores = {}
+    for name in EMBEDDED:
+        task = find_task(name)
+        if task.classes > 10:
+            task = dataclasses.replace(task, classes=10)
+        examples = synthetic.load(task, "train", size=PROBE_SIZE, seed=PROBE_SEED)
+        images = None if examples.images is None else pixels(examples.images, chosen.image_size)
+        tokens = None
+        if examples.inputs is not None:
+            tokens = torch.tensor(tokenizer.encode(examples.inputs, chosen.max_text)).long()
+        with torch.inference_mode():
+            parts = [
+                features(model, *(None if whole is None else whole[at : at + 200] for whole in (images, tokens)))
+                for at in range(0, PROBE_SIZE, 200)
+            ]
+        x = torch.cat(parts).double().numpy()
+        if task.kind == "image_generation":
+            target = pixels(examples.images, 8).flatten(1).double().numpy()
+            scores[name] = float(explained(x, target))
+        else:
+            scores[name] = float(accuracy(x, answers(name, examples)))
+    return {name: round(score, 4) for name, score in scores.items()}
+
+
+def answers(name: str, examples) -> np.ndarray:
+    """int [N]: what is to be told apart."""
+    if examples.labels is not None:
+        return examples.labels
+    found = examples.targets
+    if name == "common_gen":
+        found = [next(v for v in VERBS if v in text.split("Concepts: ")[1].split(", ")) for text in examples.inputs]
+    return np.unique(found, return_inverse=True)[1]
+
+
+def ridge(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Fits PROBE_REPEATS times on PROBE_FIT samples of their own -> ids of the other samples, predictions, mean fitted.
+
+    Ridge regression on standardised features.
+    """
+    for repeat in range(PROBE_REPEATS):
+        fitted = np.zeros(len(x), bool)
+        fitted[repeat * PROBE_FIT : (repeat + 1) * PROBE_FIT] = True
+        mean, deviation, centre = x[fitted].mean(0), x[fitted].std(0) + 1e-8, y[fitted].mean(0)
+        fit, rest = (x[fitted] - mean) / deviation, (x[~fitted] - mean) / deviation
+        solved = np.linalg.solve(fit.T @ fit + PENALTY * np.eye(x.shape[1]), fit.T @ (y[fitted] - centre))
+        yield np.flatnonzero(~fitted), rest @ solved + centre, centre
+
+
+def accuracy(x: np.ndarray, labels: np.ndarray) -> float:
+    """Of the samples that were not fitted, by the largest of one regression per class."""
+    found = ridge(x, np.eye(labels.max() + 1)[labels])
+    return np.mean([(guessed.argmax(1) == labels[rest]).mean() for rest, guessed, _ in found])
+
+
+def explained(x: np.ndarray, y: np.ndarray) -> float:
+    """Part of the variance of the samples that were not fitted."""
+    found = ridge(x, y)
+    return np.mean(
+        [1 - np.square(made - y[rest]).mean() / np.square(centre - y[rest]).mean() for rest, made, centre in found]
+    )
+
+
+# --- what is left behind -------------------------------------------------------------------------------------------
+
+
+def usage(chosen: argparse.Namespace, vocab: int) -> str:
+    """The fields of a run that starts from the checkpoint."""
+    fields = {
+        "model.weights": chosen.out,
+        "data.tokenizer": chosen.out,
+        "model.vocab": vocab,
+        "model.width": chosen.width,
+        "model.heads": chosen.heads,
+        "model.mlp": chosen.mlp,
+        "model.image_size": chosen.image_size,
+        "model.patch": chosen.patch,
+        "model.max_text": chosen.max_text,
+        "model.text_positions": chosen.max_text,
+    }
+    if chosen.model == "flava":
+        fields |= {"model.image_layers": chosen.layers, "model.text_layers": chosen.layers}
+    else:
+        fields |= {"model.position_grid": chosen.image_size // chosen.patch}
+    return " ".join(f"--config.{name}={value}" for name, value in fields.items())
+
+
+def write(chosen, model, tokenizer: WordPiece, data: Data, curves: Sequence[dict], scores: dict) -> None:
+    """The checkpoint's folder; config.json comes last of what a run reads."""
+    out, inner = chosen.out, model.flava if chosen.model == "flava" else model.vilt
+    tokenizer.save(out)
+    inner.save_pretrained(out)
+    (out / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
+    with open(out / "losses.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, curves[0])
+        writer.writeheader()
+        writer.writerows(curves)
+    draw_losses(out / "losses.png", curves)
+    (out / "README.md").write_text(card(chosen, inner, data, curves, scores))
+
+
+def draw_losses(path: pathlib.Path, curves: Sequence[dict]) -> None:
+    """One line per loss over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in list(curves[0])[1:]:
+        axes.plot([line["step"] for line in curves], [line[name] for line in curves], label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def card(chosen, inner, data: Data, curves: Sequence[dict], scores: dict) -> str:
+    """README.md of the folder."""
+    of = {"fashion_mnist": "explained variance of 8x8 pixels", "caltech256": "explained variance of 8x8 pixels"}
+    of |= {"mmlu": "accuracy, the answer", "vqa": "accuracy, the answer", "common_gen": "accuracy, the verb"}
+    rows = "\n".join(
+        f"| {name}, {of.get(name, 'accuracy')} | {scores['random'][name]:.3f} | {scores['trained'][name]:.3f} |"
+        for name in scores["trained"]
+    )
+    skipped = ("model", "out", "minutes")
+    options = " ".join(
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(chosen).items()
+        if name not in skipped and value is not None
+    )
+    source = f"the folder {chosen.data.name}" if chosen.data else "drawn by tap_jax/data/corpus.py"
+    rest = "" if data.sentences is None else f", {len(data.sentences):,} sentences"
+    kind = type(inner).__name__
+    return f"""# A small {kind}, pre-trained
+
+{sum(p.numel() for p in inner.parameters()):,} parameters, {data.vocab} word pieces. It is for the demos of tap_jax and
+for tests; it knows nothing of the world.
+
+- **Data**: {source}: {len(data.images):,} pictures, {len(data.captions):,} captions{rest}. Drawn ones have no
+  combination of shape, colour and ground, and no sentence, that a train or test set of the embedded suite has.
+- **Losses**: those of transformers {transformers.__version__}; see `launch/pretrain.py`, which made it:
+
+      python launch/pretrain.py {chosen.model} --out=DIR {options}
+
+  {curves[-1]["step"]:,} steps. Last losses: {", ".join(f"{k} {v:.3f}" for k, v in list(curves[-1].items())[1:])}
+  (`losses.csv`, `losses.png`).
+- **Linear probe** on the embedded tasks: ridge regression from the mean token of the frozen model, fitted on
+  {PROBE_FIT} samples of each training set (seed {PROBE_SEED}) and scored on {PROBE_SIZE - PROBE_FIT:,} others,
+  {PROBE_REPEATS} times. No test set was read. "Random" is the same model before its first step.
+
+| task | random | pre-trained |
+|---|---|---|
+{rows}
+
+`transformers.{kind}.from_pretrained(DIR)` reads it, and tap_jax as `model.weights` and `data.tokenizer`.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
