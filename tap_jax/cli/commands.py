@@ -232,7 +232,7 @@ _CONFIG = Flag(
     "demo, flava, vilt, ..., a Python file, or the config.json of a run",
 )
 _REGISTER = Flag(
-    "register", "FILE", "Python that registers tasks and methods of your own, such as the config file of the run", ""
+    "register", "FILE", "Python that registers tasks or methods, such as the run's config file", ""
 )
 PROCESSES = (
     Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
