@@ -14,7 +14,7 @@ Public names; `help(tap_jax.build)` and so on say more, each with an example:
 
   load_config(path, overrides)
     Reads a config file, or the config.json of a run.
-  build(config, *, criterion, method, variants, target)
+  build(config, *, criterion, method, variants, target, federation)
     Builds the Experiment that a config describes; a criterion or a method may be one's own.
   Experiment.init(workdir)
     The state before round 0.
@@ -26,7 +26,7 @@ Public names; `help(tap_jax.build)` and so on say more, each with an example:
     Scores of finished models, or of a state as it stands.
   run(config, workdir, reporter, stop)
     A whole run as of `tap-jax train`, with all its files; resumes by itself.
-  Federation(clients)
+  Federation(clients, named)
     Who has which task.
   select(params, names)
     A client's blocks. This and the next four take any trees of one's own.

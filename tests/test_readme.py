@@ -23,6 +23,7 @@ import tap_jax
 from tap_jax import config as configuration
 from tap_jax.cli import main as cli
 from tap_jax.config import load_config
+from tap_jax.registry import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "launch" / "docs").glob("*.md"))
@@ -113,9 +114,11 @@ def goes_on_from_the_demo(text):
 @pytest.fixture(scope="module")
 def namespaces():
     """Page -> what its Python blocks share: later ones use what earlier ones define."""
-    path, modules = list(sys.path), set(sys.modules)
+    path, modules, methods = list(sys.path), set(sys.modules), dict(METHODS)
     yield {}
     sys.path[:] = path
+    for name in METHODS.keys() - methods.keys():  # registered by a page
+        del METHODS[name]
     for name in set(sys.modules) - modules:
         if name == "torch_model":
             del sys.modules[name]

@@ -231,9 +231,7 @@ _CONFIG = Flag(
     "NAME[:KEY=VALUE,...]",
     "demo, flava, vilt, ..., a Python file, or the config.json of a run",
 )
-_REGISTER = Flag(
-    "register", "FILE", "Python that registers tasks or methods, such as the run's config file", ""
-)
+_REGISTER = Flag("register", "FILE", "Python that registers tasks or methods, such as the run's config file", "")
 PROCESSES = (
     Flag("coordinator", "HOST:PORT", "where process 0 of several listens; auto: ask SLURM, Open MPI, TPU or GKE", ""),
     Flag("processes", "N", "how many processes make the run, all started with the same command", 0),
