@@ -43,13 +43,12 @@ from tap_jax.data import corpus, synthetic
 from tap_jax.data.images import MEAN, STD
 from tap_jax.data.text import SPECIAL, WordPiece, load_tokenizer
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
+from tap_jax.federation import TASKS
 
 PROBE_SEED = 1009  # of training sets that no configuration here draws
 PROBE_SIZE, PROBE_FIT, PROBE_REPEATS = 1600, 40, 10  # samples, how many of them to fit on, and how often anew
 PENALTY = 10.0  # of the ridge, on standardised features
 MASKED_WORDS, MASKED_PATCHES = 0.25, 0.4  # parts
-EMBEDDED = ("tiny_imagenet", "cifar100", "fashion_mnist", "caltech256", "ag_news", "mmlu", "vqa", "common_gen")
 VERBS = "run walk sleep jump dance play throw eat carry read watch wash paint".split()
 IMAGES = (".png", ".jpg", ".jpeg")
 IGNORED = -100  # a label that no loss reads
@@ -459,8 +458,7 @@ def probe(model, features: Callable, tokenizer: WordPiece, chosen: argparse.Name
     """
     model.eval()
     scores = {}
-    for name in EMBEDDED:
-        task = find_task(name)
+    for name, task in TASKS.items():
         if task.classes > 10:
             task = dataclasses.replace(task, classes=10)
         examples = synthetic.load(task, "train", size=PROBE_SIZE, seed=PROBE_SEED)
