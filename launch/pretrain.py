@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import transformers
 from scipy.cluster.vq import kmeans2, vq
 
-from tap_jax.data import corpus, synthetic
+from tap_jax.data import corpus, grammar, synthetic
 from tap_jax.data.images import MEAN, STD
 from tap_jax.data.text import SPECIAL, WordPiece, load_tokenizer
 from tap_jax.errors import UserError
@@ -49,7 +49,6 @@ PROBE_SEED = 1009  # of training sets that no configuration here draws
 PROBE_SIZE, PROBE_FIT, PROBE_REPEATS = 1600, 40, 10  # samples, how many of them to fit on, and how often anew
 PENALTY = 10.0  # of the ridge, on standardised features
 MASKED_WORDS, MASKED_PATCHES = 0.25, 0.4  # parts
-VERBS = "run walk sleep jump dance play throw eat carry read watch wash paint".split()
 IMAGES = (".png", ".jpg", ".jpeg")
 IGNORED = -100  # a label that no loss reads
 
@@ -486,7 +485,8 @@ def answers(name: str, examples) -> np.ndarray:
         return examples.labels
     found = examples.targets
     if name == "common_gen":
-        found = [next(v for v in VERBS if v in text.split("Concepts: ")[1].split(", ")) for text in examples.inputs]
+        concepts = [text.split("Concepts: ")[1].split(", ") for text in examples.inputs]
+        found = [next(verb for verb in grammar.VERBS if verb in mine) for mine in concepts]
     return np.unique(found, return_inverse=True)[1]
 
 

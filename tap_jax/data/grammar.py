@@ -113,6 +113,7 @@ _TRANSITIVE = {
     "wash": ("car", "coat", "window"),
     "paint": ("fence", "boat", "box"),
 }
+VERBS = (*_INTRANSITIVE, *_TRANSITIVE)
 _PLACES = {
     "park": "in the park",
     "street": "on the street",
