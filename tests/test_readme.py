@@ -90,8 +90,9 @@ def place(folder, monkeypatch):
         small = {field: value for field, value in small.items() if f"{field}=" not in str(path)}
         return load_config(path, small | dict(overrides or {}))
 
-    monkeypatch.setattr(configuration, "load_config", load_small)
+    # The package first: it looks its names up when they are first asked for, and what it finds is what comes back.
     monkeypatch.setattr(tap_jax, "load_config", load_small)
+    monkeypatch.setattr(configuration, "load_config", load_small)
     return folder
 
 
