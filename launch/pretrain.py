@@ -43,7 +43,7 @@ from tap_jax.data import corpus, grammar, synthetic
 from tap_jax.data.images import MEAN, STD
 from tap_jax.data.text import SPECIAL, WordPiece, load_tokenizer
 from tap_jax.errors import UserError
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 PROBE_SEED = 1009  # of training sets that no configuration here draws
 PROBE_SIZE, PROBE_FIT, PROBE_REPEATS = 1600, 40, 10  # samples, how many of them to fit on, and how often anew

@@ -30,7 +30,7 @@ from tap_jax.cli import startup
 from tap_jax.config import ConfigDict, config_hash, load_config
 from tap_jax.data import synthetic
 from tap_jax.evaluation import drawing
-from tap_jax.federation import find_task, register_task
+from tap_jax.tasks import find_task, register_task
 from tap_jax.whole_files import write_file
 
 # One task of each kind; the data sets of one number make up six clients: four with one task, two with two.

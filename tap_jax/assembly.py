@@ -8,7 +8,7 @@ import numpy as np
 from tap_jax import config as configuration
 from tap_jax import platforms
 from tap_jax.config import ConfigDict
-from tap_jax.data import clients
+from tap_jax.data import classes, clients
 from tap_jax.engine.agreement import first_said
 from tap_jax.engine.local_training import TrainingSettings
 from tap_jax.engine.memory import machine_memory
@@ -17,7 +17,7 @@ from tap_jax.engine.privacy import Privacy, epsilon
 from tap_jax.engine.screening import Screening
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.errors import UserError
-from tap_jax.federation import Federation, Task, client_table
+from tap_jax.federation import Federation, client_table
 from tap_jax.methods.base import Method, Setting
 from tap_jax.methods.criteria import Criterion
 from tap_jax.methods.losses import task_loss
@@ -26,6 +26,7 @@ from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
 from tap_jax.platforms import Platform
 from tap_jax.registry import METHODS
+from tap_jax.tasks import Task, complete, find_task, is_open
 
 
 def federation_of(config: ConfigDict) -> Federation:
@@ -55,6 +56,37 @@ def federation_of(config: ConfigDict) -> Federation:
             f"cohort_size: {config.cohort_size}, but the data name {len(found.clients)} clients; use at most so many"
         )
     return found
+
+
+def with_found(config: ConfigDict) -> ConfigDict:
+    """The configuration, with the classes and domains that the declared tasks in use leave to their training rows.
+
+    Raises:
+      UserError: no such data, or labels that are no classes.
+    """
+    natural, section = configuration.is_natural(config), config.federation
+    used = section.tasks if natural else {name for row in configuration.client_rows(section) for name in row}
+    changes: dict[str, object] = {}
+    for name, fields in config.tasks.items():
+        classes_open, domains_open = is_open(complete(name, fields))
+        if not (classes_open or domains_open) or (used and name not in used):
+            continue
+        rows = clients.training_rows(
+            find_task(name),
+            root=config.data.root,
+            folders=dict(config.data.folders),
+            cache_dir=configuration.data_cache(config),
+            by_folder=section.split == "folder",
+        )
+        found = classes.classes_of(find_task(name), rows) if classes_open else {}
+        found |= classes.domains_of(find_task(name), rows) if domains_open else {}
+        changes |= {f"tasks.{name}.{field}": value for field, value in found.items()}
+    if not changes:
+        return config
+    complete_config = config.copy_and_resolve_references()
+    complete_config.unlock()
+    configuration.validate(configuration.override(complete_config, changes))
+    return complete_config.lock()
 
 
 def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:

@@ -18,11 +18,12 @@ from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
 from tap_jax.data.packing import SEQUENCE
 from tap_jax.engine.memory_plan import MemoryPlan, memory_plan
-from tap_jax.federation import Federation, Task
+from tap_jax.federation import Federation
 from tap_jax.models.accounting import shapes
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
 from tap_jax.platforms import Platform
+from tap_jax.tasks import Task
 
 # Part of a device's memory that the estimate may fill: the compiler's own padding and fragmentation take the rest.
 FILLED = 0.85

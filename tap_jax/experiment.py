@@ -30,13 +30,14 @@ from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.evaluation.metrics import TextScorer, text_scorer
 from tap_jax.evaluation.scores import Row
-from tap_jax.federation import Federation, Task
+from tap_jax.federation import Federation
 from tap_jax.methods.base import Method, SplitRound, State
 from tap_jax.methods.criteria import Criterion
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
 from tap_jax.platforms import platform_of
 from tap_jax.registry import METHODS
+from tap_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +292,7 @@ def build(
       (['client0', 'client1'], ('tap',))
     """
     configuration.validate(config)
+    config = assembly.with_found(config)
     if jax.config.jax_enable_x64:
         raise UserError("jax_enable_x64: is on, and everything here is float32 or bfloat16; set it to False")
     if criterion and (method or config.method != "tap"):

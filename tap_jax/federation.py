@@ -1,11 +1,4 @@
-"""Tasks, clients and the federation: who learns what (Sec. 3.1 and 5.1 of the paper).
-
-A *task* is a data set; losses, histories, margins and results are kept per task. Its *kind* selects the
-routed experts, its *domain* (per sample) the query/value experts, its *head* the decoder. All of it is
-data: register a ninth task with `register_task` and neither model nor engine changes.
-
-A *stream* is a (task, domain) pair, the unit for which the compiled program has one static path.
-"""
+"""Clients and the federation: who learns what (Sec. 3.1 and 5.1 of the paper)."""
 
 import dataclasses
 import difflib
@@ -15,100 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tap_jax.errors import UserError
-
-KINDS = ("image_classification", "image_generation", "text_classification", "text_generation")
-MODALITIES = ("image", "text")
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One data set and what is learned on it.
-
-    Attributes:
-      name: unique; also the name of its folder under `data.root`.
-      kind: one of `KINDS`.
-      modalities: subset of `MODALITIES`, in that order.
-      domains: names of the domains its samples fall into, at least one.
-      head: name of the decoder; tasks that name the same head share it.
-      classes: number of classes of a classification task, else 0.
-    """
-
-    name: str
-    kind: str
-    modalities: tuple[str, ...]
-    domains: tuple[str, ...]
-    head: str
-    classes: int = 0
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"task {self.name}: unknown kind '{self.kind}'; use one of {', '.join(KINDS)}")
-        if not self.modalities or any(m not in MODALITIES for m in self.modalities):
-            raise UserError(f"task {self.name}: modalities {self.modalities}; use a non-empty subset of {MODALITIES}")
-        if not self.domains:
-            raise UserError(f"task {self.name}: needs at least one domain")
-        if self.kind.endswith("classification") != (self.classes > 0):
-            raise UserError(f"task {self.name}: classes must be > 0 exactly for classification, not {self.classes}")
-
-    @property
-    def streams(self) -> tuple["Stream", ...]:
-        """One stream per domain."""
-        return tuple(Stream(self, domain) for domain in self.domains)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """A (task, domain) pair: the samples that take one static path through the model."""
-
-    task: Task
-    domain: str
-
-    @property
-    def name(self) -> str:
-        """`task` where the task has one domain, else `task/domain`."""
-        return self.task.name if len(self.task.domains) == 1 else f"{self.task.name}/{self.domain}"
-
-
-TASKS: dict[str, Task] = {}
-
-
-def register_task(task: Task) -> Task:
-    """Adds a task to the registry `TASKS`; a name can be registered once.
-
-    Raises:
-      UserError: the name is taken by a different task.
-    """
-    if TASKS.setdefault(task.name, task) != task:
-        raise UserError(f"task {task.name}: already registered; choose another name")
-    return task
-
-
-def find_task(name: str) -> Task:
-    """The registered task of that name.
-
-    Raises:
-      UserError: there is none; the message lists the known ones.
-    """
-    if name not in TASKS:
-        raise UserError(
-            f"federation: unknown task '{name}'; known tasks: {', '.join(TASKS)}; one of your own has to be registered"
-            " first (--register=FILE)"
-        )
-    return TASKS[name]
-
-
-# Section 5.1 of the paper; kinds and heads as in Appendix D.1 (generation heads are shared).
-for _task in (
-    Task("tiny_imagenet", "image_classification", ("image",), ("fine_grained",), "tiny_imagenet", classes=200),
-    Task("cifar100", "image_classification", ("image",), ("fine_grained",), "cifar100", classes=100),
-    Task("fashion_mnist", "image_generation", ("image",), ("general_object",), "image_generation"),
-    Task("caltech256", "image_generation", ("image",), ("general_object",), "image_generation"),
-    Task("ag_news", "text_classification", ("text",), ("news",), "ag_news", classes=4),
-    Task("mmlu", "text_generation", ("text",), ("law", "medicine", "moral"), "text_generation"),
-    Task("vqa", "text_generation", ("image", "text"), ("visual_answering",), "text_generation"),
-    Task("common_gen", "text_generation", ("text",), ("common_sense",), "text_generation"),
-):
-    register_task(_task)
+from tap_jax.tasks import TASKS, Stream, Task, find_task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ from tap_jax.cli.commands import COMMANDS
 from tap_jax.data.minibatches import Batch
 from tap_jax.engine.engine import Engine
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
 from tap_jax.planning import benchmark
 from tap_jax.planning.flops import Flops
 from tap_jax.planning.outline import outline
 from tap_jax.planning.step_cost import Cost, gradients_per_step, longest, steps_cost, task_costs
 from tap_jax.platforms import peak_tflops
+from tap_jax.tasks import find_task
 
 THREE = ({"ag_news": 1.0, "fashion_mnist": 0.5}, {"mmlu": 1.0}, {"fashion_mnist": 0.5})
 

@@ -425,7 +425,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(trained, command, tmp_p
 
 OWN_TASK = """
 from tap_jax.data.synthetic import RULES
-from tap_jax.federation import Task, register_task
+from tap_jax.tasks import Task, register_task
 
 register_task(Task("our_news", "text_classification", ("text",), ("news",), "our_news", classes=4))
 RULES["our_news"] = RULES["ag_news"]

@@ -5,9 +5,9 @@ import dataclasses
 from tap_jax import device_sizes
 from tap_jax.config import federation_of, load_config
 from tap_jax.device_sizes import Estimate, choices, row_bytes, row_tokens, sized
-from tap_jax.federation import find_task
 from tap_jax.models.layers import ModelConfig
 from tap_jax.platforms import GIB, Platform
+from tap_jax.tasks import find_task
 
 LARGE, MIDDLE, SMALL = (Platform("gpu", "one", memory=size * GIB) for size in (80, 40, 16))
 ROWS = ({"ag_news": 0.25, "cifar100": 0.25},) * 4

@@ -34,10 +34,10 @@ from tap_jax.data.images import to_rgb64
 from tap_jax.data.text import TaskArrays, encode_examples, load_tokenizer
 from tap_jax.errors import UserError
 from tap_jax.experiment import build
-from tap_jax.federation import find_task
 from tap_jax.models import checkpoints
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 from tests.models import huggingface
 
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (128, 128, 128)

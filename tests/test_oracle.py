@@ -8,7 +8,7 @@ import pytest
 
 from tap_jax import blocks
 from tap_jax import experiment as experiments
-from tap_jax.federation import KINDS
+from tap_jax.tasks import KINDS
 from tests import oracle
 from tests.oracle import Oracle
 from tests.trajectories import TOLERANCE, agree, alive, difference, play

@@ -24,6 +24,7 @@ from tap_jax import config as configuration
 from tap_jax.cli import main as cli
 from tap_jax.config import load_config
 from tap_jax.registry import METHODS
+from tap_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "launch" / "docs").glob("*.md"))
@@ -115,11 +116,13 @@ def goes_on_from_the_demo(text):
 @pytest.fixture(scope="module")
 def namespaces():
     """Page -> what its Python blocks share: later ones use what earlier ones define."""
-    path, modules, methods = list(sys.path), set(sys.modules), dict(METHODS)
+    path, modules, methods, tasks = list(sys.path), set(sys.modules), dict(METHODS), dict(TASKS)
     yield {}
     sys.path[:] = path
     for name in METHODS.keys() - methods.keys():  # registered by a page
         del METHODS[name]
+    for name in TASKS.keys() - tasks.keys():
+        del TASKS[name]
     for name in set(sys.modules) - modules:
         if name == "torch_model":
             del sys.modules[name]

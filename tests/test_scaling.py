@@ -9,7 +9,8 @@ import pytest
 
 from tap_jax import config as configuration
 from tap_jax.data import synthetic
-from tap_jax.federation import TASKS, client_table, find_task
+from tap_jax.federation import client_table
+from tap_jax.tasks import TASKS, find_task
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "scaling.py"
 

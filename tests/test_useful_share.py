@@ -12,8 +12,8 @@ from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, Sequences, padded
 from tap_jax.data.sampling import Rows, Table
 from tap_jax.data.text import TaskArrays
-from tap_jax.federation import find_task
 from tap_jax.planning.useful_share import Costs, Measure, TaskCost, measure, report
+from tap_jax.tasks import find_task
 
 GEN = find_task("common_gen")
 FAMILY = Family((GEN,))

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from tap_jax.config.defaults import NEUTRAL_FIELDS, default_config
 from tap_jax.config.derived import (
+    client_rows,
     data_cache,
     federation_of,
     is_natural,
@@ -25,6 +26,7 @@ from tap_jax.config.rules import validate
 __all__ = [
     "NEUTRAL_FIELDS",
     "ConfigDict",
+    "client_rows",
     "config_hash",
     "data_cache",
     "default_config",

@@ -7,8 +7,9 @@ reading.
 from ml_collections import ConfigDict
 
 from tap_jax.errors import UserError
-from tap_jax.federation import PAPER_ROWS, TASKS
+from tap_jax.federation import PAPER_ROWS
 from tap_jax.registry import METHODS
+from tap_jax.tasks import PAPER_TASKS
 
 # Packages that curves can go to, and extras of their names.
 WRITERS = ("tensorboard", "wandb")
@@ -148,12 +149,16 @@ def default_config() -> ConfigDict:
     federation.classes_per_client = 2  # of each task, or domains where it has no classes; only with "pathological"
     federation.tasks = ()  # names of the tasks to take; (): all that data.root has; only with "column" or "folder"
 
+    # Tasks of one's own beside the paper's: name -> fields of `tasks.DECLARATION`, such as
+    # {"xray": {"kind": "image_classification", "image": "scan", "label": "finding"}}.
+    config.tasks = ConfigDict()
+
     config.data = data = ConfigDict()
-    # | "sites", with a column "site" | "hub" (ids in data/sources.py) | folder with one sub-folder of files per
-    # task, or with federation.split "folder" with one sub-folder per client that has one per task
+    # | "sites", with a column "site" | "hub", where each task has a data set | id of one | folder with one sub-folder
+    # of files per task, or with federation.split "folder" with one sub-folder per client that has one per task
     data.root = "synthetic"
     data.client_column = ""  # says whose a row is, in training and test sets; only with federation.split "column"
-    data.folders = ConfigDict(dict.fromkeys(TASKS, ""))  # task -> sub-folder of root; "": the task's name
+    data.folders = ConfigDict(dict.fromkeys(PAPER_TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all (900 of the embedded suite)
     data.test_size = 0  # samples per task; 0: all (150 of the embedded suite)
     data.on_bad_row = "stop"  # at a row that cannot be used | "skip": leave it out, and say how many there were

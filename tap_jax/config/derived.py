@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from tap_jax.config.defaults import NATURAL_SPLITS
 from tap_jax.config.fields import is_number
 from tap_jax.errors import UserError
-from tap_jax.federation import KINDS, PAPER_ROWS, Federation, client_table
+from tap_jax.federation import PAPER_ROWS, Federation, client_table
 from tap_jax.registry import METHODS, MethodEntry, Settings
+from tap_jax.tasks import KINDS
 
 LOW_MARGIN_KINDS = ("image_generation", "text_classification")  # Tables 11-13 and 22
 

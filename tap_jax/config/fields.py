@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from tap_jax.config.defaults import choices
 from tap_jax.errors import UserError
+from tap_jax.tasks import complete
 
 
 def override(config: ConfigDict, values: Mapping[str, Any] | str) -> ConfigDict:
@@ -27,6 +28,9 @@ def override(config: ConfigDict, values: Mapping[str, Any] | str) -> ConfigDict:
       (2, 2)
     """
     for field, value in flat(_parse(values) if isinstance(values, str) else values).items():
+        if field.startswith("tasks."):
+            _set_of_task(config, field, value)
+            continue
         section, leaf = _place(config, field)
         if field == "margins" and not isinstance(value, ConfigDict):
             with config.ignore_type():
@@ -75,7 +79,7 @@ def refuse_unknown(config: ConfigDict, field: str) -> NoReturn:
     far = [leaves[leaf] for leaf in difflib.get_close_matches(parts[-1], list(leaves), n=1, cutoff=0.7)]
     close = [prefix + name for name in near] or far
     hint = f"; did you mean '{close[0]}'?" if close else ";"
-    own = "; a task of your own has to be registered first (--register=FILE)" if prefix == "data.folders." else ""
+    own = "; a task of config.tasks has a path" if prefix == "data.folders." else ""
     raise UserError(f"{field}: unknown field{hint} {'.'.join(path) or 'config'} has: {', '.join(section)}{own}")
 
 
@@ -111,6 +115,19 @@ def cast(field: str, value: Any, standard: Any) -> Any:
     if type(value) is type(standard):
         return value
     raise UserError(f"{field}: {value!r} is of type {type(value).__name__}; use a {type(standard).__name__}")
+
+
+def _set_of_task(config: ConfigDict, field: str, value: Any) -> None:
+    """One field of a task's declaration, which may be its first.
+
+    Raises:
+      UserError: no field of one, or a value of another type.
+    """
+    _, name, *rest = field.split(".")
+    if len(rest) != 1:
+        raise UserError(f"{field}: a task's fields are set one by one; write tasks.{name}.kind=... and so on")
+    declaration = complete(name, {**config.tasks.get(name, {}), rest[0]: value})
+    config.tasks[name] = ConfigDict(declaration)
 
 
 def _place(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:

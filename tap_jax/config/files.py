@@ -14,6 +14,7 @@ from tap_jax.config.defaults import default_config
 from tap_jax.config.fields import flat, override
 from tap_jax.config.rules import validate
 from tap_jax.errors import UserError
+from tap_jax.tasks import complete, declare
 
 # Files of the configurations that have a name. In a clone this is a link to its top-level folder.
 NAMED = pathlib.Path(__file__).parents[1] / "configs"
@@ -59,6 +60,10 @@ def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         if not isinstance(config, ConfigDict):
             raise UserError(f"config: get_config() of '{file}' returns no ConfigDict; copy one from {NAMED}")
     config.unlock()
+    if isinstance(config.get("tasks"), ConfigDict):
+        for name, fields in config.tasks.items():
+            if isinstance(fields, ConfigDict):
+                config.tasks[name] = ConfigDict(complete(name, fields))  # so that each field can be changed
     override(config, overrides or {})
     validate(config)
     return config.lock()
@@ -148,4 +153,6 @@ def from_json(text: str) -> ConfigDict:
     found.pop("", None)
     if isinstance(remat := found.get("engine.remat"), bool):
         found["engine.remat"] = "layer" if remat else "none"
-    return override(default_config(), found)
+    config = override(default_config(), found)
+    declare(config.tasks)  # reports look tasks up
+    return config

@@ -45,7 +45,9 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
     """Field -> value of all that numbers follow from, in one way of writing it."""
     fields = {field: value for field, value in flat(config).items() if field not in NEUTRAL_FIELDS}
     standard = flat(default_config())
+    tasks = {field: value for field, value in fields.items() if field.startswith("tasks.")}
     fields = {field: cast(field, value, standard[field]) for field, value in fields.items() if field in standard}
+    fields |= tasks
     fields.pop("margins", None)
     for variant, margins in margins_of(config).items():
         extra = variant.removeprefix("tap")

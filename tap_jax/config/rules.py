@@ -1,6 +1,7 @@
 """Which values a configuration may have, field by field and together."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,8 +10,9 @@ from tap_jax.config.defaults import FLAVA_POSITIONS, IMAGE_SIDE, WRITERS, choice
 from tap_jax.config.derived import client_rows, is_natural, margins_of
 from tap_jax.config.fields import cast, flat, is_number, refuse_unknown
 from tap_jax.errors import UserError
-from tap_jax.federation import client_table, find_task
+from tap_jax.federation import client_table
 from tap_jax.registry import METHODS
+from tap_jax.tasks import declare, find_task
 
 # Every other number is > 0; tuples of numbers elementwise.
 _MAY_BE_ZERO = (
@@ -27,12 +29,15 @@ _NON_EMPTY = ("data.root", "data.tokenizer", "metrics.bertscore_model", "metrics
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks every field's name, type and range, and how fields go together.
+    """Checks every field's name, type and range, and how fields go together; makes the tasks of `tasks` known.
 
     Raises:
       UserError: one line that names the first wrong field and the remedy.
     """
-    default, given = default_config(), flat(config)
+    default = default_config()
+    if "tasks" in config:  # else it is missed below
+        _check_tasks(config)
+    given = {field: value for field, value in flat(config).items() if not field.startswith("tasks.")}
     expected = flat(default)
     if "margins" in config and not isinstance(config.margins, ConfigDict):
         margins_of(config)
@@ -47,6 +52,21 @@ def validate(config: ConfigDict) -> None:
         _check_field(field, cast(field, given[field], standard), words.get(field))
     for check in (_check_outcome, _check_privacy, _check_method, _check_model, _check_federation):
         check(config)
+
+
+def _check_tasks(config: ConfigDict) -> None:
+    """Declarations of tasks."""
+    for name, fields in config.tasks.items():
+        if not isinstance(fields, (Mapping, ConfigDict)):
+            raise UserError(f"tasks.{name}: {fields!r}; use a dict such as {{'kind': 'image_generation', ...}}")
+    declare(config.tasks)
+    if config.federation.split == "folder":
+        for name, fields in config.tasks.items():
+            if fields.get("path"):
+                raise UserError(
+                    f"tasks.{name}.path: goes not with federation.split='folder', where each client's folder has one of"
+                    " the task's name; drop one"
+                )
 
 
 def _check_outcome(config: ConfigDict) -> None:
@@ -183,7 +203,9 @@ def _check_natural(config: ConfigDict) -> None:
     federation, data = config.federation, config.data
     if federation.split == "column" and not data.client_column:
         raise UserError("data.client_column: empty; name the column that says whose a row is, such as 'site'")
-    if data.root == "synthetic" or (federation.split == "folder" and data.root in ("hub", "sites")):
+    placed = [name for name, fields in config.tasks.items() if fields.get("path")]
+    elsewhere = all(name in placed for name in federation.tasks or placed[:1] or ("",))  # than in data.root
+    if (data.root == "synthetic" and not elsewhere) or (federation.split == "folder" and data.root in ("hub", "sites")):
         raise UserError(
             f"data.root: '{data.root}' has no clients for federation.split='{federation.split}'; name a folder"
             + (", 'hub' or 'sites'" if federation.split == "column" else " with one sub-folder per client")

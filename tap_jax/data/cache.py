@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tap_jax.data.examples import Examples
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 from tap_jax.whole_files import replaced
 
 FORMAT = 2  # raise it when the conversion changes

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tap_jax.data import hub, sites
+from tap_jax.data import hub, reading, sites
 from tap_jax.data.examples import PER_SAMPLE, Examples
-from tap_jax.data.sources import SOURCES
 from tap_jax.data.values import BadRow
 from tap_jax.errors import UserError
-from tap_jax.federation import TASKS, Client, Federation, Task, find_task
+from tap_jax.federation import Client, Federation
+from tap_jax.tasks import TASKS, Task, find_task
 
 MOST_BYTES = 200  # of a client's name as files' names have it, escaped; file systems take 255
 
@@ -141,6 +141,14 @@ def read(
     return examples.take(hub.subset(len(examples), limit))
 
 
+def training_rows(
+    task: Task, *, root: str, folders: Mapping[str, str] | None, cache_dir: str | None, by_folder: bool
+) -> list[reading.Joined]:
+    """A task's training rows: of `root`, or of every client's folder there. Arguments as of `natural_federation`."""
+    places = [place for _, place in _with_task(root, task, folders)] if by_folder else [root]
+    return [hub.rows_of(task, "train", root=place, cache_dir=cache_dir, folders=folders) for place in places]
+
+
 def joined(parts: Iterable[tuple[str, Examples]]) -> Examples:
     """The samples of several clients, (name, samples), one client after the other."""
     names, found = zip(*parts, strict=True)
@@ -169,7 +177,9 @@ def _present(root: str, column: str, folders: Mapping[str, str] | None) -> list[
         return [find_task(name) for name in sites.tasks()]
     places = [root] if column else [place for _, place in _folders(root)]
     found = [
-        task for task in TASKS.values() if task.name in SOURCES and any(_has(place, task, folders) for place in places)
+        task
+        for task in TASKS.values()
+        if task.source and (task.source.path or any(_has(place, task, folders) for place in places))
     ]
     if not found:
         where = root if column else f"any folder of {root}"

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tap_jax.data import drawing, grammar, templates
+from tap_jax.data import drawing, grammar
+from tap_jax.tasks import find_task
 
 PATTERNS = ("stripes", "checker", "dots", "zigzag", "bricks")  # in the order of `drawing.texture`
 TONES = (*drawing.COLORS, "grey", "black")  # of grounds; objects have the first eight
@@ -127,7 +128,7 @@ def caption(rng: np.random.Generator, picture: Picture) -> str:
     """What a picture shows, or a question about it with its answer."""
     if picture.things and rng.random() < 0.5:
         question, answer = _question(rng, picture)
-        return " ".join(templates.vqa_text({"question": question, "multiple_choice_answer": answer}))
+        return " ".join(find_task("vqa").source.written({"question": question, "multiple_choice_answer": answer}))
     names = [f"a {thing.size} {thing.color} {thing.kind}" for thing in picture.things]
     if not names:
         return f"{picture.ground}"
@@ -170,14 +171,14 @@ def _fact(rng: np.random.Generator) -> str:
     record = grammar.fact(rng)
     if rng.random() < 0.6:
         return record["text"]
-    return " ".join(templates.mmlu_text(record))
+    return " ".join(find_task("mmlu").source.written(record))
 
 
 def _action(rng: np.random.Generator) -> str:
     record = grammar.joint_scene(rng)
     if rng.random() < 0.6:
         return record["target"]
-    return " ".join(templates.common_gen_text(record))
+    return " ".join(find_task("common_gen").source.written(record))
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

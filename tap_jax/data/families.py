@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tap_jax.data.text import TaskArrays
-from tap_jax.federation import Stream, Task
+from tap_jax.tasks import Stream, Task
 
 FIELDS = ("images", "tokens", "labels", "answers")
 

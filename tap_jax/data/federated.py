@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tap_jax import templates
 from tap_jax.data import clients as natural
 from tap_jax.data import hub, synthetic
 from tap_jax.data.examples import Examples
@@ -12,7 +13,8 @@ from tap_jax.data.partition import assign, by_name
 from tap_jax.data.sampling import ClientData
 from tap_jax.data.text import TaskArrays, WordPiece, encode_examples, load_tokenizer
 from tap_jax.errors import UserError
-from tap_jax.federation import Federation, Task
+from tap_jax.federation import Federation
+from tap_jax.tasks import Task
 
 SYNTHETIC_SIZES = {"train": 900, "test": 150}  # samples per task where the configuration names none
 
@@ -99,7 +101,7 @@ def build(
     for task in tasks:
         for part, found in splits.items():
             limit = sizes.get(part, 0)
-            if root == "synthetic":
+            if root == "synthetic" and not (task.source and task.source.path):
                 found[task.name] = synthetic.load(task, part, size=limit or SYNTHETIC_SIZES[part], seed=seed)
             else:
                 column = client_column if split == "column" else None if split == "folder" else ""
@@ -152,7 +154,7 @@ def _cut_notes(
     task: Task, train: TaskArrays, test: TaskArrays, max_text: int, max_answer: int, too_long: str
 ) -> list[str]:
     """A line for a task whose inputs, and one for a task whose answers, are longer than the model takes."""
-    middle = too_long == "middle" and task.kind == "text_generation"
+    middle = too_long == "middle" and bool(task.source) and templates.is_template(task.source.text)
     lost = "the middle of the question or text in them" if middle else "their end"
     notes = []
     for which, (what, field, limit, loss) in enumerate(
@@ -165,7 +167,7 @@ def _cut_notes(
                 f"{count:,} of {size:,} ({100 * count / size:.0f} %) to {use}"
                 for count, size, use in zip(counts, sizes, ("train on", "test on"), strict=True)
             )
-            hint = " (data.too_long)" if loss is lost and task.kind == "text_generation" else ""
+            hint = " (data.too_long)" if middle and loss is lost else ""
             notes.append(
                 f"data: {task.name}: {parts} have {what} longer than model.{field} = {limit}: {loss} is cut{hint}"
             )
@@ -225,7 +227,7 @@ def _read(
     reduced = bool(image_classes) and task.kind == "image_classification"
     drawn = root == "sites"  # with the classes in use
     reduced = reduced and not drawn
-    known = dataclasses.replace(task, classes=10**6) if reduced else task
+    known = dataclasses.replace(task, classes=len(task.class_names) or 10**6) if reduced else task
     folders = {name: folder for name, folder in (folders or {}).items() if folder}
     given = {"root": root, "folders": folders, "cache_dir": cache_dir, "on_bad_row": on_bad_row}
     given["limit"] = None if reduced else limit or None

@@ -1,6 +1,6 @@
-"""Samples of a task, from the hub or from a local folder, with the columns that the task's source names.
+"""Samples of a task, from the hub or from local files, with the columns that the task's source names.
 
-Each split is converted once to arrays (pictures to 64x64, texts cut by their template) and kept as one .npz file,
+Each split is converted once to arrays (pictures to 64x64, texts by their templates) and kept as one .npz file,
 named by a hash of where it came from and how it was converted; a damaged one is built anew. A split is only ever
 seen complete: it is written beside its place and moved there.
 """
@@ -9,18 +9,17 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-import types
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from tap_jax import templates
 from tap_jax.data import cache, reading, values
 from tap_jax.data.examples import Examples
 from tap_jax.data.images import to_rgb64
-from tap_jax.data.sources import MMLU_DOMAINS, SOURCES, Source
-from tap_jax.data.templates import LETTERS, TEMPLATES
 from tap_jax.errors import UserError
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,9 +44,10 @@ def load(
     """Reads one split of one task.
 
     Args:
-      task: its name is looked up in `SOURCES`.
+      task: with a source.
       split: "train" or "test".
-      root: "hub", or a folder with one sub-folder for each task, in any layout of `reading`.
+      root: "hub", the id of a data set there, or a folder with one sub-folder for each task, in any layout of
+        `reading`. A task whose source has a path is read from there.
       cache_dir: where converted splits are kept (and the hub's files); None converts every time.
       limit: at most so many samples, a fixed random subset in the file's order; None for all.
       folders: task name -> folder under `root`, where it is not the task's name.
@@ -59,20 +59,15 @@ def load(
     """
     if split not in ("train", "test"):
         raise UserError(f"split: unknown '{split}'; use one of train, test")
-    if task.name not in SOURCES:
-        raise UserError(f"data.root: no source for task {task.name}; add it to tap_jax.data.sources.SOURCES")
     if limit is not None and limit < 1:
         raise UserError(f"data.{split}_size: {limit}; use at least 1, or leave it out for all")
-    source = SOURCES[task.name]
-    conversion = [dataclasses.astuple(source), _described(TEMPLATES.get(task.name)), _SPLIT_SEED, VQA_TRAIN_ROWS]
-    files = _files(task, split, root, folders)
-    identity = [file.identity for file in files] or ["hub"]
     owner = (client_column,) if client_column else ()
-    settings = [identity, *conversion, limit, on_bad_row, *owner]
+    place = _place(task, split, root, folders)
+    settings = [place.identity, _SPLIT_SEED, VQA_TRAIN_ROWS, limit, on_bad_row, *owner]
     cached = cache_dir and cache.cache_path(cache_dir, task, split, settings)
     if cached and (examples := cache.read_cache(cached)) is not None:
         return examples
-    rows = _opened(task, split, files, cache_dir, owner)
+    rows = _opened(task, split, place, cache_dir, owner)
     examples = convert(task, split, rows, limit=limit, client_column=client_column, on_bad_row=on_bad_row)
     if cached:
         try:
@@ -99,7 +94,7 @@ def rows_of(
     Raises:
       UserError: data that are missing or lack a column.
     """
-    return _opened(task, split, _files(task, split, root, folders), cache_dir, also)
+    return _opened(task, split, _place(task, split, root, folders), cache_dir, also)
 
 
 def client_name(value: object, *, where: str, column: str) -> str:
@@ -123,55 +118,75 @@ def subset(count: int, limit: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(_SPLIT_SEED).permutation(count)[:limit])
 
 
-def _files(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -> list[reading.Files]:
-    """Where a split is on this machine; none for the hub."""
-    if root == "hub":
-        return []
-    folder, stand_in = locate(task, root, folders)
-    if stand_in and split == "train":  # it is the same of the test split
-        _LOG.warning("%s", stand_in)
-    source = SOURCES[task.name]
-    return reading.local(folder, split, named=(source.train, source.test), parts=source.configs, field="data.root")
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a split is.
+
+    Attributes:
+      field: of the configuration, that says so.
+      hub: a data set's id; "" where the rows are in `files`.
+      files: on this machine.
+    """
+
+    field: str
+    hub: str = ""
+    files: tuple[reading.Files, ...] = ()
+
+    @property
+    def identity(self) -> list:
+        """JSON that changes with the files."""
+        return [file.identity for file in self.files] or ["hub", self.hub]
 
 
-def _opened(
-    task: Task, split: str, files: Sequence[reading.Files], cache_dir: str | None, also: Sequence[str] = ()
-) -> reading.Joined:
-    """The rows of `_files`; a split that serves both is divided."""
-    source = SOURCES[task.name]
-    opened = [reading.of_files(file) for file in files] or _from_hub(source, split, cache_dir)
+def _place(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -> _Place:
+    """Where the rows of a task are: what its own path says, or else `root`.
+
+    Raises:
+      UserError: the task has no data, or they are not there.
+    """
+    source = task.source
+    if source is None:
+        raise UserError(f"data.root: no data for task {task.name}, which names no columns; declare it in config.tasks")
+    field, named = (f"tasks.{task.name}.path", source.path) if source.path else ("data.root", root)
+    if named == "hub":
+        if not source.hub:
+            raise UserError(f"data.root: 'hub', but task {task.name} names no data set; set tasks.{task.name}.hub")
+        return _Place(field, source.hub)
+    if is_hub_id(named):
+        return _Place(field, named)
+    if source.path:
+        place = pathlib.Path(named)
+        if not place.exists():
+            raise UserError(
+                f"{field}: there is no file or folder {place}, and no data set owner/name of the hub is named"
+            )
+    else:
+        place, stand_in = locate(task, root, folders)
+        if stand_in and split == "train":  # it is the same of the test split
+            _LOG.warning("%s", stand_in)
+    words = source.train or "train", source.test or "test"
+    return _Place(field, files=tuple(reading.local(place, split, named=words, parts=source.configs, field=field)))
+
+
+def is_hub_id(place: str) -> bool:
+    """Whether a place is the id of a data set on the hub, owner/name, and no folder or file here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)) and not pathlib.Path(place).exists()
+
+
+def _opened(task: Task, split: str, place: _Place, cache_dir: str | None, also: Sequence[str] = ()) -> reading.Joined:
+    """The rows of a place; a split that serves both is divided."""
+    source = task.source
+    opened = [reading.of_files(file, field=place.field) for file in place.files]
+    if not opened:
+        name = getattr(source, split) or split
+        parts = source.configs or (None,)
+        opened = [reading.of_hub(place.hub, part, name, cache_dir=cache_dir, field=place.field) for part in parts]
     for rows in opened:
-        _check_columns((*source.needed, *also), rows)
-    if source.train == source.test and (not files or files[0].divided):
+        _check_columns((*source.needed, *also), rows, place.field)
+    if source.train and source.train == source.test and (not place.files or place.files[0].divided):
         halves = divide_by_image(opened[0].entries(source.image), train_rows=VQA_TRAIN_ROWS, seed=_SPLIT_SEED)
         opened = [opened[0].take(halves[0 if split == "train" else 1])]
     return reading.Joined(tuple(opened))
-
-
-def _described(template: Callable | None) -> list | str | None:
-    """A template by what it does, as JSON: its code, defaults and closure, but not the globals that it reads.
-
-    Any other callable is described by its repr, which may differ in every process; then the set is converted again.
-    """
-    if template is None:
-        return None
-    if not isinstance(template, types.FunctionType):
-        return repr(template)
-    closure = [repr(cell.cell_contents) for cell in template.__closure__ or ()]
-    return [_code(template.__code__), repr(template.__defaults__), repr(template.__kwdefaults__), closure]
-
-
-def _code(code: types.CodeType) -> list:
-    """Not by the repr of inner code or sets, which hold addresses or come in any order."""
-    constants = [
-        _code(value)
-        if isinstance(value, types.CodeType)
-        else sorted(map(repr, value))
-        if isinstance(value, frozenset)
-        else repr(value)
-        for value in code.co_consts
-    ]
-    return [code.co_code.hex(), constants, code.co_names]
 
 
 def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> tuple[pathlib.Path, str | None]:
@@ -187,7 +202,7 @@ def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> t
             " data.root=hub or data.root=synthetic"
         )
     chosen = (folders or {}).get(task.name)
-    names = (chosen,) if chosen else (task.name, *SOURCES[task.name].stand_ins)
+    names = (chosen,) if chosen else (task.name, *task.source.stand_ins)
     for name in names:
         if (base / name).is_dir():
             differs = name != task.name
@@ -210,30 +225,28 @@ def convert(
 
     Args:
       task: its kind, domains and number of classes.
-      split: "train" or "test"; test rows of common_gen with one concept_set_idx become one sample.
+      split: "train" or "test"; test rows that agree in the source's group_by become one sample.
       rows: with the source's columns; pictures as bytes or {"bytes": ..., "path": ...}.
       limit, client_column: see `load`. Rows of several clients are never one sample.
       on_bad_row: see `load`.
 
     Raises:
-      UserError: no rows, or none that can be used; no pictures, labels or texts for a task that needs them; several
-        domains and nothing that tells them apart; a row that cannot be used (`values.BadRow`).
+      UserError: no rows, or none that can be used; a row that cannot be used (`values.BadRow`).
     """
-    source, place = SOURCES[task.name], f"{task.name}/{split}"
-    _check_source(task, source)
+    source, place = task.source, f"{task.name}/{split}"
     needed = dict.fromkeys((*source.needed, *((client_column,) if client_column else ())))
     columns = rows.columns([name for name in needed if name != source.image])  # images come one by one
     if not rows.count:
         raise UserError(f"data.root: {place} has no rows; put data there")
     attempt = _Attempts(place, on_bad_row)
     groups = [[row] for row in range(rows.count)]
-    if task.name == "common_gen" and split == "test":
-        by_set: dict[object, list[int]] = {}
+    if source.group_by and split == "test":
+        together: dict[object, list[int]] = {}
         owners = columns[client_column] if client_column else [None] * rows.count
-        for row, (index, owner) in enumerate(zip(columns["concept_set_idx"], owners, strict=True)):
-            if attempt(row, values.check, index, column="concept_set_idx") is not _FAILED:
-                by_set.setdefault((index, owner), []).append(row)
-        groups = list(by_set.values())
+        for row, (entry, owner) in enumerate(zip(columns[source.group_by], owners, strict=True)):
+            if attempt(row, values.check, entry, column=source.group_by) is not _FAILED:
+                together.setdefault((repr(entry), owner), []).append(row)
+        groups = list(together.values())
     groups = [groups[i] for i in subset(len(groups), limit)]
     samples = []  # (row, its fields, those of the further rows of its group)
     for group in groups:
@@ -254,12 +267,14 @@ def convert(
         fields["images"] = np.stack(images)
     if source.label:
         fields["labels"] = np.array([mine["label"] for mine in first], np.int32)
-    if "input" in first[0]:
+    if source.text:
         fields["inputs"] = tuple(mine["input"] for mine in first)
-    if "target" in first[0]:
-        fields["references"] = tuple(tuple(mine["target"] for mine in group) for _, group in samples)
-        fields["targets"] = tuple(group[0] for group in fields["references"])
-        fields["shorten"] = np.array([mine["shorten"] for mine in first], np.int32)
+        if templates.is_template(source.text):
+            fields["shorten"] = np.array([mine["shorten"] for mine in first], np.int32)
+    if source.answer:
+        references = [[text for mine in group for text in mine["answers"]] for _, group in samples]
+        fields["references"] = tuple(map(tuple, references))
+        fields["targets"] = tuple(group[0] for group in references)
     if client_column:
         fields["clients"] = tuple(mine["client"] for mine in first)
     return Examples(**fields)
@@ -296,72 +311,51 @@ class _Attempts:
         )
 
 
-def _check_source(task: Task, source: Source) -> None:
-    if len(task.domains) > 1 and task.name != "mmlu":  # whose subjects are its domains
-        raise UserError(
-            f"task {task.name}: parquet and hub data have one domain, not {len(task.domains)}; register one task per "
-            "domain, or use data.root=synthetic with a rule in data.synthetic.RULES"
-        )
-    for needed, column in (("image" in task.modalities, "image"), (task.kind.endswith("classification"), "label")):
-        if needed and not getattr(source, column):
-            raise UserError(f"task {task.name}: no {column}s; name the column as `{column}` in data/sources.py")
-    if task.name in TEMPLATES:
-        return
-    if task.kind == "text_generation":
-        raise UserError(f"task {task.name}: no texts to write; give it a template in data/templates.py")
-    if "text" in task.modalities and "text" not in source.columns:
-        raise UserError(
-            f"task {task.name}: no texts; name the column 'text' in data/sources.py, or give it a template in "
-            "data/templates.py"
-        )
-
-
 def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where: str) -> dict:
     """What a row has besides its image: domain, label, texts, whose it is."""
-    source, found = SOURCES[task.name], {"domain": 0}
+    source, found = task.source, {"domain": 0}
     if client_column:
         found["client"] = client_name(columns[client_column][row], where=where, column=client_column)
     if source.label:
-        remedy = f"raise classes of {task.name}, "
+        names = f"name it in tasks.{task.name}.class_names, "
+        remedy = names if task.class_names else f"raise classes of {task.name}, "
         entry = columns[source.label][row]
-        found["label"] = values.label(entry, task.classes, where=where, column=source.label, remedy=remedy)
-    if task.name in TEMPLATES:
-        found |= _cut(task, columns, row, where=where)
-    elif "text" in source.columns:
-        found["input"] = values.text(columns["text"][row], where=where, column="text")
-    if task.name == "mmlu":
-        subject = columns["subject"][row]
-        if MMLU_DOMAINS.get(subject) not in task.domains:
-            raise values.bad(where, "subject", f"subject {subject} has no domain among {', '.join(task.domains)}")
-        found["domain"] = task.domains.index(MMLU_DOMAINS[subject])
+        given = {"where": where, "column": source.label, "remedy": remedy, "names": task.class_names}
+        found["label"] = values.label(entry, task.classes, **given)
+    record = {name: columns[name][row] for name in source.texts}
+    for name, entry in record.items():
+        values.check(entry, where=where, column=name)
+    try:
+        if templates.is_template(source.text):
+            found["input"], found["shorten"] = templates.fill(source.text, record)
+        elif source.text:
+            found["input"] = values.text(record[source.text], where=where, column=source.text)
+        if source.answer:
+            found["answers"] = _answers(source.answer, record)
+    except templates.Unfit as unfit:
+        raise values.bad(where, unfit.column, unfit.reason) from None
+    if source.domain_column:
+        entry, known = columns[source.domain_column][row], source.domain_values or task.domains
+        if entry not in known:
+            shown = f"{source.domain_column} {entry}"
+            raise values.bad(where, source.domain_column, f"{shown} has no domain among {', '.join(task.domains)}")
+        found["domain"] = known.index(entry)
     return found
 
 
-def _cut(task: Task, columns: Columns, row: int, *, where: str) -> dict:
-    """A row's texts by its template, and which part of the input may be shortened: its longest text."""
-    record = {name: columns[name][row] for name in SOURCES[task.name].columns}
-    for name, entry in record.items():
-        values.check(entry, where=where, column=name)
-    if "choices" in record and "answer" in record:
-        if not 0 < len(record["choices"]) <= len(LETTERS):
-            raise values.bad(where, "choices", f"{len(record['choices'])} choices; 1 to {len(LETTERS)} have letters")
-        try:
-            number = len(record["choices"])
-            record["answer"] = values.label(record["answer"], number, where=where, column="answer", what="answer")
-        except values.BadRow:
-            if isinstance(record["answer"], int):
-                wrong = f"answer {record['answer']} of {number} choices"
-                raise values.bad(where, "answer", wrong) from None
-            raise
-    try:
-        text, target = TEMPLATES[task.name](record)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise values.bad(where, ", ".join(record), f"the template of {task.name} cannot use it ({said})") from error
-    longest = max((entry for entry in record.values() if isinstance(entry, str)), key=len, default="")
-    start = max(text.find(longest), 0)
-    shorten = (start, start + len(longest) if longest in text else start)
-    return {"input": text, "target": target, "shorten": shorten}
+def _answers(answer: str, record: Mapping) -> list[str]:
+    """What a row may be answered with: one text for each entry where a column that is taken as it is has a list.
+
+    Raises:
+      templates.Unfit: an empty list, or an entry that the template cannot use.
+    """
+    several = [name for name in templates.columns(answer) if isinstance(record[name], (list, tuple))]
+    plain = [name for name in several if name == answer or f"{{{name}}}" in answer]
+    if not plain:
+        return [templates.fill(answer, record)[0]]
+    if not record[plain[0]]:
+        raise templates.Unfit(plain[0], "an empty list where an answer is expected")
+    return [templates.fill(answer, {**record, plain[0]: entry})[0] for entry in record[plain[0]]]
 
 
 def divide_by_image(images: Iterable[Mapping], *, train_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -393,16 +387,9 @@ def _digest(image: Mapping | None) -> bytes:
     return hashlib.sha256(found).digest()
 
 
-def _check_columns(needed: Sequence[str], rows: reading.Rows) -> None:
+def _check_columns(needed: Sequence[str], rows: reading.Rows, field: str) -> None:
     for name in needed:
         if name not in rows.names:
             raise UserError(
-                f"data.root: {rows.place} has no column '{name}' (it has {', '.join(rows.names)}); rename or add it"
+                f"{field}: {rows.place} has no column '{name}' (it has {', '.join(rows.names)}); rename or add it"
             )
-
-
-def _from_hub(source: Source, split: str, cache_dir: str | None) -> list[reading.Rows]:
-    return [
-        reading.of_hub(source.hub_id, config, getattr(source, split), cache_dir=cache_dir)
-        for config in source.configs or (None,)
-    ]

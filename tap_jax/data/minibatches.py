@@ -11,7 +11,7 @@ from tap_jax.data.families import Family, fields
 from tap_jax.data.packing import padded
 from tap_jax.data.sampling import ClientData, draw_plan
 from tap_jax.data.text import TaskArrays
-from tap_jax.federation import Stream
+from tap_jax.tasks import Stream
 
 
 @dataclasses.dataclass(frozen=True)

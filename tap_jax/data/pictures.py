@@ -5,10 +5,10 @@ What a class means is fixed; position, size, tilt, light, colour shade and noise
 
 import numpy as np
 
-from tap_jax.data import drawing, templates
+from tap_jax.data import drawing
 from tap_jax.data.examples import Examples
 from tap_jax.errors import UserError
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 
 # --- pictures to classify -------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ def _questions(task: Task, rng: np.random.Generator, n: int) -> Examples:
         picture = drawing.blend(picture, mask, _jitter(rng, drawing.PALETTE[colors[:, which]], 0.08))
     kinds = rng.choice(6, n, p=(0.38, 0.2, 0.12, 0.12, 0.06, 0.12))
     records = [_ask(rng, kinds[i], shapes[i], colors[i], bool(two[i]), first_side[i]) for i in range(n)]
-    inputs, targets = zip(*map(templates.vqa_text, records), strict=True)
+    inputs, targets = zip(*map(task.source.written, records), strict=True)
     images = drawing.finish(rng, picture, noise=0.03, light=0.15)
     return Examples(_zeros(n), images=images, inputs=inputs, targets=targets, references=tuple((t,) for t in targets))
 

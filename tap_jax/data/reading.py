@@ -332,8 +332,12 @@ def _word(place: pathlib.Path, split: str, words: tuple[str, ...], named: tuple[
     )
 
 
-def of_files(files: Files) -> Rows:
+def of_files(files: Files, *, field: str = "data.root") -> Rows:
     """Opens local files.
+
+    Args:
+      files: of `local`.
+      field: named in errors.
 
     Raises:
       UserError: they cannot be read in their format.
@@ -341,7 +345,7 @@ def of_files(files: Files) -> Rows:
     import datasets
 
     reader, _, tabs = files.reader.partition(".")
-    wrong = f"data.root: {files.name} is not readable as {'images' if reader == _FOLDER else reader}", "; replace it"
+    wrong = f"{field}: {files.name} is not readable as {'images' if reader == _FOLDER else reader}", "; replace it"
     options = {"sep": "\t"} if tabs else {"batch_size": _ROWS_AT_ONCE} if reader == "parquet" else {}
     patterns = {part: [glob.escape(str(path.absolute())) for path in paths] for part, paths in files.splits.items()}
     with readable(*wrong), tempfile.TemporaryDirectory() as scratch:  # for the library's lock; nothing else goes there
@@ -350,7 +354,9 @@ def of_files(files: Files) -> Rows:
     return Rows(dataset, files.name, wrong)
 
 
-def of_hub(name: str, config: str | None, split: str, *, cache_dir: str | None = None) -> Rows:
+def of_hub(
+    name: str, config: str | None, split: str, *, cache_dir: str | None = None, field: str = "data.root"
+) -> Rows:
     """Opens a split of a data set of the hub, which is downloaded once.
 
     Args:
@@ -358,13 +364,14 @@ def of_hub(name: str, config: str | None, split: str, *, cache_dir: str | None =
       config: one of its configurations; None for the default one.
       split: as it is called there.
       cache_dir: where the library keeps it; None for the library's own place.
+      field: named in errors.
 
     Raises:
       UserError: it is not to be had.
     """
     import datasets
 
-    wrong = f"data.root: cannot load {name}", "; check the network or use a local folder"
+    wrong = f"{field}: cannot load {name}", "; check the network or use a local folder"
     with readable(*wrong):
         dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
     return Rows(dataset, name, wrong)

@@ -12,7 +12,7 @@ import numpy as np
 from tap_jax.data import synthetic
 from tap_jax.data.examples import Examples
 from tap_jax.errors import UserError
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 
 COLUMN = "site"  # what `data.client_column` calls the sites
 _MOST_DRAWS = 8  # times as many samples as the sites want of a task, until there are enough of every class

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tap_jax.data import grammar, templates
+from tap_jax.data import grammar
 from tap_jax.data.examples import Examples
 from tap_jax.data.pictures import PICTURES
 from tap_jax.errors import UserError
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 
 SPLITS = ("train", "test")
 _TEST_PART = 4  # every fourth text, by its hash, belongs to the test split
@@ -39,7 +39,7 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
       UserError: a task without a rule in `RULES`, more classes than it can tell apart, or more samples than it has.
 
     Example:
-      >>> from tap_jax.federation import find_task
+      >>> from tap_jax.tasks import find_task
       >>> load(find_task("common_gen"), "train", size=1, seed=0).inputs[0].split("Concepts: ")[1]
       'school, boy, jump'
     """
@@ -120,7 +120,7 @@ def _multiple_choice(task: Task, split: str, rng: np.random.Generator, size: int
     def draw(number: int):
         domain = number % len(task.domains)
         record = grammar.question(rng, task.domains[domain])
-        source, target = templates.mmlu_text(record)
+        source, target = task.source.written(record)
         return source, source, (domain, source, target)
 
     records = _collect(draw, task, split, size)
@@ -135,7 +135,7 @@ def _concepts(task: Task, split: str, rng: np.random.Generator, size: int) -> Ex
     def draw(number: int):
         record = grammar.scene(rng)
         sentences = [record["target"], *record["others"]]
-        pairs = [templates.common_gen_text({**record, "target": sentence}) for sentence in sentences]
+        pairs = [task.source.written({**record, "target": sentence}) for sentence in sentences]
         source, targets = pairs[0][0], tuple(target for _, target in pairs)
         concepts = " ".join(sorted(record["concepts"]))
         if split == "test":

@@ -18,7 +18,7 @@ import tokenizers
 
 from tap_jax.data.examples import Examples
 from tap_jax.errors import UserError
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 from tap_jax.whole_files import replaced
 
 _LOG = logging.getLogger(__name__)

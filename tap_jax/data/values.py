@@ -4,7 +4,7 @@ Each is converted rightly, or it is a `BadRow` that names task, split, row, colu
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,25 +27,34 @@ def bad(where: str, column: str, wrong: str, remedy: str = REMEDY) -> BadRow:
     return BadRow(f"{where}, column '{column}': {wrong}; {remedy}")
 
 
-def label(value: Any, classes: int, *, where: str, column: str, what: str = "label", remedy: str = "") -> int:
-    """A whole number from 0 to `classes` - 1: an integer, a bool, or a float without a fraction.
+def label(
+    value: Any, classes: int, *, where: str, column: str, remedy: str = "", names: Sequence[str | int] = ()
+) -> int:
+    """A class, from 0 to `classes` - 1, of its number: an integer, a bool, or a float without a fraction; or its name.
 
     Args:
       classes: how many there are.
-      where, column: as of `bad`. what: the entry's name in the message. remedy: in front of the usual one.
+      where, column: as of `bad`. remedy: in front of the usual one.
+      names: what the column calls class 0, 1, ...; where they are texts, a number is the class's own.
 
     Raises:
-      BadRow: null, a text, a fraction, a number out of range. (-1 is what public test sets have for hidden labels.)
+      BadRow: null, an unknown text, a fraction, a number out of range. (-1 is what public test sets have for hidden
+        labels.)
     """
     if is_null(value):
-        raise bad(where, column, f"{what} is null")
+        raise bad(where, column, "label is null")
+    if names and isinstance(value, str) == isinstance(names[0], str):
+        if value in names:
+            return list(names).index(value)
+        listed = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+        raise bad(where, column, f"label {_shown(value)} is none of the classes {listed}", remedy + REMEDY)
     if isinstance(value, (str, bytes)) or not np.isscalar(value):
-        raise bad(where, column, f"{what} {_shown(value)} is not a number in 0..{classes - 1}")
+        raise bad(where, column, f"label {_shown(value)} is not a number in 0..{classes - 1}")
     if not math.isfinite(value) or value != int(value):
-        raise bad(where, column, f"{what} {value} is not a whole number")
+        raise bad(where, column, f"label {value} is not a whole number")
     if not 0 <= value < classes:
         hidden = ", as of test sets whose labels are hidden" if value == -1 else ""
-        raise bad(where, column, f"{what} {int(value)} is not in 0..{classes - 1}{hidden}", remedy + REMEDY)
+        raise bad(where, column, f"label {int(value)} is not in 0..{classes - 1}{hidden}", remedy + REMEDY)
     return int(value)
 
 

@@ -28,8 +28,8 @@ from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
 from tap_jax.engine.programs import abstract
 from tap_jax.engine.screening import Verdicts
 from tap_jax.engine.settings import EngineSettings
-from tap_jax.federation import Task
 from tap_jax.methods.base import ClientModels, LocalRule, put_models
+from tap_jax.tasks import Task
 
 if TYPE_CHECKING:
     from tap_jax.engine.engine import Engine

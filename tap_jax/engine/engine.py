@@ -29,8 +29,8 @@ from tap_jax.engine.probes import Probes
 from tap_jax.engine.programs import Program
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.engine.windows import regroup
-from tap_jax.federation import Task
 from tap_jax.methods.base import LocalRule
+from tap_jax.tasks import Task
 
 _DRAWING = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="draw")
 

@@ -18,8 +18,8 @@ from tap_jax.engine.objective import Where, gradient, no_losses, over_rows
 from tap_jax.engine.packed import Packed
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
 from tap_jax.errors import UserError
-from tap_jax.federation import Task
 from tap_jax.methods.base import PLAIN, Row
+from tap_jax.tasks import Task
 
 if TYPE_CHECKING:
     from tap_jax.engine.cohort import Cohort

@@ -11,7 +11,7 @@ from tap_jax.evaluation.drawing import BLACK, MARGIN_STYLES, MODEL_COLOURS, grid
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
 from tap_jax.evaluation.selection import Comparison
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 OWN = "tap"  # the variant with the run's own margins
 

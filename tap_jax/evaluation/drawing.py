@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 # Okabe & Ito, "Color universal design" (2008); grey in place of its yellow, which is faint on white.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (

@@ -23,8 +23,8 @@ from tap_jax.evaluation.metrics import TextScorer, accuracy
 from tap_jax.evaluation.prediction import TestRows, predictor, scored
 from tap_jax.evaluation.sampler import Sampler
 from tap_jax.evaluation.scores import Row
-from tap_jax.federation import Task
 from tap_jax.methods.base import State
+from tap_jax.tasks import Task
 
 PADDED_ROW = 50  # samples of a padded row
 

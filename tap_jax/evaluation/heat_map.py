@@ -10,7 +10,7 @@ from tap_jax.evaluation.drawing import new_figure, task_style
 from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
 from tap_jax.evaluation.scores import find_metric
 from tap_jax.evaluation.selection import Comparison
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 BASELINE = "fedavg+post"
 _LIMIT = 50  # % of gain at which colours end at the latest

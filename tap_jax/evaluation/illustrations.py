@@ -8,7 +8,7 @@ from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
 from tap_jax.evaluation.samples import ImageSample, Sample, TextSample, read_samples
 from tap_jax.evaluation.selection import Comparison
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 _LONGEST = 160  # characters of a sample text
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from tap_jax.evaluation.scores import AVERAGES, METRICS
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 MODELS = {"flava": "FLAVA", "vilt": "ViLT"}
 TASK_LABELS = {

@@ -25,7 +25,7 @@ from tap_jax.evaluation.layouts import (
 from tap_jax.evaluation.scores import DIVERGED, Summary, find_metric
 from tap_jax.evaluation.selection import Comparison
 from tap_jax.evaluation.tables import marked, ranking
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 NOT_RUN = "not run"
 
@@ -71,9 +71,9 @@ class Table:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no run of what the table is about; TAP alone is worth a line of Tables 1 to 3 only."""
-        ran = {line.entry.variant for line in self.lines if line.runs}
-        return ran <= ({"tap"} if self.name not in ("Table 1", "Table 2", "Table 3") else set())
+        """Whether no run has a score of what the table is about; TAP alone is worth a line of a main table only."""
+        ran = {line.entry.variant for line in self.lines if any(cell.status != NOT_RUN for cell in line.cells)}
+        return ran <= ({"tap"} if self.name not in ("Table 1", "Table 2", "Table 3", "Further runs") else set())
 
 
 def paper_tables(comparisons: Sequence[Comparison]) -> list[Table]:

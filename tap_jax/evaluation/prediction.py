@@ -22,7 +22,7 @@ from tap_jax.engine.engine import Engine
 from tap_jax.engine.objective import take_parts
 from tap_jax.engine.packed import Layout
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 
 
 class TestRows(struct.PyTreeNode):

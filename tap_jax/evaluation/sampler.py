@@ -10,8 +10,8 @@ from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.parallel import ROWS
 from tap_jax.evaluation.prediction import TestRows, image, predictor
 from tap_jax.evaluation.samples import EXAMPLES, OWNERS, ImageSample, Sample, TextSample, to_uint8
-from tap_jax.federation import Stream, Task
 from tap_jax.platforms import compiler_options
+from tap_jax.tasks import Stream, Task
 
 
 class Sampler:

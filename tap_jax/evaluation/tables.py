@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tap_jax.evaluation.scores import AVERAGES, DIVERGED, METRICS, Metric, Row, Summary, find_metric, summarise
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 
 def markdown_table(

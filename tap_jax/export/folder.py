@@ -27,10 +27,10 @@ from tap_jax.data.text import WordPiece
 from tap_jax.errors import UserError
 from tap_jax.export import naming, torch_model
 from tap_jax.export.staging import staged
-from tap_jax.federation import Stream, Task
 from tap_jax.models import backbone
 from tap_jax.models.server_model import ServerModel
 from tap_jax.platforms import compiler_options
+from tap_jax.tasks import Stream, Task
 
 Tree = Any
 TOLERANCE = 1e-4  # of the largest output; what is further off is not written
@@ -116,11 +116,18 @@ def describe(model: ServerModel, tokenizer: WordPiece | None) -> dict:
     return {
         "format": torch_model.FORMAT,
         "model": sizes | {"text_positions": model.config.text_rows},
-        "tasks": {task.name: dataclasses.asdict(task) for task in model.tasks},
+        "tasks": {task.name: _described(task) for task in model.tasks},
         "routes": routes,
         "blocks": list(model.block_names),
         "tokens": {"start": tokenizer.cls_id, "stop": tokenizer.sep_id} if tokenizer else {},
     }
+
+
+def _described(task: Task) -> dict:
+    """What a user needs of a task beside the model: the names of its classes, and its templates."""
+    found = dataclasses.asdict(task)
+    source = found.pop("source") or {}
+    return found | {field: source[field] for field in ("text", "answer") if source.get(field)}
 
 
 def check(folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks) -> dict[str, float]:
@@ -237,7 +244,9 @@ def _readme(config: Mapping, report: Mapping) -> str:
         if len(task["domains"]) > 1:
             arguments.insert(1, f'domain="{task["domains"][0]}"')
         text = task["kind"] == "text_generation"
-        calls.append(f"model{'.generate' if text else ''}({', '.join(arguments)})  # {task['kind']}")
+        names = ", ".join(map(str, task.get("class_names", ())))
+        of = f" of {names}" if 0 < len(names) <= 60 else ""
+        calls.append(f"model{'.generate' if text else ''}({', '.join(arguments)})  # {task['kind']}{of}")
     origin = "".join(f"- {key}: {value}\n" for key, value in report.items() if key != "differences")
     lines = "\n".join(calls)
     return f"""# A client's model for PyTorch
@@ -253,7 +262,8 @@ model = load(".")  # this folder
 
 `images`: float [B, 64, 64, 3], `standardise(uint8 pixels)`. `tokens`: int [B, T], `[CLS] text [SEP]`, padded with 0;
 `tokenizer/` has the word pieces (`transformers.AutoTokenizer.from_pretrained("tokenizer")`). With `answers=` a text
-generation task returns scores under teacher forcing.
+generation task returns scores under teacher forcing. In `config.json`, `tasks` has the names of classes and the
+templates that texts are made by.
 `model.trainable_parameters()` are the trained blocks, adapters unmerged; everything in `model.frozen` is fixed.
 The folder can be the start of a new run of tap-jax: `--config.model.start_from=FOLDER`.
 

@@ -62,8 +62,9 @@ class Model(nn.Module):
     """Encoders, routed or standard backbone, and decoders of some tasks.
 
     Args:
-      config: "model" (sizes), "tasks" (name -> kind, modalities, domains, head, classes), "routes" (kind -> modality
-        -> four paths; none through a standard backbone), "blocks" (their names), "tokens" (ids of start and stop).
+      config: "model" (sizes), "tasks" (name -> kind, modalities, domains, head, classes, class_names, and the templates
+        `text` and `answer`), "routes" (kind -> modality -> four paths; none through a standard backbone), "blocks"
+        (their names), "tokens" (ids of start and stop).
 
     Attributes:
       config: as given. sizes: its "model".

@@ -22,7 +22,7 @@ from flax import struct
 from jax import Array
 
 from tap_jax.blocks import Blocks, Params, Tree
-from tap_jax.federation import Task
+from tap_jax.tasks import Task
 
 
 class StoredModels(Protocol):

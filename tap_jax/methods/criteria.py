@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 
 from tap_jax.blocks import Params, replacement_indicator
-from tap_jax.federation import Task
 from tap_jax.methods.base import Cohort
+from tap_jax.tasks import Task
 
 
 class Evidence(NamedTuple):

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from tap_jax.federation import Task
 from tap_jax.methods.base import LocalRule, Method, Row, Setting, Tools
 from tap_jax.methods.fedavg import fedavg
 from tap_jax.registry import Settings
+from tap_jax.tasks import Task
 
 
 def groups_of(task: Task) -> tuple[str, ...]:

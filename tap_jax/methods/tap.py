@@ -25,7 +25,6 @@ import numpy as np
 from jax import Array
 
 from tap_jax.blocks import Params
-from tap_jax.federation import Task
 from tap_jax.methods import local
 from tap_jax.methods.base import (
     Cohort,
@@ -44,6 +43,7 @@ from tap_jax.methods.criteria import CRITERIA, Criterion, Evidence, loss, relati
 from tap_jax.methods.early_stopping import Patience, distil
 from tap_jax.methods.losses import distillation_loss
 from tap_jax.registry import Settings
+from tap_jax.tasks import Task
 
 MODEL = "personal"
 

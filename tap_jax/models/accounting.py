@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from tap_jax.blocks import count
-from tap_jax.federation import Task
 from tap_jax.models.backbone import SHARED
 from tap_jax.models.lora import Tree
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ from jax import Array
 
 from tap_jax.blocks import Blocks, Partition
 from tap_jax.errors import UserError
-from tap_jax.federation import Stream, Task
 from tap_jax.models import backbone, flava, standard, vilt
 from tap_jax.models.bottleneck import dual, init_bottleneck
 from tap_jax.models.heads import ClassificationHead, ImageHead, TextHead
@@ -24,6 +23,7 @@ from tap_jax.models.layers import InputAdaptor, ModelConfig, TrainableDense
 from tap_jax.models.lora import Tree
 from tap_jax.models.token_layout import TokenLayout
 from tap_jax.platforms import compiler_options
+from tap_jax.tasks import Stream, Task
 from tap_jax.token_logits import TokenLogits, whole
 
 ENCODERS = {

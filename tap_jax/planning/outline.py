@@ -11,9 +11,10 @@ from tap_jax import assembly, blocks
 from tap_jax import config as configuration
 from tap_jax.blocks import Partition
 from tap_jax.config import ConfigDict
-from tap_jax.federation import Federation, Task
+from tap_jax.federation import Federation
 from tap_jax.models.accounting import table7
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ def outline(config: ConfigDict) -> Outline:
       UserError: whatever is wrong with the configuration.
     """
     configuration.validate(config)
+    config = assembly.with_found(config)
     federation = assembly.federation_of(config)
     model = ServerModel(assembly.model_config(config, attention="einsum"), assembly.tasks_of(config, federation))
     patterns: dict[int, list[int]] = {}

@@ -14,10 +14,10 @@ from tap_jax import assembly
 from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
 from tap_jax.data.minibatches import Batch
-from tap_jax.federation import Task
 from tap_jax.models.accounting import shapes
 from tap_jax.models.server_model import ServerModel
 from tap_jax.planning.flops import Flops, count
+from tap_jax.tasks import Task
 
 # Field of a sample -> its shape, see `data.families.FIELDS`.
 Widths = Mapping[str, tuple[int, ...]]

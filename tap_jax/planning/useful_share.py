@@ -24,10 +24,11 @@ from tap_jax.data.store import cut
 from tap_jax.data.text import PAD, TaskArrays
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.evaluate import test_shapes
-from tap_jax.federation import Federation, Task
+from tap_jax.federation import Federation
 from tap_jax.models.accounting import shapes as model_shapes
 from tap_jax.models.server_model import ServerModel
 from tap_jax.planning.flops import count
+from tap_jax.tasks import Task
 
 LOSSES = ("rows", "texts", "answers")
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from tap_jax import config as configuration
-from tap_jax.assembly import federation_of
+from tap_jax.assembly import federation_of, with_found
 from tap_jax.blocks import Blocks
 from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
@@ -101,6 +101,7 @@ def run(
     """
     started = time.monotonic()
     workdir = pathlib.Path(workdir)
+    config = with_found(config)
     identity = configuration.config_hash(config)
     run_folder.check(workdir, config)
     with in_step():

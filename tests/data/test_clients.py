@@ -13,7 +13,8 @@ from tap_jax.data import clients, hub, sites
 from tap_jax.data.partition import by_name
 from tap_jax.errors import UserError
 from tap_jax.experiment import read_data
-from tap_jax.federation import Client, Federation, find_task
+from tap_jax.federation import Client, Federation
+from tap_jax.tasks import find_task
 
 NEWS = [("Basel", 0), ("anna", 1), ("Basel", 1), ("3", 2), ("anna", 3), ("Basel", 0)]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tap_jax.data import corpus, drawing, grammar, synthetic
-from tap_jax.federation import find_task
+from tap_jax.tasks import find_task
 
 SEEDS = (41, 42, 1009)
 CHROMATIC = set(drawing.COLORS) - {"white"}

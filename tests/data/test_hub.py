@@ -3,8 +3,6 @@
 import io
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow
@@ -13,10 +11,8 @@ import pytest
 from PIL import Image
 
 from tap_jax.data import hub
-from tap_jax.data.sources import SOURCES, Source
-from tap_jax.data.templates import TEMPLATES, mmlu_text
 from tap_jax.errors import UserError
-from tap_jax.federation import TASKS, Task, find_task
+from tap_jax.tasks import PAPER_TASKS, declared, find_task
 
 # Section 6 of the specification: hub id, configurations, splits for training and test, columns that are read (of image
 # generation only the pictures).
@@ -63,7 +59,7 @@ def write(folder: pathlib.Path, **columns) -> None:
 
 
 @needs_slices
-@pytest.mark.parametrize("name", list(SOURCES))
+@pytest.mark.parametrize("name", list(PAPER_TASKS))
 def test_real_slices(name, tmp_path):
     task = find_task(name)
     examples = hub.load(task, "test", root=str(SLICES), limit=20, cache_dir=str(tmp_path))
@@ -127,80 +123,27 @@ def test_cache_follows_the_file_and_survives_damage(tmp_path):
 
 
 @pytest.mark.parametrize("root", ["folder", "hub"])
-def test_cache_follows_the_source_and_the_template(root, tmp_path, monkeypatch):
-    """A user who mends an entry of either table reads what it says now, and what it said before is still there."""
+def test_cache_follows_the_declaration(root, tmp_path, monkeypatch):
+    """A user who mends a declaration reads what it says now, and what it said before is still there."""
     columns = {"text": ["a", "b"], "fine": [0, 1], "coarse": [1, 0]}
     if root == "hub":
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_dict(columns))
     write(tmp_path / "own", **columns)
-    task = Task("own", "text_classification", ("text",), ("x",), "own", classes=2)
+    fields = {"kind": "text_classification", "text": "text", "label": "fine", "classes": 2, "hub": "some/news"}
 
-    def read():
+    def read(**changes):
         place = "hub" if root == "hub" else str(tmp_path)
+        task = declared("own", fields | changes)
         found = hub.load(task, "train", root=place, cache_dir=str(tmp_path / "cache"))
         return found.labels.tolist(), found.inputs
 
-    def prefixed(prefix):
-        return lambda record: (prefix + record["text"], "")
-
     for label, labels in (("fine", [0, 1]), ("coarse", [1, 0]), ("fine", [0, 1])):
-        monkeypatch.setitem(SOURCES, "own", Source("own", "train", "test", label=label, columns=("text",)))
-        assert read() == (labels, ("a", "b"))
-    templates = (lambda r: ("Q: " + r["text"], ""), lambda r: ("A: " + r["text"], ""), prefixed("1 "), prefixed("2 "))
-    for template, first in zip(templates, ("Q: a", "A: a", "1 a", "2 a"), strict=True):
-        monkeypatch.setitem(TEMPLATES, "own", template)
-        assert read()[1][0] == first
-    assert len(list((tmp_path / "cache").glob("own-*.npz"))) == 6
-
-
-def test_a_template_is_described_alike_in_every_process():
-    """Else its sets would be converted anew each time: no addresses, no order of sets."""
-    code = "def template(r):\n return ''.join(c for c in r['text'] if c in {'a', 'b', 'c', 'd', 'e'}), ''\n"
-    script = f"{code}\nfrom tap_jax.data import hub\nprint(hub._described(template))"
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("1", "2", "3")
-    }
-    assert len(seen) == 1
-    assert "0x" not in repr(hub._described(mmlu_text))
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        (
-            Task("own", "text_classification", ("text",), ("law", "news"), "own", classes=2),
-            "task own: parquet and hub data have one domain, not 2; register one task per domain, or .*synthetic.RULES",
-        ),
-        (
-            Task("own", "image_generation", ("image",), ("x",), "own"),
-            "task own: no images; name the column as `image` in data/sources.py",
-        ),
-        (
-            Task("own", "text_classification", ("text",), ("x",), "own", classes=2),
-            "task own: no labels; name the column as `label` in data/sources.py",
-        ),
-        (
-            Task("own", "text_classification", ("text",), ("x",), "own", classes=2),
-            "task own: no texts; name the column 'text' in data/sources.py, or give it a template in data/templates",
-        ),
-        (
-            Task("own", "text_generation", ("text",), ("x",), "text_generation"),
-            "task own: no texts to write; give it a template in data/templates.py",
-        ),
-    ],
-    ids=["several domains", "no image", "no label", "no text", "no template"],
-)
-def test_a_task_that_the_tables_do_not_serve(task, message, tmp_path, monkeypatch):
-    label = None if "no labels" in message else "label"
-    monkeypatch.setitem(SOURCES, "own", Source("own", "train", "test", label=label, columns=("body",)))
-    write(tmp_path / "own", body=["a"], label=[0])
-    with pytest.raises(UserError, match=message) as caught:
-        hub.load(task, "train", root=str(tmp_path))
-    assert "\n" not in str(caught.value)
+        assert read(label=label) == (labels, ("a", "b"))
+    for template, first in (("Q: {text}", "Q: a"), ("A: {text}", "A: a")):
+        assert read(text=template)[1][0] == first
+    assert read(classes=0, class_names=(1, 0))[0] == [1, 0]
+    assert len(list((tmp_path / "cache").glob("own-*.npz"))) == 5
 
 
 def test_limit_takes_a_fixed_subset(tmp_path):
@@ -273,9 +216,10 @@ def test_the_hub_is_asked_for_what_the_specification_names(monkeypatch):
         raise OSError("far away")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert set(SPECIFIED) <= set(SOURCES)
+    assert set(SPECIFIED) == set(PAPER_TASKS)
     for name, (hub_id, configs, splits, columns) in SPECIFIED.items():
-        assert set(SOURCES[name].needed) == columns and SOURCES[name].configs == configs
+        source = find_task(name).source
+        assert set(source.needed) == columns and source.configs == configs
         for split, hub_split in zip(("train", "test"), splits, strict=True):
             with pytest.raises(UserError, match="far away"):
                 hub.load(find_task(name), split, root="hub")
@@ -338,7 +282,3 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="data.root: cannot load fancyzhx/ag_news .*local folder") as caught:
         hub.load(find_task("ag_news"), "train", root="hub")
     assert "\n" not in str(caught.value)
-
-
-def test_every_source_belongs_to_a_task():
-    assert set(SOURCES) <= set(TASKS)

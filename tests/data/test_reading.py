@@ -14,7 +14,7 @@ from PIL import Image
 
 from tap_jax.data import hub, reading
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
+from tap_jax.tasks import find_task
 
 NEWS, PICTURES = find_task("ag_news"), find_task("tiny_imagenet")
 TEXTS = {

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, Sequences, padded
 from tap_jax.data.sampling import ClientData, capacities, draw_plan, hold_out, minibatches, sample_cohort
-from tap_jax.federation import TASKS
+from tap_jax.tasks import TASKS
 
 NEWS, MMLU, GEN = TASKS["ag_news"], TASKS["mmlu"], TASKS["common_gen"]
 FAMILIES = (Family((NEWS,)), Family((MMLU, GEN)))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tap_jax.data import pictures, synthetic
 from tap_jax.data.text import load_tokenizer
 from tap_jax.errors import UserError
-from tap_jax.federation import TASKS, Task, find_task
+from tap_jax.tasks import TASKS, Task, find_task
 
 NAMES = tuple(TASKS)
 EIGHT = ("tiny_imagenet", "cifar100", "fashion_mnist", "caltech256", "ag_news", "mmlu", "vqa", "common_gen")

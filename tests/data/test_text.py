@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tap_jax.data import templates
 from tap_jax.data.examples import Examples
 from tap_jax.data.text import encode_examples, load_tokenizer
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
+from tap_jax.tasks import find_task
 
 CORPUS = ["Answer: yes", "what color is the circle?", "a dog runs in the park.", "the unaffordable circle"]
 
@@ -21,31 +20,6 @@ CORPUS = ["Answer: yes", "what color is the circle?", "a dog runs in the park.",
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("train", CORPUS, vocab_size=200)
-
-
-def test_templates_are_table_23():
-    record = {
-        "question": "Is it?",
-        "subject": "professional_law",
-        "choices": ["no", "yes", "maybe", "never"],
-        "answer": 1,
-        "multiple_choice_answer": "blue",
-        "concepts": ["dog", "run"],
-        "target": "A dog runs.",
-    }
-    assert templates.mmlu_text(record) == (
-        "The following is a multiple-choice question about professional law. Choose the correct answer from the "
-        "options below. Question: Is it? Options:\nA. no\nB. yes\nC. maybe\nD. never",
-        "Correct answer on professional law: B. yes",
-    )
-    assert templates.vqa_text(record) == (
-        "Answer the question based on the image. Question: Is it?",
-        "Answer: blue",
-    )
-    assert templates.common_gen_text(record) == (
-        "Generate an appropriate description from the concepts below. Concepts: dog, run",
-        "Description: A dog runs.",
-    )
 
 
 def test_special_pieces(tokenizer):

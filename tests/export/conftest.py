@@ -10,9 +10,9 @@ import pytest
 
 from tap_jax.data.text import load_tokenizer
 from tap_jax.export import folder as folders
-from tap_jax.federation import find_task
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 from tests.models.reference import random_weights
 
 TASKS = tuple(map(find_task, ("cifar100", "fashion_mnist", "ag_news", "mmlu", "vqa")))

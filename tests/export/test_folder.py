@@ -17,8 +17,8 @@ from tap_jax.export import naming, torch_model
 from tap_jax.export.folder import check, write_torch
 from tap_jax.export.staging import staged
 from tap_jax.export.start import read_torch
-from tap_jax.federation import find_task
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 from tests.export.conftest import CONFIGS, TASKS
 
 DELTA = "blocks.mome/image_classification/attention.0.value.delta"

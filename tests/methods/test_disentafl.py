@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
-from tap_jax.federation import find_task
 from tap_jax.methods import disentafl
 from tap_jax.methods.base import Row
+from tap_jax.tasks import find_task
 from tests.methods.oracles import DisentAFL, FedAvg
 from tests.trajectories import agree, alive, check_trunk, play
 

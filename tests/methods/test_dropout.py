@@ -12,7 +12,6 @@ from tap_jax import assembly
 from tap_jax import experiment as experiments
 from tap_jax.config import default_config
 from tap_jax.engine.objective import Where, _key_of, gradient, statistics
-from tap_jax.federation import find_task
 from tap_jax.methods import feddat
 from tap_jax.methods.base import Row
 from tap_jax.methods.losses import distillation_loss
@@ -20,6 +19,7 @@ from tap_jax.models.layers import ModelConfig
 from tap_jax.models.lora import dropout
 from tap_jax.models.server_model import ServerModel
 from tap_jax.platforms import Platform
+from tap_jax.tasks import find_task
 from tests.models.reference import random_weights
 
 NEWS = find_task("ag_news")

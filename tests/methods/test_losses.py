@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from tap_jax.assembly import method_of
 from tap_jax.config import default_config
-from tap_jax.federation import find_task
 from tap_jax.methods.base import Row
 from tap_jax.methods.losses import distillation_loss, task_loss
+from tap_jax.tasks import find_task
 
 pytestmark = pytest.mark.usefixtures("strict")
 

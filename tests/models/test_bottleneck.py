@@ -11,9 +11,9 @@ import torch
 from tap_jax.blocks import count
 from tap_jax.engine.packed import members
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
 from tap_jax.models.bottleneck import dual, init_bottleneck
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 from tests.models import reference
 from tests.models.reference import close
 from tests.models.test_server_model import CONFIG, make_batch

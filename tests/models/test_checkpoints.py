@@ -15,11 +15,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
 from tap_jax.models import backbone, checkpoints, weight_tables
 from tap_jax.models.accounting import shapes
 from tap_jax.models.layers import InputAdaptor, ModelConfig
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 from tests.models import huggingface, reference
 
 pytestmark = pytest.mark.usefixtures("strict")

@@ -10,10 +10,10 @@ import pytest
 from tap_jax.assembly import sample_loss
 from tap_jax.data.packing import RowShape, Sequences, pack
 from tap_jax.data.store import cut
-from tap_jax.federation import find_task
 from tap_jax.methods.losses import distillation_loss
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 
 CONFIG = ModelConfig(
     width=24, heads=3, mlp=40, image_layers=1, text_layers=2, image_size=32, patch=8, upsample=0.5, vocab=50,

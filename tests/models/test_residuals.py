@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tap_jax.federation import find_task
 from tap_jax.methods.losses import task_loss
 from tap_jax.models import attention, backbone, heads, layers, lora, residuals
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
+from tap_jax.tasks import find_task
 from tests.models import reference
 from tests.models.test_server_model import CONFIG, make_batch
 

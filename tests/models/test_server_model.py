@@ -10,9 +10,9 @@ import torch
 
 from tap_jax.config import default_config, override, validate
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 from tap_jax.token_logits import whole
 from tests import oracle
 from tests.models import reference

@@ -10,10 +10,10 @@ import torch
 
 from tap_jax.blocks import count
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
 from tap_jax.models import checkpoints, standard
 from tap_jax.models.server_model import ServerModel
 from tap_jax.models.token_layout import TokenLayout
+from tap_jax.tasks import find_task
 from tap_jax.token_logits import whole
 from tests.models import huggingface, reference
 from tests.models.reference import close

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from tap_jax.errors import UserError
-from tap_jax.federation import find_task
 from tap_jax.models import vilt
 from tap_jax.models.layers import ModelConfig, bilinear_matrix
 from tap_jax.models.server_model import ServerModel
+from tap_jax.tasks import find_task
 from tests.models import reference
 from tests.models.reference import close, variables
 

@@ -1,0 +1,182 @@
+"""Classes and domains that a declaration leaves to the training rows; labels by name; answers that are lists."""
+
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tap_jax.data import hub
+from tap_jax.data.classes import classes_of, domains_of
+from tap_jax.errors import UserError
+from tap_jax.tasks import declared
+
+datasets = pytest.importorskip("datasets")
+
+FIELDS = {"kind": "text_classification", "text": "body", "label": "topic"}
+NAMES = ("sport", "law", "art")
+
+
+def write(folder, columns, *, features=None, split="train"):
+    """One split as parquet, with the library's features where there are any."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(str(folder / f"{split}.parquet"))
+
+
+def found(task, root, find=classes_of):
+    return find(task, [hub.rows_of(task, "train", root=str(root))])
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "names"),
+    [
+        (["b", "a", "b", None], 2, ("a", "b")),
+        ([2, 0, 1, 1], 3, ()),
+        ([5, 1, 3, 1], 3, (1, 3, 5)),
+        ([-1, 0, 1, 1], 3, (-1, 0, 1)),
+        ([True, False, True, True], 2, ()),
+        ([0.0, 1.0, None, 1.0], 2, ()),
+    ],
+)
+def test_classes_of_the_training_rows(labels, classes, names, tmp_path):
+    columns = {"body": ["x"] * 4, "topic": labels}
+    for split in ("train", "test"):
+        write(tmp_path / "own", columns, split=split)
+    fields = FIELDS | found(declared("own", FIELDS), tmp_path)
+    assert (fields["classes"], fields["class_names"]) == (classes, names)
+    mended = [label for label in labels if label is not None]
+    for split in ("train", "test"):
+        write(tmp_path / "own", {"body": ["x"] * len(mended), "topic": mended}, split=split)
+    read = hub.load(declared("own", fields), "train", root=str(tmp_path)).labels
+    assert read.tolist() == [names.index(label) if names else int(label) for label in mended]
+
+
+def test_class_labels_have_their_names(tmp_path):
+    """The numbers of a `ClassLabel` are of its own names, also where these are digits in another order."""
+    for names in (NAMES, ("1", "0", "2")):
+        features = datasets.Features(
+            {"body": datasets.Value("string"), "topic": datasets.ClassLabel(names=list(names))}
+        )
+        for split in ("train", "test"):
+            write(tmp_path / "own", {"body": ["x"] * 3, "topic": [2, 0, 2]}, features=features, split=split)
+        fields = FIELDS | found(declared("own", FIELDS), tmp_path)
+        assert (fields["classes"], fields["class_names"]) == (3, names)
+        assert hub.load(declared("own", fields), "test", root=str(tmp_path)).labels.tolist() == [2, 0, 2]
+
+
+def test_a_folder_of_images_has_its_folders_as_classes(tmp_path):
+    for split, kinds in (("train", ("cat", "dog")), ("test", ("cat", "dog", "owl"))):
+        for number, kind in enumerate(kinds):
+            place = tmp_path / "own" / split / kind
+            place.mkdir(parents=True)
+            Image.new("L", (8, 8), 40 * number).save(place / "1.png")
+    given = {"kind": "image_classification", "image": "image", "label": "label"}
+    fields = given | found(declared("own", given), tmp_path)
+    assert (fields["classes"], fields["class_names"]) == (3, ("cat", "dog", "owl"))
+    assert hub.load(declared("own", fields), "test", root=str(tmp_path)).labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([None, None], "own/train, column 'topic': no labels; name them in tasks.own.class_names"),
+        ([0.5, 1.0], "labels such as 0.5 are neither all texts nor all whole numbers"),
+    ],
+)
+def test_labels_that_are_no_classes(labels, message, tmp_path):
+    for split in ("train", "test"):
+        features = datasets.Features({"body": datasets.Value("string"), "topic": datasets.Value("float64")})
+        write(tmp_path / "own", {"body": ["x", "y"], "topic": labels}, features=features, split=split)
+    with pytest.raises(UserError, match=re.escape(message)):
+        found(declared("own", FIELDS), tmp_path)
+
+
+def test_numbers_of_rows_are_no_classes(tmp_path):
+    write(tmp_path / "own", {"body": ["x"] * 10_001, "topic": [f"id{i}" for i in range(10_001)]})
+    write(tmp_path / "own", {"body": ["x"], "topic": ["id0"]}, split="test")
+    with pytest.raises(UserError, match="10,001 different labels; are they classes"):
+        found(declared("own", FIELDS), tmp_path)
+
+
+def test_a_name_that_training_rows_lack(tmp_path):
+    for split, topic in (("train", "art"), ("test", "war")):
+        write(tmp_path / "own", {"body": ["x", "y"], "topic": ["law", topic]}, split=split)
+    task = declared("own", FIELDS | found(declared("own", FIELDS), tmp_path))
+    message = "own/test row 1, column 'topic': label 'war' is none of the classes art, law; name it in tasks.own.class_"
+    with pytest.raises(UserError, match=message):
+        hub.load(task, "test", root=str(tmp_path))
+    kept = hub.load(task, "test", root=str(tmp_path), on_bad_row="skip")
+    assert kept.labels.tolist() == [1] and "1 rows skipped" in kept.notes[0]
+
+
+def test_domains_of_a_column(tmp_path):
+    columns = {"body": ["x", "y", "z"], "topic": ["a", "b", "a"], "ward": ["north", "south", "north"]}
+    for split in ("train", "test"):
+        write(tmp_path / "own", columns, split=split)
+    given = FIELDS | {"domain_column": "ward", "class_names": ("a", "b")}
+    fields = given | found(declared("own", given), tmp_path, domains_of)
+    assert fields["domains"] == ("north", "south")
+    assert hub.load(declared("own", fields), "train", root=str(tmp_path)).domains.tolist() == [0, 1, 0]
+    renamed = given | {"domains": ("s", "n"), "domain_values": ("south", "north")}
+    assert hub.load(declared("own", renamed), "train", root=str(tmp_path)).domains.tolist() == [1, 0, 1]
+    for split in ("train", "test"):
+        write(tmp_path / "own", columns | {"ward": ["a.b", "south", "north"]}, split=split)
+    with pytest.raises(UserError, match=re.escape("column 'ward': 'a.b' cannot name blocks; set tasks.own.domains")):
+        found(declared("own", given), tmp_path, domains_of)
+
+
+def test_answers_that_are_lists(tmp_path):
+    """All of them are references, and the first is learned."""
+    columns = {"photo": [png(1), png(2)], "captions": [["a cat", "one cat"], ["a dog"]]}
+    for split in ("train", "test"):
+        write(tmp_path / "own", columns, split=split)
+    given = {"kind": "text_generation", "image": "photo"}
+    for answer, first in (("captions", "a cat"), ("It is {captions}.", "It is a cat.")):
+        read = hub.load(declared("own", given | {"answer": answer}), "test", root=str(tmp_path))
+        assert read.targets[0] == first and list(map(len, read.references)) == [2, 1]
+    joined = hub.load(declared("own", given | {"answer": "{captions:list}"}), "test", root=str(tmp_path))
+    assert joined.targets == ("a cat, one cat", "a dog")
+    for split in ("train", "test"):
+        write(tmp_path / "own", columns | {"captions": [["a"], []]}, split=split)
+    with pytest.raises(UserError, match="own/test row 1, column 'captions': an empty list where an answer is expected"):
+        hub.load(declared("own", given | {"answer": "captions"}), "test", root=str(tmp_path))
+
+
+def test_a_path_of_its_own(tmp_path, monkeypatch):
+    """A file, a folder, or a data set of the hub, whatever data.root says."""
+    for split in ("train", "test"):
+        with open(tmp_path / f"{split}.csv", "w", newline="") as stream:
+            csv.writer(stream).writerows([("body", "topic"), ("x", "a"), ("y", "b")])
+    fields = FIELDS | {"class_names": ("a", "b")}
+    task = declared("own", fields | {"path": str(tmp_path)})
+    assert hub.load(task, "train", root="synthetic").labels.tolist() == [0, 1]
+    with pytest.raises(
+        UserError, match="tasks.own.path: there is no file or folder nowhere, and no data set owner/name"
+    ):
+        hub.load(declared("own", fields | {"path": "nowhere"}), "train", root="synthetic")
+    (tmp_path / "bad" / "train.csv").parent.mkdir()
+    (tmp_path / "bad" / "train.csv").write_text("body,other\nx,y\n")
+    with pytest.raises(UserError, match=r"tasks.own.path: \S+bad\S* has no column 'topic' \(it has body, other\)"):
+        hub.load(declared("own", fields | {"path": str(tmp_path / "bad")}), "train", root="synthetic")
+    asked = []
+
+    def load_dataset(name, config, *, split, cache_dir):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"body": ["x"], "topic": ["b"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for place, root in (("some/news", "synthetic"), ("", "some/news")):
+        task = declared("own", fields | {"path": place, "configs": ("en",), "test": "validation"})
+        assert hub.load(task, "test", root=root).labels.tolist() == [1]
+    assert asked == [("some/news", "en", "validation")] * 2
+    with pytest.raises(UserError, match="data.root: 'hub', but task own names no data set; set tasks.own.hub"):
+        hub.load(declared("own", fields), "test", root="hub")
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
