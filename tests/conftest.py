@@ -50,6 +50,11 @@ LONG = (
 )
 
 
+def pytest_sessionstart():
+    """JAX starts with the devices named above, before a command that a test runs could name others."""
+    jax.devices()
+
+
 def pytest_collection_modifyitems(items):
     """The order in which xdist hands out files."""
     rank = {pathlib.Path(__file__).parent / name: number for number, name in enumerate(LONG)}
