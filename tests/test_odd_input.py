@@ -407,6 +407,20 @@ def with_head(state):
     return state | {"classifier.0.weight": torch.ones(3, 12), "classifier.1.bias": torch.ones(3)}
 
 
+def with_adapter(state):
+    """As PEFT names the weights of a model that it has wrapped."""
+    layer = re.compile(r"(query|value)\.(weight|bias)$")
+    return {"base_model.model." + layer.sub(r"\1.base_layer.\2", name): value for name, value in state.items()}
+
+
+def adapter_alone(folder):
+    """What `PeftModel.save_pretrained` writes, beside the model's own config.json."""
+    vilt()[0].save_pretrained(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"base_model.model.query.lora_A.weight": torch.ones(2, 12)}, folder / "adapter_model.safetensors")
+    checkpoints.load(str(folder), ServerModel(SIZES, (find_task("ag_news"),)))
+
+
 def tied(state, path):
     """One of two tied weights is stored, under the head's name."""
     state = {"mlm_score.decoder.weight" if name == WORDS else name: value for name, value in state.items()}
@@ -452,6 +466,18 @@ CHECKPOINTS = [
         checkpoint(renamed(lambda name: f"module.vilt.{name}")), (True, "float32"),
     ),
     Case("_orig_mod. before every name", "", checkpoint(renamed(lambda name: f"_orig_mod.{name}")), (True, "float32")),
+    Case(
+        "both, one behind the other", "huggingface/pytorch-image-models#2003",
+        checkpoint(renamed(lambda name: f"_orig_mod.module.{name}")), (True, "float32"),
+    ),
+    Case(
+        "a PEFT adapter still in the model", "huggingface/peft#3000", checkpoint(with_adapter),
+        re.compile("model.weights: 'base_model.* in .* is of a model with a PEFT adapter; merge it .*"),
+    ),
+    Case(
+        "a PEFT adapter alone", "huggingface/peft#1323", adapter_alone,
+        re.compile("model.weights: .* is a PEFT adapter without its model; merge both .*"),
+    ),
     Case("gamma and beta", "huggingface/transformers#11809", checkpoint(renamed(old_norms)), (True, "float32")),
     Case("heads of another class", "", checkpoint(with_head), (True, "float32")),
     Case(

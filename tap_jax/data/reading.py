@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import logging
 import os
 import pathlib
 import re
@@ -205,17 +206,23 @@ class Joined:
 class readable:  # noqa: N801 - used like a function
     """A context in which the library's complaints become one line: `before` (reason) `after`.
 
+    What it logs of them besides is not shown.
+
     Raises:
       UserError: what was read in it cannot be.
     """
 
     def __init__(self, before: str, after: str):
         self.before, self.after = before, after
+        self.log = logging.getLogger("datasets")
+        self.level = self.log.level
 
     def __enter__(self):
+        self.log.setLevel(logging.CRITICAL + 1)
         return self
 
     def __exit__(self, kind, error, trace):
+        self.log.setLevel(self.level)
         import datasets
         import pyarrow
 

@@ -116,6 +116,11 @@ def read(folder: pathlib.Path, name: str) -> dict[str, Weight]:
         bare = _bare(key, name, known)
         if bare not in known and HEADS.match(bare):
             continue
+        if key.startswith("base_model.model.") or ".base_layer." in key:
+            raise UserError(
+                f"model.weights: '{key}' in {folder / weight.file} is of a model with a PEFT adapter; merge it"
+                " (merge_and_unload) and save that model"
+            )
         if bare not in known:
             raise UserError(f"model.weights: '{key}' in {folder / weight.file} is not a weight of {name}")
         if bare in weights:

@@ -56,6 +56,10 @@ def weight_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
         index = folder / f"{name}.index.json"
         if name in SHARDS and index.is_file():
             return tuple(folder / shard for shard in dict.fromkeys(_weight_map(index).values()))
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.weights: {folder} is a PEFT adapter without its model; merge both (merge_and_unload) and save that"
+        )
     raise UserError(
         f"model.weights: no weights in {folder}; it must hold one of {', '.join(SINGLE)}, whole or in shards"
     )

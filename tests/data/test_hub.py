@@ -187,15 +187,18 @@ def test_bad_columns_and_rows(tmp_path, name, columns, message):
     assert not (tmp_path / "cache").exists()
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_missing_and_damaged_files(tmp_path, capfd):
     with pytest.raises(UserError, match="data.root: no folder caltech256 or caltech101 in"):
         hub.load(find_task("caltech256"), "train", root=str(tmp_path))
     (tmp_path / "ag_news").mkdir()
     with pytest.raises(UserError, match="ag_news has no data .*; put train.parquet and test.parquet there"):
         hub.load(find_task("ag_news"), "train", root=str(tmp_path))
     (tmp_path / "ag_news" / "train.parquet").write_bytes(b"junk")
-    with pytest.raises(UserError, match="not readable as parquet"):
-        hub.load(find_task("ag_news"), "train", root=str(tmp_path))
+    for junk in (b"junk", b"PAR1junkjunkjunkPAR1"):
+        (tmp_path / "ag_news" / "train.parquet").write_bytes(junk)
+        with pytest.raises(UserError, match="not readable as parquet"):
+            hub.load(find_task("ag_news"), "train", root=str(tmp_path))
+    assert capfd.readouterr().err == "", "the library's own log stands beside the line"
 
 
 def test_divided_split_shares_no_picture():
