@@ -9,6 +9,7 @@ from tap_jax import config as configuration
 from tap_jax import platforms
 from tap_jax.config import ConfigDict
 from tap_jax.data import classes, clients
+from tap_jax.data.settings import DataSettings
 from tap_jax.engine.agreement import first_said
 from tap_jax.engine.local_training import TrainingSettings
 from tap_jax.engine.memory import machine_memory
@@ -29,6 +30,34 @@ from tap_jax.registry import METHODS
 from tap_jax.tasks import Task, complete, find_task, is_open
 
 
+def data_settings(config: ConfigDict) -> DataSettings:
+    """All that the data of a configuration are made of."""
+    data, model, federation = config.data, config.model, config.federation
+    return DataSettings(
+        root=data.root,
+        seed=config.seed,
+        vocab=model.vocab,
+        max_text=model.max_text,
+        max_answer=model.max_answer,
+        tokenizer=data.tokenizer,
+        train_size=data.train_size,
+        test_size=data.test_size,
+        image_classes=data.image_classes,
+        folders={task: folder for task, folder in data.folders.items() if folder},
+        cache_dir=configuration.data_cache(config),
+        split=federation.split,
+        natural=configuration.is_natural(config),
+        alpha=federation.alpha,
+        parts=federation.parts,
+        classes_per_client=federation.classes_per_client,
+        client_column=data.client_column,
+        tasks=federation.tasks,
+        personal_test=data.test_split == "personal",
+        on_bad_row=data.on_bad_row,
+        too_long=data.too_long,
+    )
+
+
 def federation_of(config: ConfigDict) -> Federation:
     """The clients and tasks of a configuration: of its table, or those that its data name.
 
@@ -40,15 +69,7 @@ def federation_of(config: ConfigDict) -> Federation:
     """
     if not configuration.is_natural(config):
         return configuration.federation_of(config)
-    found = clients.natural_federation(
-        config.federation.tasks,
-        root=config.data.root,
-        column=config.data.client_column,
-        limit=config.data.train_size,
-        folders=dict(config.data.folders),
-        cache_dir=configuration.data_cache(config),
-        on_bad_row=config.data.on_bad_row,
-    )
+    found = clients.natural_federation(data_settings(config))
     if METHODS[config.method].pooled:
         return client_table(({task.name: 1.0 for task in found.tasks},))
     if config.cohort_size > len(found.clients):
@@ -71,13 +92,7 @@ def with_found(config: ConfigDict) -> ConfigDict:
         classes_open, domains_open = is_open(complete(name, fields))
         if not (classes_open or domains_open) or (used and name not in used):
             continue
-        rows = clients.training_rows(
-            find_task(name),
-            root=config.data.root,
-            folders=dict(config.data.folders),
-            cache_dir=configuration.data_cache(config),
-            by_folder=section.split == "folder",
-        )
+        rows = clients.training_rows(find_task(name), data_settings(config))
         found = classes.classes_of(find_task(name), rows) if classes_open else {}
         found |= classes.domains_of(find_task(name), rows) if domains_open else {}
         changes |= {f"tasks.{name}.{field}": value for field, value in found.items()}

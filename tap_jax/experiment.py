@@ -311,7 +311,7 @@ def build(
         scorer_of(config, tasks)
     notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config, platform))
     pretrained = None if target else pretrained_weights(config, tasks)
-    data = read_data(config, federation, tasks)
+    data = federated.build(federation, tasks, assembly.data_settings(config))
     notes = (*notes, *data.notes, *assembly.test_notes(federation, data.personal_tests))
     vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
     model = ServerModel(assembly.model_config(sized, vocab=vocab, platform=platform), tasks)
@@ -359,36 +359,6 @@ def build(
         variants,
         dict(initial) if target else jax.device_get(dict(initial)),
         notes,
-    )
-
-
-def read_data(config: ConfigDict, federation: Federation, tasks: Sequence[Task]) -> FederatedData:
-    """The data that a configuration names, dealt out to the federation's clients.
-
-    Raises:
-      UserError: they cannot be read or used.
-    """
-    return federated.build(
-        federation,
-        tasks,
-        root=config.data.root,
-        seed=config.seed,
-        vocab=config.model.vocab,
-        max_text=config.model.max_text,
-        max_answer=config.model.max_answer,
-        tokenizer=config.data.tokenizer,
-        sizes={"train": config.data.train_size, "test": config.data.test_size},
-        image_classes=config.data.image_classes,
-        folders=dict(config.data.folders),
-        cache_dir=configuration.data_cache(config),
-        split=config.federation.split,
-        alpha=config.federation.alpha,
-        parts=config.federation.parts,
-        classes_per_client=config.federation.classes_per_client,
-        client_column=config.data.client_column,
-        personal_test=config.data.test_split == "personal",
-        on_bad_row=config.data.on_bad_row,
-        too_long=config.data.too_long,
     )
 
 

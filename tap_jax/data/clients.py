@@ -5,15 +5,17 @@ order of names, in a set or between training and test set, means nothing.
 """
 
 import collections
+import dataclasses
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from tap_jax.data import hub, reading, sites
 from tap_jax.data.examples import PER_SAMPLE, Examples
+from tap_jax.data.settings import DataSettings
 from tap_jax.data.values import BadRow
 from tap_jax.errors import UserError
 from tap_jax.federation import Client, Federation
@@ -22,46 +24,16 @@ from tap_jax.tasks import TASKS, Task, find_task
 MOST_BYTES = 200  # of a client's name as files' names have it, escaped; file systems take 255
 
 
-def natural_federation(
-    tasks: Sequence[str],
-    *,
-    root: str,
-    column: str,
-    limit: int = 0,
-    folders: Mapping[str, str] | None = None,
-    cache_dir: str | None = None,
-    on_bad_row: str = "stop",
-) -> Federation:
+def natural_federation(settings: DataSettings) -> Federation:
     """The clients that have training samples, by name; a client's tasks are those in which it has rows.
 
     Shares are parts of a task's rows, all clients are of group 0, and clients with the same tasks are of one pattern.
 
-    Args:
-      tasks: names; () for all whose data are there.
-      root: "sites", "hub" or a folder; see `federated.build`.
-      column: that says whose a row is; "" where each folder in `root` is a client's.
-      limit: training samples per task, of all clients together; 0 for all.
-      folders, cache_dir, on_bad_row: see `hub.load`.
-
     Raises:
       UserError: no data, a row without a client, or a name that cannot be one.
     """
-    chosen = [find_task(name) for name in tasks] or _present(root, column, folders)
-    counts = {
-        task.name: collections.Counter(
-            names_of(
-                task,
-                "train",
-                root=root,
-                column=column,
-                limit=limit,
-                folders=folders,
-                cache_dir=cache_dir,
-                on_bad_row=on_bad_row,
-            )
-        )
-        for task in chosen
-    }
+    chosen = [find_task(name) for name in settings.tasks] or _present(settings)
+    counts = {task.name: collections.Counter(names_of(task, "train", settings)) for task in chosen}
     samples: dict[str, dict[str, int]] = {}
     for task, found in counts.items():
         for name, mine in found.items():
@@ -77,76 +49,51 @@ def natural_federation(
     return Federation(tuple(clients), named=True)
 
 
-def names_of(
-    task: Task,
-    split: str,
-    *,
-    root: str,
-    column: str,
-    limit: int = 0,
-    folders: Mapping[str, str] | None = None,
-    cache_dir: str | None = None,
-    on_bad_row: str = "stop",
-) -> list[str]:
-    """Whose each row of a split is, in the order of `read`. Arguments as of `natural_federation`."""
-    if root == "sites":
+def names_of(task: Task, split: str, settings: DataSettings) -> list[str]:
+    """Whose each row of a split is, in the order of `read`."""
+    if settings.root == "sites":
         names = sites.names(task.name, split)
-    elif column:
-        rows = hub.rows_of(task, split, root=root, cache_dir=cache_dir, folders=folders, also=(column,))
-        place = f"{task.name}/{split}"
-        names = []
+    elif settings.split == "column":
+        column, place, names = settings.client_column, f"{task.name}/{split}", []
+        rows = hub.rows_of(task, split, **settings.place, also=(column,))
         for row, value in enumerate(rows.columns((column,))[column]):
             try:
                 names.append(hub.client_name(value, where=f"{place} row {row}", column=column))
             except BadRow:
-                if on_bad_row != "skip":
+                if settings.on_bad_row != "skip":
                     raise
                 names.append("")  # nobody's
     else:
-        found = _with_task(root, task, folders)
-        rows = {name: hub.rows_of(task, split, root=place, folders=folders).count for name, place in found}
+        rows = {name: hub.rows_of(task, split, **mine.place).count for name, mine in _with_task(task, settings)}
         names = [name for name, count in rows.items() for _ in range(count)]
-    return [names[row] for row in hub.subset(len(names), limit or None) if names[row]]
+    return [names[row] for row in hub.subset(len(names), settings.size(split) or None) if names[row]]
 
 
-def read(
-    task: Task,
-    split: str,
-    *,
-    root: str,
-    column: str,
-    seed: int,
-    limit: int | None = None,
-    folders: Mapping[str, str] | None = None,
-    cache_dir: str | None = None,
-    on_bad_row: str = "stop",
-) -> Examples:
-    """One split of one task, with `Examples.clients`. Arguments as of `natural_federation`.
+def read(task: Task, split: str, settings: DataSettings, *, limit: int | None = None) -> Examples:
+    """One split of one task, with `Examples.clients`.
 
     Args:
-      seed: of the embedded sites.
+      limit: samples at most, of all clients together; None for all.
 
     Raises:
       UserError: as of `hub.load`.
     """
-    if root == "sites":
-        examples = sites.load(task, split, seed=seed)
-    elif column:
-        given = {"cache_dir": cache_dir, "folders": folders, "on_bad_row": on_bad_row}
-        return hub.load(task, split, root=root, limit=limit, client_column=column, **given)
+    if settings.root == "sites":
+        examples = sites.load(task, split, seed=settings.seed)
+    elif settings.split == "column":
+        given = settings.place | {"on_bad_row": settings.on_bad_row, "client_column": settings.client_column}
+        return hub.load(task, split, limit=limit, **given)
     else:
-        given = {"cache_dir": cache_dir, "folders": folders, "on_bad_row": on_bad_row}
-        found = _with_task(root, task, folders)
-        examples = joined([(name, hub.load(task, split, root=place, **given)) for name, place in found])
+        found = _with_task(task, settings)
+        parts = [(name, hub.load(task, split, **mine.place, on_bad_row=mine.on_bad_row)) for name, mine in found]
+        examples = joined(parts)
     return examples.take(hub.subset(len(examples), limit))
 
 
-def training_rows(
-    task: Task, *, root: str, folders: Mapping[str, str] | None, cache_dir: str | None, by_folder: bool
-) -> list[reading.Joined]:
-    """A task's training rows: of `root`, or of every client's folder there. Arguments as of `natural_federation`."""
-    places = [place for _, place in _with_task(root, task, folders)] if by_folder else [root]
-    return [hub.rows_of(task, "train", root=place, cache_dir=cache_dir, folders=folders) for place in places]
+def training_rows(task: Task, settings: DataSettings) -> list[reading.Joined]:
+    """A task's training rows: of `settings.root`, or of every client's folder there."""
+    places = [mine for _, mine in _with_task(task, settings)] if settings.split == "folder" else [settings]
+    return [hub.rows_of(task, "train", **place.place) for place in places]
 
 
 def joined(parts: Iterable[tuple[str, Examples]]) -> Examples:
@@ -165,24 +112,27 @@ def joined(parts: Iterable[tuple[str, Examples]]) -> Examples:
     return Examples(**{field: together(field) for field in fields}, clients=clients)
 
 
-def _present(root: str, column: str, folders: Mapping[str, str] | None) -> list[Task]:
+def _present(settings: DataSettings) -> list[Task]:
     """The known tasks that have data.
 
     Raises:
       UserError: there are none.
     """
+    root, by_column = settings.root, settings.split == "column"
     if root == "sites":
-        if column != sites.COLUMN:
-            raise UserError(f"data.client_column: '{column}'; the embedded sites have a column '{sites.COLUMN}'")
+        if settings.client_column != sites.COLUMN:
+            raise UserError(
+                f"data.client_column: '{settings.client_column}'; the embedded sites have a column '{sites.COLUMN}'"
+            )
         return [find_task(name) for name in sites.tasks()]
-    places = [root] if column else [place for _, place in _folders(root)]
+    places = [root] if by_column else [place for _, place in _folders(root)]
     found = [
         task
         for task in TASKS.values()
-        if task.source and (task.source.path or any(_has(place, task, folders) for place in places))
+        if task.source and (task.source.path or any(_has(place, task, settings) for place in places))
     ]
     if not found:
-        where = root if column else f"any folder of {root}"
+        where = root if by_column else f"any folder of {root}"
         raise UserError(f"data.root: no task has data in {where}; there has to be one sub-folder per task")
     return found
 
@@ -202,20 +152,26 @@ def _folders(root: str) -> list[tuple[str, str]]:
     return [(name, os.path.join(root, name)) for name in names]
 
 
-def _with_task(root: str, task: Task, folders: Mapping[str, str] | None) -> list[tuple[str, str]]:
-    """(name, folder) of each client that has the task.
+def _with_task(task: Task, settings: DataSettings) -> list[tuple[str, DataSettings]]:
+    """(name, settings with its folder as root) of each client that has the task.
 
     Raises:
       UserError: nobody has it.
     """
-    found = [(name, place) for name, place in _folders(root) if _has(place, task, folders)]
+    found = [
+        (name, dataclasses.replace(settings, root=place))
+        for name, place in _folders(settings.root)
+        if _has(place, task, settings)
+    ]
     if not found:
-        raise UserError(f"data.root: no client in {root} has {task.name}; add a folder of that name or drop the task")
+        raise UserError(
+            f"data.root: no client in {settings.root} has {task.name}; add a folder of that name or drop the task"
+        )
     return found
 
 
-def _has(root: str, task: Task, folders: Mapping[str, str] | None) -> bool:
-    return (pathlib.Path(root) / ((folders or {}).get(task.name) or task.name)).is_dir()
+def _has(root: str, task: Task, settings: DataSettings) -> bool:
+    return (pathlib.Path(root) / (settings.folders.get(task.name) or task.name)).is_dir()
 
 
 def _check_name(name: str) -> None:

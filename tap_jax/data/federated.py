@@ -11,6 +11,7 @@ from tap_jax.data import hub, synthetic
 from tap_jax.data.examples import Examples
 from tap_jax.data.partition import assign, by_name
 from tap_jax.data.sampling import ClientData
+from tap_jax.data.settings import DataSettings
 from tap_jax.data.text import TaskArrays, WordPiece, encode_examples, load_tokenizer
 from tap_jax.errors import UserError
 from tap_jax.federation import Federation
@@ -50,78 +51,28 @@ class FederatedData:
         return found
 
 
-def build(
-    federation: Federation,
-    tasks: Sequence[Task],
-    *,
-    root: str,
-    seed: int,
-    vocab: int,
-    max_text: int,
-    max_answer: int,
-    tokenizer: str = "train",
-    sizes: Mapping[str, int] | None = None,
-    image_classes: int = 0,
-    folders: Mapping[str, str] | None = None,
-    cache_dir: str | None = None,
-    split: str = "share",
-    alpha: float = 0.5,
-    parts: int = 0,
-    classes_per_client: int = 2,
-    client_column: str = "",
-    personal_test: bool = False,
-    on_bad_row: str = "stop",
-    too_long: str = "middle",
-) -> FederatedData:
+def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings) -> FederatedData:
     """Reads, tokenises and deals out the data sets of a federation.
 
     Args:
       federation: who takes how much of what.
       tasks: the federation's tasks, with the number of classes in use.
-      root: "synthetic", "sites", "hub" or a folder; see `hub.load` and `sites`.
-      seed: of the synthetic suite and of the split between clients.
-      vocab: V; the bound where the tokenizer is trained, else what the tokenizer must have.
-      max_text, max_answer: longest input and answer in word pieces.
-      tokenizer: "train", a folder or a hub id; see `text.load_tokenizer`.
-      sizes: "train" and "test" -> samples per task; 0 or absent for all there are.
-      image_classes: keep only labels below this in image classification; 0 for all.
-      folders: task name -> sub-folder of `root`, where it is not the task's name.
-      cache_dir: of converted sets and trained tokenizers; None keeps nothing.
-      split, alpha, parts, classes_per_client: how a set is dealt out; see `partition.assign`. "column" and "folder": as
-        the data say, see `clients`; a federation without names then has all in common, by shares.
-      client_column: "column" only; says whose a row is.
-      personal_test: cut each test set between the clients like its training set.
-      on_bad_row: see `hub.load`. too_long: see `text.encode_examples`.
+      settings: where they are, and how they are read, cut and dealt out.
 
     Raises:
       UserError: data that are missing or unusable, a tokenizer that does not fit, a client without samples.
     """
-    sizes = sizes or {}
-    splits: dict[str, dict[str, Examples]] = {"train": {}, "test": {}}
-    for task in tasks:
-        for part, found in splits.items():
-            limit = sizes.get(part, 0)
-            if root == "synthetic" and not (task.source and task.source.path):
-                found[task.name] = synthetic.load(task, part, size=limit or SYNTHETIC_SIZES[part], seed=seed)
-            else:
-                column = client_column if split == "column" else None if split == "folder" else ""
-                found[task.name] = _read(
-                    task, part, root, limit, image_classes, folders, cache_dir, on_bad_row, seed, column
-                )
-    pieces = _tokenizer(tokenizer, splits["train"], vocab, cache_dir)
+    splits = {part: {task.name: _read(task, part, settings) for task in tasks} for part in ("train", "test")}
+    pieces = _tokenizer(splits["train"], settings)
+    widths = {"max_text": settings.max_text, "max_answer": settings.max_answer, "too_long": settings.too_long}
     encoded = {
-        part: {
-            task.name: encode_examples(
-                task, found[task.name], pieces, max_text=max_text, max_answer=max_answer, too_long=too_long
-            )
-            for task in tasks
-        }
+        part: {task.name: encode_examples(task, found[task.name], pieces, **widths) for task in tasks}
         for part, found in splits.items()
     }
     train, test = encoded["train"], encoded["test"]
     notes = [note for part in splits.values() for found in part.values() for note in found.notes]
     for task in tasks:
-        notes += _cut_notes(task, train[task.name], test[task.name], max_text, max_answer, too_long)
+        notes += _cut_notes(task, train[task.name], test[task.name], **widths)
     for name in train:
         train[name], test[name] = _equal_widths(train[name], test[name])
 
@@ -135,18 +86,18 @@ def build(
         return assign(
             federation,
             {name: len(part) for name, part in arrays.items()},
-            seed=seed,
+            seed=settings.seed,
             labels=kinds(arrays),
-            split="share" if split in ("column", "folder") else split,
-            alpha=alpha,
-            parts=parts,
-            classes_per_client=classes_per_client,
+            split="share" if settings.natural else settings.split,
+            alpha=settings.alpha,
+            parts=settings.parts,
+            classes_per_client=settings.classes_per_client,
             classes=kinds(train),
         )
 
     clients = tuple(client_data(tasks, mine, train) for mine in deal("train", train))
     return FederatedData(
-        train, test, clients, tuple(deal("test", test)) if personal_test else None, pieces, tuple(notes)
+        train, test, clients, tuple(deal("test", test)) if settings.personal_test else None, pieces, tuple(notes)
     )
 
 
@@ -211,45 +162,37 @@ def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
     return tuple(map(padded, splits))
 
 
-def _read(
-    task: Task,
-    part: str,
-    root: str,
-    limit: int,
-    image_classes: int,
-    folders: Mapping[str, str] | None,
-    cache_dir: str | None,
-    on_bad_row: str,
-    seed: int,
-    column: str | None,
-) -> Examples:
-    """`column`: says whose a row is; None where each folder is a client's, "" where nothing does."""
-    reduced = bool(image_classes) and task.kind == "image_classification"
-    drawn = root == "sites"  # with the classes in use
-    reduced = reduced and not drawn
+def _read(task: Task, part: str, settings: DataSettings) -> Examples:
+    """One split of one task, from wherever it is."""
+    limit, placed = settings.size(part), bool(task.source and task.source.path)
+    if settings.root == "synthetic" and not placed:
+        return synthetic.load(task, part, size=limit or SYNTHETIC_SIZES[part], seed=settings.seed)
+    drawn = settings.root == "sites"  # with the classes in use
+    reduced = bool(settings.image_classes) and task.kind == "image_classification" and not drawn
     known = dataclasses.replace(task, classes=len(task.class_names) or 10**6) if reduced else task
-    folders = {name: folder for name, folder in (folders or {}).items() if folder}
-    given = {"root": root, "folders": folders, "cache_dir": cache_dir, "on_bad_row": on_bad_row}
-    given["limit"] = None if reduced else limit or None
-    if drawn or column != "":
-        found = natural.read(known, part, column=column or "", seed=seed, **given)
+    most = None if reduced else limit or None
+    if drawn or settings.natural:
+        found = natural.read(known, part, settings, limit=most)
     else:
-        found = hub.load(known, part, **given)
+        found = hub.load(known, part, **settings.place, limit=most, on_bad_row=settings.on_bad_row)
     if reduced:
         kept = np.flatnonzero(found.labels < task.classes)
         if len(kept) == 0:
-            raise UserError(f"data.image_classes: {image_classes} leaves no {part} sample of {task.name}; use more")
+            raise UserError(
+                f"data.image_classes: {settings.image_classes} leaves no {part} sample of {task.name}; use more"
+            )
         if limit and len(kept) > limit:
             kept = np.sort(np.random.default_rng(0).choice(kept, limit, replace=False))
         found = found.take(kept)
     return found
 
 
-def _tokenizer(source: str, train: Mapping[str, Examples], vocab: int, cache_dir: str | None) -> WordPiece | None:
+def _tokenizer(train: Mapping[str, Examples], settings: DataSettings) -> WordPiece | None:
     corpus = [text for part in train.values() for texts in (part.inputs, part.targets) if texts for text in texts]
     if not corpus:
         return None
-    pieces = load_tokenizer(source, corpus, vocab_size=vocab, cache_dir=cache_dir)
+    source, vocab = settings.tokenizer, settings.vocab
+    pieces = load_tokenizer(source, corpus, vocab_size=vocab, cache_dir=settings.cache_dir)
     if source != "train" and pieces.size != vocab:
         raise UserError(f"model.vocab: {vocab}, but the tokenizer '{source}' has {pieces.size} pieces; set it to that")
     if pieces.pad_id != 0:

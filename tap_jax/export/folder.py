@@ -127,6 +127,7 @@ def _described(task: Task) -> dict:
     """What a user needs of a task beside the model: the names of its classes, and its templates."""
     found = dataclasses.asdict(task)
     source = found.pop("source") or {}
+    found["class_names"] = task.class_names[: task.classes]  # fewer with data.image_classes
     return found | {field: source[field] for field in ("text", "answer") if source.get(field)}
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from tap_jax import assembly, blocks
 from tap_jax import config as configuration
 from tap_jax.config import ConfigDict
+from tap_jax.data import federated
 from tap_jax.device_sizes import sized
-from tap_jax.experiment import read_data, training_data
+from tap_jax.experiment import training_data
 from tap_jax.models.accounting import account, counted_in_paper, shapes
 from tap_jax.models.server_model import ServerModel
 from tap_jax.planning.headline import devices_named
@@ -244,7 +245,7 @@ def useful(found: Outline, plans: int, platform: Platform | None = None, devices
     """
     config, federation = found.config, found.federation
     sizes = sized(config, federation, platform, devices)
-    data = read_data(config, federation, found.model.tasks)
+    data = federated.build(federation, found.model.tasks, assembly.data_settings(config))
     shares = measure(
         found.model,
         federation,

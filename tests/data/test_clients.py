@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tap_jax.assembly import federation_of
+from tap_jax.assembly import data_settings, federation_of
 from tap_jax.config import default_config, load_config, override, validate
-from tap_jax.data import clients, hub, sites
+from tap_jax.data import clients, federated, hub, sites
 from tap_jax.data.partition import by_name
 from tap_jax.errors import UserError
-from tap_jax.experiment import read_data
 from tap_jax.federation import Client, Federation
 from tap_jax.tasks import find_task
 
@@ -55,7 +54,7 @@ def config_of(root, **fields):
 
 def data_of(config):
     federation = federation_of(config)
-    return federation, read_data(config, federation, federation.tasks)
+    return federation, federated.build(federation, federation.tasks, data_settings(config))
 
 
 def test_a_column_says_who_the_clients_are(by_column):
@@ -82,10 +81,10 @@ def test_a_folder_for_each_client_says_the_same(by_folder):
 @pytest.mark.parametrize("limit", [0, 3, 4])
 def test_the_names_that_are_read_alone_are_those_of_the_rows(by_column, limit):
     """Through a limit and the cache."""
-    task, given = find_task("ag_news"), {"root": str(by_column), "column": "who", "cache_dir": str(by_column / "cache")}
+    task, chosen = find_task("ag_news"), data_settings(config_of(by_column, **{"data.train_size": limit}))
     for _ in range(2):
-        rows = clients.read(task, "train", seed=0, limit=limit or None, **given)
-        assert list(rows.clients) == clients.names_of(task, "train", limit=limit, **given)
+        rows = clients.read(task, "train", chosen, limit=limit or None)
+        assert list(rows.clients) == clients.names_of(task, "train", chosen)
         assert [NEWS[int(text.split()[1])][0] for text in rows.inputs] == list(rows.clients)
 
 

@@ -1,0 +1,60 @@
+"""What a run's data are made of: the data section of a configuration, and what of the other sections they depend on."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """One record for all that reads, tokenises and deals out data.
+
+    Attributes:
+      root: "synthetic", "sites", "hub", a data set there, or a folder; see `hub.load` and `sites`.
+      seed: of the synthetic suite and of the split between clients.
+      vocab: V; the bound where the tokenizer is trained, else what the tokenizer must have.
+      max_text, max_answer: longest input and answer in word pieces.
+      tokenizer: "train", a folder or a hub id; see `text.load_tokenizer`.
+      train_size, test_size: samples per task, of all clients together; 0 for all there are.
+      image_classes: keep only labels below this in image classification; 0 for all.
+      folders: task name -> sub-folder of `root`, where it is not the task's name.
+      cache_dir: of converted sets and trained tokenizers; None keeps nothing.
+      split, alpha, parts, classes_per_client: how a set is dealt out; see `partition.assign`.
+      natural: the data say who the clients are, by a "column" or a "folder" each (`split`); see `clients`. A federation
+        without names then has all in common, by shares.
+      client_column: "column" only; says whose a row is.
+      tasks: names of those to take where the data say who the clients are; () for all whose data are there.
+      personal_test: cut each test set between the clients like its training set.
+      on_bad_row: see `hub.load`. too_long: see `text.encode_examples`.
+    """
+
+    root: str
+    seed: int
+    vocab: int
+    max_text: int
+    max_answer: int
+    tokenizer: str = "train"
+    train_size: int = 0
+    test_size: int = 0
+    image_classes: int = 0
+    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cache_dir: str | None = None
+    split: str = "share"
+    natural: bool = False
+    alpha: float = 0.5
+    parts: int = 0
+    classes_per_client: int = 2
+    client_column: str = ""
+    tasks: tuple[str, ...] = ()
+    personal_test: bool = False
+    on_bad_row: str = "stop"
+    too_long: str = "middle"
+
+    def size(self, split: str) -> int:
+        """Samples per task of a split, 0 for all."""
+        return {"train": self.train_size, "test": self.test_size}[split]
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where rows are: arguments of `hub.rows_of`."""
+        return {"root": self.root, "folders": self.folders, "cache_dir": self.cache_dir}
