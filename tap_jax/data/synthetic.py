@@ -46,7 +46,8 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
     if split not in SPLITS:
         raise UserError(f"split: unknown '{split}'; use one of {', '.join(SPLITS)}")
     if task.name not in RULES:
-        raise UserError(f"data.root: no synthetic data for task {task.name}; there is for {', '.join(RULES)}")
+        where = f"set tasks.{task.name}.path or data.root to its files" if task.source else f"known: {', '.join(RULES)}"
+        raise UserError(f"data.root: no synthetic data for task {task.name}; {where}")
     if size < 1:
         raise UserError(f"data.{split}_size: {size} of {task.name}; use at least 1")
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode()), SPLITS.index(split)])
