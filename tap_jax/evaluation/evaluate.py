@@ -139,7 +139,8 @@ class Evaluator:
                     cohort.layout,
                     self.engine.devices.put(rows, ROWS),
                 )
-                if jax.default_backend() == "cpu":  # which would run all families side by side, each with its memory
+                if not self.engine.devices.platform.accelerated:
+                    # A CPU would run all families side by side, each with its memory.
                     jax.block_until_ready(values)
                 pending.append((family, rows, values))
         results = {}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tap_jax import platforms
 from tap_jax.models.residuals import inputs_only
 
 
@@ -30,7 +31,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, *, heads: int, i
       [..., T, D], in q's type.
     """
     if implementation == "auto":
-        implementation = "einsum" if jax.default_backend() == "cpu" else "xla"
+        implementation = "xla" if platforms.here().accelerated else "einsum"
     if implementation == "cudnn" and q.dtype == jnp.float32:
         implementation = "xla"  # a model is initialised in float32, which cuDNN's attention does not have
     *batch, length, width = q.shape
