@@ -19,7 +19,7 @@ from tap_jax.engine.screening import Screening
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.errors import UserError
 from tap_jax.federation import Federation, client_table
-from tap_jax.methods.base import Method, Setting
+from tap_jax.methods.base import Method, MethodContext
 from tap_jax.methods.criteria import Criterion
 from tap_jax.methods.losses import task_loss
 from tap_jax.models.attention import why_not_cudnn
@@ -65,10 +65,10 @@ def federation_of(config: ConfigDict) -> Federation:
     else. A pooled method has one client with all of it.
 
     Raises:
-      UserError: no such data, or as of `config.federation_of`.
+      UserError: no such data, or as of `config.table_federation`.
     """
     if not configuration.is_natural(config):
-        return configuration.federation_of(config)
+        return configuration.table_federation(config)
     found = clients.natural_federation(data_settings(config))
     if METHODS[config.method].pooled:
         return client_table(({task.name: 1.0 for task in found.tasks},))
@@ -146,8 +146,8 @@ def remat_of(config: ConfigDict) -> str:
 
 def _why_not_cudnn(config: ConfigDict, platform: Platform | None = None) -> str:
     """Why cuDNN's attention cannot be had for this run; empty where it can."""
-    entry, settings = configuration.method_of(config)
-    if entry.twice(settings):
+    entry, settings = configuration.method_settings(config)
+    if entry.second_order(settings):
         return f"it has no second derivative, which method '{entry.name}' takes as it is set"
     if (platform or platforms.here()).kind != "gpu":
         return "no NVIDIA GPU is at hand"
@@ -185,7 +185,7 @@ def model_config(
         "remat": remat_of(config) == "layer",
         "dtype": compute_dtype(config, platform),
     }
-    entry, settings = configuration.method_of(config)
+    entry, settings = configuration.method_settings(config)
     fields |= {"bottleneck": entry.adapters(settings)}
     return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
 
@@ -199,8 +199,8 @@ def method_of(
       variants: what the run is to yield.
       criterion: of replacement, in the place of the configuration's.
     """
-    entry, settings = configuration.method_of(config)
-    return entry.method(settings, Setting(model, variants, config.post_steps, criterion))
+    entry, settings = configuration.method_settings(config)
+    return entry.method(settings, MethodContext(model, variants, config.post_steps, criterion))
 
 
 def finished_model(model: ServerModel) -> ServerModel:
@@ -262,7 +262,7 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
     """
     cpu, optimizer = not (platform or platforms.here()).accelerated, config.optimizer
     # All data in one place: as many iterations a round as the cohort's clients can take together.
-    entry, settings = configuration.method_of(config)
+    entry, settings = configuration.method_settings(config)
     cohort, pooled = (1, config.cohort_size) if entry.pooled else (config.cohort_size, 1)
     training = TrainingSettings(clip_norm=optimizer.clip_norm, weight_decay=optimizer.weight_decay)
 

@@ -102,6 +102,8 @@ def aggregate(
       weights: >= 0, sample counts for example: [K], or block name -> [K]. A client of weight 0 has no influence,
         whatever it sends.
 
+    A run computes the same on packed parameters, `engine.packed.aggregate`.
+
     Returns:
       Block name -> tree, like `server`. A block that nobody sends, or whose weights are all 0, keeps its bits.
 
@@ -170,6 +172,8 @@ def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array
 
 def replace(personal: Blocks, federated: Blocks, chosen: Mapping[str, Array]) -> dict[str, Tree]:
     """X_[i,o] = (1 - R) X_[i,o] + R W̃_[i,o] (eq. 4), as a choice: what is not replaced keeps its bits.
+
+    A run computes the same on packed parameters, `engine.packed.replace`.
 
     Args:
       personal: X[i], block name -> tree; or of many clients, leaves [K, ...].

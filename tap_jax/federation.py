@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tap_jax.errors import UserError
-from tap_jax.tasks import TASKS, Stream, Task, find_task
+from tap_jax.tasks import TASKS, Task, find_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,6 @@ class Federation:
         """Tasks that some client has, in the registry's order; O = len(tasks)."""
         names = {name for client in self.clients for name in client.shares}
         return tuple(task for task in TASKS.values() if task.name in names)
-
-    @property
-    def streams(self) -> tuple[Stream, ...]:
-        """All streams of all tasks, in order."""
-        return tuple(stream for task in self.tasks for stream in task.streams)
 
     @functools.cached_property
     def groups(self) -> int:

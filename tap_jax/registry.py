@@ -33,7 +33,7 @@ class MethodEntry:
       name: value of `config.method`.
       variants: names of what one run can yield; the first is the default.
       server: those of them that are the server's blocks as they are, so that no client has a model of its own.
-      make: (settings, `methods.base.Setting`) -> `Method`; a function, or "module:function".
+      make: (settings, `methods.base.MethodContext`) -> `Method`; a function, or "module:function".
       section: fields of `config.<name>`, which the method alone reads, and their defaults.
       choices: field of the section -> the words that it takes.
       reads: sections and fields of the configuration that not all methods read; its own section among them.
@@ -43,7 +43,7 @@ class MethodEntry:
       pooled: one client has everybody's data and takes the iterations of a whole cohort.
       routed: it needs the routed backbone.
       adapters: settings -> inner width of the bottleneck adapters that take LoRA's place; 0: none.
-      twice: settings -> whether the loss is differentiated twice.
+      second_order: settings -> whether the loss is differentiated twice.
     """
 
     name: str
@@ -59,15 +59,15 @@ class MethodEntry:
     pooled: bool = False
     routed: bool = False
     adapters: Callable[[Settings], int] = lambda settings: 0
-    twice: Callable[[Settings], bool] = lambda settings: False
+    second_order: Callable[[Settings], bool] = lambda settings: False
 
-    def method(self, settings: Settings, setting: Any) -> Any:
-        """The `Method`, of `settings` in a `Setting`."""
+    def method(self, settings: Settings, context: Any) -> Any:
+        """The `Method`, of `settings` in a `MethodContext`."""
         make = self.make
         if isinstance(make, str):
             module, _, function = make.partition(":")
             make = getattr(importlib.import_module(module), function)
-        return make(settings, setting)
+        return make(settings, context)
 
 
 METHODS: dict[str, MethodEntry] = {}
@@ -122,7 +122,7 @@ for _entry in (
         choices={"hessian": ("none", "exact")},
         reads=("per_fedavg",),
         gradients=lambda settings: 2 if settings["per_fedavg"]["hessian"] == "none" else None,
-        twice=lambda settings: settings["per_fedavg"]["hessian"] == "exact",
+        second_order=lambda settings: settings["per_fedavg"]["hessian"] == "exact",
     ),
     MethodEntry(
         "disentafl",

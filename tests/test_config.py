@@ -13,11 +13,11 @@ from tap_jax.config import (
     config_hash,
     default_config,
     differences,
-    federation_of,
     from_json,
     load_config,
     margins_of,
     override,
+    table_federation,
     to_json,
     validate,
     value_of,
@@ -194,7 +194,7 @@ def test_sizes_that_are_typed_twice_agree():
 
 def test_paper_configs_describe_30_clients():
     for path, tasks in ((FLAVA, 8), (VILT, 6)):
-        federation = federation_of(load_config(path))
+        federation = table_federation(load_config(path))
         assert (len(federation.clients), len(federation.tasks)) == (30, tasks)
         found = [
             (c.group, c.pattern, {task: round(100 * share, 9) for task, share in c.shares.items()})
@@ -367,7 +367,7 @@ def test_variants_of_different_margins_have_different_names():
 
 
 def test_centralised_is_one_client_with_all_the_data():
-    federation = federation_of(load_config(FLAVA, {"method": "centralised", "variants": ()}))
+    federation = table_federation(load_config(FLAVA, {"method": "centralised", "variants": ()}))
     assert len(federation.clients) == 1
     whole = pytest.approx({task.name: 1.0 for task in federation.tasks}, abs=0.011)
     assert federation.clients[0].shares == whole, "ag_news: the paper's thirds are 33, 33 and 34 %"
@@ -384,7 +384,7 @@ def test_value_of_a_field():
 def test_custom_federation():
     rows = ({"ag_news": 0.5}, {"ag_news": 0.5, "vqa": 1})
     config = load_config(FLAVA, {"federation": {"table": "custom", "rows": rows, "groups": 2}})
-    federation = federation_of(config)
+    federation = table_federation(config)
     assert [client.group for client in federation.clients] == [0, 0, 1, 1]
     assert [task.name for task in federation.tasks] == ["ag_news", "vqa"]
 

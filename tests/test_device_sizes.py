@@ -3,7 +3,7 @@
 import dataclasses
 
 from tap_jax import device_sizes
-from tap_jax.config import federation_of, load_config
+from tap_jax.config import load_config, table_federation
 from tap_jax.device_sizes import Estimate, choices, row_bytes, row_tokens, sized
 from tap_jax.models.layers import ModelConfig
 from tap_jax.platforms import GIB, Platform
@@ -15,13 +15,13 @@ ROWS = ({"ag_news": 0.25, "cifar100": 0.25},) * 4
 
 def test_cpus_and_unknown_devices_keep_their_defaults(tiny):
     config = tiny(ROWS, {"engine.microbatch": 0})
-    assert sized(config, federation_of(config), Platform("cpu", "cpu")) is config
-    assert sized(config, federation_of(config), Platform("gpu", "unheard of")) is config
+    assert sized(config, table_federation(config), Platform("cpu", "cpu")) is config
+    assert sized(config, table_federation(config), Platform("gpu", "unheard of")) is config
 
 
 def test_larger_devices_have_larger_rows():
     config = load_config("configs/flava.py")
-    large, small = (sized(config, federation_of(config), platform) for platform in (LARGE, SMALL))
+    large, small = (sized(config, table_federation(config), platform) for platform in (LARGE, SMALL))
     assert large.engine.microbatch == 32 and large.engine.clients_at_once > small.engine.clients_at_once
     assert small.engine.microbatch <= large.engine.microbatch
     assert config.engine.microbatch == 0  # the one given stays
@@ -29,14 +29,14 @@ def test_larger_devices_have_larger_rows():
 
 def test_what_is_named_is_kept():
     config = load_config("configs/flava.py", {"engine.microbatch": 4, "engine.clients_at_once": 3})
-    found = choices(config, federation_of(config), LARGE)
+    found = choices(config, table_federation(config), LARGE)
     assert found and all((one.microbatch, one.clients) == (4, 3) for one in found)
-    assert sized(config, federation_of(config), LARGE).engine.microbatch == 4
+    assert sized(config, table_federation(config), LARGE).engine.microbatch == 4
 
 
 def test_choices_fit_and_the_fastest_is_first():
     config = load_config("configs/vilt.py")
-    found = choices(config, federation_of(config), MIDDLE)
+    found = choices(config, table_federation(config), MIDDLE)
     assert all(one.bytes <= device_sizes.FILLED * MIDDLE.memory for one in found)
     assert [one.time for one in found] == sorted(one.time for one in found)
     assert "--config.engine.microbatch=" in found[0].flags
@@ -44,7 +44,7 @@ def test_choices_fit_and_the_fastest_is_first():
 
 def test_the_estimate_grows_with_rows_and_clients_and_shrinks_with_recomputing():
     config = load_config("configs/flava.py")
-    estimate = Estimate(config, federation_of(config), LARGE)
+    estimate = Estimate(config, table_federation(config), LARGE)
     one = estimate(8, 2, "none")
     assert estimate(16, 2, "none").bytes > one.bytes > estimate(8, 2, "layer").bytes
     assert estimate(8, 8, "none").bytes > one.bytes

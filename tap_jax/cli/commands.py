@@ -155,7 +155,7 @@ def bench(
     several = distributed.processes(coordinator, processes, process)
     if clients:
         if not configuration.is_natural(config):  # whose clients are known once the data are looked at
-            most = len(configuration.federation_of(config).clients)
+            most = len(configuration.table_federation(config).clients)
             if not 0 < clients <= most:
                 raise UserError(f"clients: {clients} of {most}; use 1 to {most}")
         configuration.validate(configuration.override(config, {"cohort_size": clients}))

@@ -17,7 +17,7 @@ from tap_jax.tasks import KINDS
 LOW_MARGIN_KINDS = ("image_generation", "text_classification")  # Tables 11-13 and 22
 
 
-def federation_of(config: ConfigDict) -> Federation:
+def table_federation(config: ConfigDict) -> Federation:
     """The clients and tasks that `config.federation` describes; of a pooled method one client with all of it.
 
     Raises:
@@ -45,7 +45,7 @@ def variants_of(config: ConfigDict) -> tuple[str, ...]:
     return chosen + tuple(margins_of(config))[1:] if config.method == "tap" else chosen
 
 
-def method_of(config: ConfigDict) -> tuple[MethodEntry, Settings]:
+def method_settings(config: ConfigDict) -> tuple[MethodEntry, Settings]:
     """The method's entry, and the settings that it alone reads, as plain values; margins as of `margins_of`."""
     entry, settings = METHODS[config.method], {}
     for name in entry.reads:

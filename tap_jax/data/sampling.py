@@ -20,8 +20,8 @@ from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, pack
 from tap_jax.data.text import TaskArrays
 
-# Draws are seeded by a phase's place: add at the end. "post_again" is of older runs.
-PHASES = ("cohort", "federated", "personal", "local", "post", "post_again", "distil", "held_out", "probe", "noise")
+# Draws are seeded by a phase's place: add at the end. "unused" keeps the places of those behind it.
+PHASES = ("cohort", "federated", "personal", "local", "post", "unused", "distil", "held_out", "probe", "noise")
 
 
 @dataclasses.dataclass(frozen=True)

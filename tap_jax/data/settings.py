@@ -33,22 +33,22 @@ class DataSettings:
     vocab: int
     max_text: int
     max_answer: int
-    tokenizer: str = "train"
-    train_size: int = 0
-    test_size: int = 0
-    image_classes: int = 0
-    folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    cache_dir: str | None = None
-    split: str = "share"
-    natural: bool = False
-    alpha: float = 0.5
-    parts: int = 0
-    classes_per_client: int = 2
-    client_column: str = ""
-    tasks: tuple[str, ...] = ()
-    personal_test: bool = False
-    on_bad_row: str = "stop"
-    too_long: str = "middle"
+    tokenizer: str
+    train_size: int
+    test_size: int
+    image_classes: int
+    folders: Mapping[str, str]
+    cache_dir: str | None
+    split: str
+    natural: bool
+    alpha: float
+    parts: int
+    classes_per_client: int
+    client_column: str
+    tasks: tuple[str, ...]
+    personal_test: bool
+    on_bad_row: str
+    too_long: str
 
     def size(self, split: str) -> int:
         """Samples per task of a split, 0 for all."""

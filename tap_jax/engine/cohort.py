@@ -233,6 +233,8 @@ class Cohort:
     ) -> "PhaseInputs":
         """A local training of this (seed, round, phase); its plan is drawn now, unless it has been."""
         settings = self.engine.settings
+        if phase not in PHASES:
+            raise ValueError(f"phase: unknown '{phase}'; use one of {', '.join(PHASES)}")
         seed, number = jax.random.key(settings.seed), PHASES.index(phase)
         rounds, place = np.unique(self.rounds, return_inverse=True)
         place = place.reshape(self.table.shape)

@@ -52,8 +52,8 @@ class TrainingSettings:
       weight_decay: AdamW's decoupled weight decay.
     """
 
-    clip_norm: float = 1.0
-    weight_decay: float = 0.01
+    clip_norm: float
+    weight_decay: float
 
 
 def local_training(
@@ -76,24 +76,24 @@ def local_training(
         losses = Losses(zeros, zeros, zeros.astype(jnp.int32))
 
         def step(index, carry):
-            params, state, losses = carry
+            params, opt_state, losses = carry
             active = jnp.append(plan.active[index], False)
             surroundings = frozen, data, layout, plan
             tools = Tools(objective, settings, optimizer, remember, surroundings, index, key, rate, active)
-            params, state, found = rule.step(tools, params, state, teacher)
+            params, opt_state, found = rule.step(tools, params, opt_state, teacher)
             losses = Losses(
                 losses.plain + found.plain,
                 losses.weighted + found.weighted,
                 losses.steps + (found.share > 0).astype(jnp.int32),
             )
-            return params, state, losses
+            return params, opt_state, losses
 
-        state = dict(moments) if remember else {group: optimizer.init(leaf) for group, leaf in params.items()}
-        params, state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(params), state, losses))
+        opt_state = dict(moments) if remember else {group: optimizer.init(leaf) for group, leaf in params.items()}
+        params, opt_state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(params), opt_state, losses))
         broken = broken_clients(params, layout)
         if remember:  # a client that broke starts afresh next time
-            state = {g: jnp.where(broken[layout.owner[g]][:, None], 0, moment) for g, moment in state.items()}
-        return params, state if remember else None, without_broken(losses, broken)
+            opt_state = {g: jnp.where(broken[layout.owner[g]][:, None], 0, leaf) for g, leaf in opt_state.items()}
+        return params, opt_state if remember else None, without_broken(losses, broken)
 
     return train
 
@@ -138,7 +138,7 @@ class Tools:
         """See `objective.statistics`."""
         return statistics(self.objective, self._where(minibatch), params)
 
-    def update(self, params: Packed, state: Mapping, gradient: Packed) -> tuple[dict[str, Array], dict[str, Any]]:
+    def update(self, params: Packed, opt_state: Mapping, gradient: Packed) -> tuple[dict[str, Array], dict[str, Any]]:
         """One clipped AdamW update; of slots whose client is idle in this step, nothing changes."""
         _, _, layout, _ = self.surroundings
         if self.settings.clip_norm:
@@ -147,10 +147,10 @@ class Tools:
         for group, matrix in params.items():
             live = self.active[layout.owner[group]][:, None]
             if self.remember:
-                update, moments = remembered_update(self.optimizer, gradient[group], state[group], matrix)
-                after[group] = jnp.where(live, moments, state[group])
+                update, moments = remembered_update(self.optimizer, gradient[group], opt_state[group], matrix)
+                after[group] = jnp.where(live, moments, opt_state[group])
             else:
-                update, after[group] = self.optimizer.update(gradient[group], state[group], matrix)
+                update, after[group] = self.optimizer.update(gradient[group], opt_state[group], matrix)
             updates[group] = jnp.where(live, matrix - rate[group] * update, matrix)
         return updates, after
 

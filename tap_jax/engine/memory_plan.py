@@ -104,9 +104,9 @@ def memory_plan(
             found["federated blocks of other rounds, at most"] = (settings.window - 1) * stack_of(
                 -(-settings.cohort_size // shards)
             )
-        elif method.margins and not last:
+        elif method.personal_variants and not last:
             found["server's blocks of the next round"] = server
-        if len(method.margins) > 1 and name == (WINDOW if settings.window > 1 else ROUND):
+        if len(method.personal_variants) > 1 and name == (WINDOW if settings.window > 1 else ROUND):
             found["federated blocks"] = params  # until the last personal model trains
         if reserves_teacher(method.rule, params) or last and method.rule.takes_teacher:
             found["teacher's blocks"] = params

@@ -23,7 +23,7 @@ from tap_jax.data.packing import RowShape
 from tap_jax.data.sampling import Plan, Table
 from tap_jax.data.store import cut
 from tap_jax.engine.packed import Layout, Packed, flatten, unflatten
-from tap_jax.methods.base import PLAIN, LocalRule, Row, StepLosses
+from tap_jax.methods.base import LocalRule, Row, StepLosses
 from tap_jax.tasks import Stream, Task
 
 ROWS_PER_STEP = 4096  # bound on a client's rows of one task in a step; keeps dropout keys apart
@@ -96,9 +96,9 @@ class Objective:
     families: Sequence[Family]
     tables: Mapping[str, Mapping[str, Part]]
     shapes: Mapping[str, Sequence[RowShape]]
-    rule: LocalRule = PLAIN
-    sum_axis: str | None = None
-    generator: str = "threefry2x32"
+    rule: LocalRule
+    sum_axis: str | None
+    generator: str
 
 
 class Where(NamedTuple):

@@ -45,11 +45,11 @@ class EngineSettings:
     aggregation: str
     scope: str
     seed: int
-    screening: Screening = Screening()
-    privacy: Privacy | None = None
-    window: int = 1
-    in_pieces: bool = False
-    generator: str = "threefry2x32"
+    screening: Screening
+    privacy: Privacy | None
+    window: int
+    in_pieces: bool
+    generator: str
 
     def window_clients(self, clients: int) -> int:
         """How many of a federation's clients a window's personal training takes at once, at most."""

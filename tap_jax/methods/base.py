@@ -1,4 +1,4 @@
-"""What a method is: pure functions of the state and of a cohort that can train.
+"""What a method is: functions of the state and of a cohort that can train, with no memory of their own.
 
 The engine knows no method by name. It hands a method two things to compose. A `Cohort`: the clients of a round (or of a
 pass over all clients) with the compiled operations on their parameters; see `methods/tap.py`. And, inside the compiled
@@ -39,6 +39,8 @@ class StoredModels(Protocol):
 
 # One mapping of owned blocks per client, on the host.
 ClientModels = tuple[Blocks, ...] | StoredModels
+# Client number -> its blocks, on the host: of the clients of one pass after the last round.
+FinishedBlocks = dict[int, Blocks]
 
 
 class State(struct.PyTreeNode):
@@ -146,16 +148,16 @@ class Tools(Protocol):
         minibatch.
         """
 
-    def update(self, params: Params, state: Mapping, gradient: Params) -> tuple[Params, Mapping]:
+    def update(self, params: Params, opt_state: Mapping, gradient: Params) -> tuple[Params, Mapping]:
         """One clipped AdamW update of the clients that take this step; the blocks of others stay as they are.
 
         Args:
           params: shape class -> [G, n].
-          state: the optimizer's, a mapping by shape class; a step is given it, and hands on what this returns.
+          opt_state: a mapping by shape class; a step is given it, and hands on what this returns.
           gradient: shape class -> [G, n].
 
         Returns:
-          The new parameters and state, of the same shape classes and shapes.
+          The new parameters and optimizer state, of the same shape classes and shapes.
         """
 
 
@@ -165,10 +167,10 @@ Forward = Callable[..., tuple[Any, Array]]
 LocalStep = Callable[[Tools, Params, Mapping, Any], tuple[Params, Mapping, StepLosses]]
 
 
-def plain_step(tools: Tools, params: Params, state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
+def plain_step(tools: Tools, params: Params, opt_state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
     """One gradient, one AdamW update: Local, FedAvg, TAP."""
     gradient, losses = tools.gradient(params, teacher)
-    return *tools.update(params, state, gradient), losses
+    return *tools.update(params, opt_state, gradient), losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Cohort(Protocol):
           params: [D, G, n]; shape classes that the models do not have are left out.
         """
 
-    def unload(self, params: Params) -> dict[int, Blocks]:
+    def unload(self, params: Params) -> FinishedBlocks:
         """Client number -> its blocks by name, on the host, from parameters [D, G, n]; no entry for empty positions."""
 
     def train(
@@ -249,9 +251,10 @@ class Cohort(Protocol):
 
         With `twice` 2P steps after the last round, of which the first P are those without it (App. C.1).
 
-        `phase` names the random stream of minibatches and dropout. `model` is what is trained, where optimizer states
-        persist (default: what the phase says). The parameters given are consumed, the teacher's are not; for TAP's rule
-        the loss is equation 6 where there is a teacher. `steps`: only those from the first to before the second; where
+        `phase`, one of `data.sampling.PHASES`, names the random stream of minibatches and dropout. `model` is what is
+        trained, where optimizer states persist (default: what the phase says). The parameters given are consumed (who
+        needs them again broadcasts or loads them again), the teacher's are not; for TAP's rule the loss is equation 6
+        where there is a teacher. `steps`: only those from the first to before the second; where
         the first is not 0, the optimizer goes on from the call before. `idle`, bool [P]: positions that take none.
         """
 
@@ -320,10 +323,10 @@ class SplitRound:
     def __call__(self, cohort: Cohort, state: State) -> tuple[State, dict[str, Any]]:
         """The whole round."""
         state, *trained = self.federated(cohort, state)
-        return self.personal(cohort, state, trained.pop())
+        return self.personal(cohort, state, trained.pop())  # popped: no name here keeps W̃[i] while X trains
 
 
-class Setting(NamedTuple):
+class MethodContext(NamedTuple):
     """What a method is made for, beside its own settings (`registry.MethodEntry.make`).
 
     Attributes:
@@ -351,14 +354,14 @@ class Method:
       finish: (cohort, state, variants) yields (variant, client -> blocks), for one pass over some clients after the
         last round. It leaves out variants whose models are the server's blocks.
       rule: how clients train locally.
-      margins: name of a personal model -> variant, for each with margins of its own.
+      personal_variants: name of a personal model -> its variant, for each with margins of its own.
     """
 
     client_models: tuple[str, ...]
     round: Callable[[Cohort, State], tuple[State, dict[str, Any]]]
-    finish: Callable[[Cohort, State, Sequence[str]], Iterator[tuple[str, dict[int, Blocks]]]]
+    finish: Callable[[Cohort, State, Sequence[str]], Iterator[tuple[str, FinishedBlocks]]]
     rule: LocalRule = PLAIN
-    margins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    personal_variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def put_rows(table: np.ndarray, clients: np.ndarray, rows: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from tap_jax.methods.base import LocalRule, Method, Row, Setting, Tools
+from tap_jax.methods.base import LocalRule, Method, MethodContext, Row, Tools
 from tap_jax.methods.fedavg import fedavg
 from tap_jax.registry import Settings
 from tap_jax.tasks import Task
@@ -86,10 +86,10 @@ def disentafl(*, weight: float) -> Method:
       weight: of the disentanglement loss (Table 21).
     """
 
-    def step(tools: Tools, params, state, teacher):
+    def step(tools: Tools, params, opt_state, teacher):
         others = counterparts(tools.statistics(params))
         gradient, losses = tools.gradient(params, others)
-        return *tools.update(params, state, gradient), losses
+        return *tools.update(params, opt_state, gradient), losses
 
     def extra_loss(row: Row, outputs: Array, latents: Array, others) -> Array:
         return weight * disentanglement(row, latents, others)
@@ -98,6 +98,6 @@ def disentafl(*, weight: float) -> Method:
     return fedavg("disentafl", rule)
 
 
-def configured(settings: Settings, setting: Setting) -> Method:
+def configured(settings: Settings, context: MethodContext) -> Method:
     """DisentAFL of a configuration."""
     return disentafl(weight=settings["disentafl"]["weight"])

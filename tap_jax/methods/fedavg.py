@@ -9,7 +9,8 @@ centralised run is this one with a single client that has everybody's data and t
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import PLAIN, Cohort, LocalRule, Method, Setting, State
+from tap_jax.blocks import Params
+from tap_jax.methods.base import PLAIN, Cohort, FinishedBlocks, LocalRule, Method, MethodContext, State
 from tap_jax.registry import Settings
 
 
@@ -22,6 +23,12 @@ def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
     ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
 
+def post_trained(cohort: Cohort, state: State, *, twice: bool = False) -> Params:
+    """W̃[i] of every client after P more iterations from the server's blocks, or 2P, [D, G, n]; TAP's teacher."""
+    params, _ = cohort.train(cohort.broadcast(state.server), "post", post=True, twice=twice)
+    return params
+
+
 def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
     """FedAvg as a method: no client models beside the server's.
 
@@ -30,20 +37,19 @@ def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
       rule: how clients train, in the rounds and after them.
     """
 
-    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, FinishedBlocks]]:
         for variant, twice in ((f"{name}+post", False), (f"{name}+2p", True)):
             if variant in variants:
-                params, _ = cohort.train(cohort.broadcast(state.server), "post", post=True, twice=twice)
-                yield variant, cohort.unload(params)
+                yield variant, cohort.unload(post_trained(cohort, state, twice=twice))
 
     return Method((), federated_round, finish, rule)
 
 
-def configured(settings: Settings, setting: Setting) -> Method:
+def configured(settings: Settings, context: MethodContext) -> Method:
     """FedAvg of a configuration."""
     return fedavg()
 
 
-def centralised(settings: Settings, setting: Setting) -> Method:
+def centralised(settings: Settings, context: MethodContext) -> Method:
     """The centralised run of a configuration."""
     return fedavg("centralised")

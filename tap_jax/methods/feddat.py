@@ -26,7 +26,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from tap_jax.blocks import PRIVATE, Blocks, Params, Tree
-from tap_jax.methods.base import Cohort, Forward, LocalRule, Method, Row, Setting, State, StepLosses, Tools
+from tap_jax.methods.base import (
+    Cohort,
+    FinishedBlocks,
+    Forward,
+    LocalRule,
+    Method,
+    MethodContext,
+    Row,
+    State,
+    StepLosses,
+    Tools,
+)
 from tap_jax.methods.losses import distillation_loss
 from tap_jax.registry import Settings
 
@@ -61,7 +72,7 @@ def choose(flag: Array, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
 
 
-def step(tools: Tools, params: Params, state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
+def step(tools: Tools, params: Params, opt_state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
     """Both updates on one minibatch, as two turns of one loop, so that the gradient is compiled once.
 
     The losses are those of A1's turn, since that is what the client sends.
@@ -70,18 +81,18 @@ def step(tools: Tools, params: Params, state: Mapping, teacher: Any) -> tuple[Pa
     before = params
 
     def turn(number, carry):
-        params, state, sent = carry
+        params, opt_state, sent = carry
         own = number == 1
-        seen, moments = (choose(own, with_own(tree), shared(tree)) for tree in (params, state))
+        seen, moments = (choose(own, with_own(tree), shared(tree)) for tree in (params, opt_state))
         # The teacher: the heads as they are with A0 and, of what was received, A2. In the second turn A1 as it was
         # before the first; ½A1 + ½A1 = A1 to the bit.
         first = choose(own, shared(before), with_own(before))
         second = choose(own, shared(before), shared(received))
         gradient, losses = tools.gradient(seen, (first, second))
         seen, moments = tools.update(seen, moments, gradient)
-        return put(params, seen, own), put(state, moments, own), choose(own, sent, losses)
+        return put(params, seen, own), put(opt_state, moments, own), choose(own, sent, losses)
 
-    return jax.lax.fori_loop(0, 2, turn, (params, state, tools.no_losses))
+    return jax.lax.fori_loop(0, 2, turn, (params, opt_state, tools.no_losses))
 
 
 def adapter_divergence(
@@ -121,8 +132,8 @@ def feddat(
 
     def start(cohort: Cohort, state: State) -> tuple[Params, Params]:
         """A client's parameters, and what it received of the server."""
-        received = cohort.broadcast(state.server)
-        return cohort.load(state.client_models[MODEL], received), cohort.broadcast(state.server)
+        params = cohort.load(state.client_models[MODEL], cohort.broadcast(state.server))
+        return params, cohort.broadcast(state.server)  # once more: training consumes its parameters
 
     def feddat_round(cohort: Cohort, state: State) -> tuple[State, dict]:
         params, received = start(cohort, state)
@@ -133,11 +144,11 @@ def feddat(
             client_models={**state.client_models, MODEL: cohort.put(state.client_models[MODEL], params)},
         ), {"federated_loss": losses.mean(), "seen": losses.seen}
 
-    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, FinishedBlocks]]:
         params, received = start(cohort, state)
         frozen_copy = cohort.unload(received)
 
-        def teachers(params: Params) -> dict:
+        def teachers(params: Params) -> FinishedBlocks:
             return {k: dual(with_own_blocks(mine), frozen_copy[k]) for k, mine in cohort.unload(params).items()}
 
         if "feddat" in variants:
@@ -155,11 +166,11 @@ def with_own_blocks(blocks: Blocks) -> dict:
     return {name: blocks.get(PRIVATE + name, tree) for name, tree in blocks.items() if not name.startswith(PRIVATE)}
 
 
-def configured(settings: Settings, setting: Setting) -> Method:
+def configured(settings: Settings, context: MethodContext) -> Method:
     """FedDAT of a configuration."""
     return feddat(
-        setting.model.forward,
-        setting.model.dual,
+        context.model.forward,
+        context.model.dual,
         weight=settings["feddat"]["weight"],
         image_loss=settings["distillation"]["image_loss"],
     )

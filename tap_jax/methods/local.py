@@ -7,7 +7,7 @@ So every method spends the same local iterations; sampling all clients every rou
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import Cohort, Method, Setting, State
+from tap_jax.methods.base import Cohort, FinishedBlocks, Method, MethodContext, State
 from tap_jax.registry import Settings
 
 MODEL = "local"
@@ -27,12 +27,12 @@ def local_round(cohort: Cohort, state: State) -> tuple[State, dict]:
     return state.replace(round=state.round + 1), metrics
 
 
-def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
+def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, FinishedBlocks]]:
     """Local has no phase after the rounds: its result is the local model."""
     yield "local", as_it_is(cohort, state, MODEL)
 
 
-def as_it_is(cohort: Cohort, state: State, model: str) -> dict:
+def as_it_is(cohort: Cohort, state: State, model: str) -> FinishedBlocks:
     """Client number -> its blocks of a model, untouched."""
     return {int(k): state.client_models[model][k] for k in cohort.clients if k >= 0}
 
@@ -42,6 +42,6 @@ def local() -> Method:
     return Method((MODEL,), local_round, finish)
 
 
-def configured(settings: Settings, setting: Setting) -> Method:
+def configured(settings: Settings, context: MethodContext) -> Method:
     """Local of a configuration."""
     return local()

@@ -15,7 +15,7 @@ What is evaluated without post-training is the server's blocks. α is η times `
 import jax
 import jax.numpy as jnp
 
-from tap_jax.methods.base import LocalRule, LocalStep, Method, Setting, Tools
+from tap_jax.methods.base import LocalRule, LocalStep, Method, MethodContext, Tools
 from tap_jax.methods.fedavg import fedavg
 from tap_jax.registry import Settings
 
@@ -28,7 +28,7 @@ def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
       exact: with the Hessian-vector product, by forward differentiation of the gradient; else first-order.
     """
 
-    def step(tools: Tools, params, state, teacher):
+    def step(tools: Tools, params, opt_state, teacher):
         alpha = {group: scale * rate for group, rate in tools.rate.items()}
 
         def descend(minibatch, carry):
@@ -43,7 +43,7 @@ def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
         if exact:
             _, curved = jax.jvp(lambda w: tools.gradient(w, minibatch=0)[0], (params,), (outer,))
             outer = jax.tree.map(lambda g, a, h: g - a * h, outer, alpha, curved)
-        return *tools.update(params, state, outer), losses
+        return *tools.update(params, opt_state, outer), losses
 
     return step
 
@@ -53,7 +53,7 @@ def per_fedavg(*, scale: float = 1.0, exact: bool = False) -> Method:
     return fedavg("per-fedavg", LocalRule(meta_step(scale=scale, exact=exact), minibatches_per_step=2))
 
 
-def configured(settings: Settings, setting: Setting) -> Method:
+def configured(settings: Settings, context: MethodContext) -> Method:
     """Per-FedAvg of a configuration."""
     section = settings["per_fedavg"]
     return per_fedavg(scale=section["inner_scale"], exact=section["hessian"] == "exact")

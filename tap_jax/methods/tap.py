@@ -28,11 +28,12 @@ from tap_jax.blocks import Params
 from tap_jax.methods import local
 from tap_jax.methods.base import (
     Cohort,
+    FinishedBlocks,
     Forward,
     LocalRule,
     Method,
+    MethodContext,
     Row,
-    Setting,
     SplitRound,
     State,
     Trained,
@@ -41,6 +42,7 @@ from tap_jax.methods.base import (
 )
 from tap_jax.methods.criteria import CRITERIA, Criterion, Evidence, loss, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
+from tap_jax.methods.fedavg import post_trained
 from tap_jax.methods.losses import distillation_loss
 from tap_jax.registry import Settings
 from tap_jax.tasks import Task
@@ -63,9 +65,6 @@ class Replacement:
     first: str = "replace"
     criterion: Criterion = loss
     relative: bool = False
-
-
-PAPER = Replacement()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +115,9 @@ def tap(
     tasks: Sequence[Task],
     margins: Mapping[str, np.ndarray],
     *,
-    variants: Sequence[str] = ("tap",),
-    replacement: Replacement = PAPER,
-    patience: Patience | None = None,
+    variants: Sequence[str],
+    replacement: Replacement,
+    patience: Patience | None,
     forward: Forward,
     distillation: Distillation,
 ) -> Method:
@@ -137,13 +136,13 @@ def tap(
     last = list(personal_models)[-1]
     with_local = bool({"local", "tap-stage2"} & set(variants))
 
-    def federated(cohort: Cohort, state: State) -> tuple[State, Trained]:
+    def train_federated(cohort: Cohort, state: State) -> tuple[State, Trained]:
         """W̃[i] of every client, and what the server makes of them."""
         trained = Trained(*cohort.train(cohort.broadcast(state.server), "federated"))
         server = cohort.aggregate(state.server, trained.federated, trained.losses)
         return state.replace(round=state.round + 1, server=server), trained
 
-    def replaced(cohort: Cohort, state: State, model: str, trained: Trained) -> tuple[Params, Array]:
+    def replace_blocks(cohort: Cohort, state: State, model: str, trained: Trained) -> tuple[Params, Array]:
         """Equations 3 and 4 for one personal model -> (X, R)."""
         losses = trained.losses
         h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[model], cohort.clients)
@@ -173,12 +172,12 @@ def tap(
             replacements={**state.replacements, model: put_rows(state.replacements[model], cohort.clients, count)},
         ), own.mean()
 
-    def personal(cohort: Cohort, state: State, trained: Trained) -> tuple[State, dict]:
+    def train_all_personal(cohort: Cohort, state: State, trained: Trained) -> tuple[State, dict]:
         """X[i] of every client, of all margins, given W̃[i] after its local training."""
         losses, after = trained.losses, state
         metrics = {"federated_loss": losses.mean(), "seen": losses.seen, "replaced": {}}
         for model, variant in personal_models.items():
-            params, indicator = replaced(cohort, after, model, trained)
+            params, indicator = replace_blocks(cohort, after, model, trained)
             if model == last:
                 del trained  # W̃[i] need not be kept while the last X trains
             after, mean = train_personal(cohort, after, model, params, indicator)
@@ -193,10 +192,10 @@ def tap(
             metrics["local_loss"] = more["local_loss"]
         return after, metrics
 
-    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, dict]]:
-        teacher, _ = cohort.train(cohort.broadcast(state.server), "post", post=True)
+    def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, FinishedBlocks]]:
+        teacher = post_trained(cohort, state)
 
-        def student(model: str, teacher: Params | None = teacher) -> dict:
+        def student(model: str, teacher: Params | None = teacher) -> FinishedBlocks:
             return distil(cohort, state.client_models[model], model, teacher, patience)
 
         # First, so that the time until it is there is Stage 2's.
@@ -215,10 +214,7 @@ def tap(
             yield "fedavg+post", cohort.unload(teacher)
         if "fedavg+2p" in variants:
             del teacher, student  # another W̃[i] takes the memory
-            yield (
-                "fedavg+2p",
-                cohort.unload(cohort.train(cohort.broadcast(state.server), "post", post=True, twice=True)[0]),
-            )
+            yield "fedavg+2p", cohort.unload(post_trained(cohort, state, twice=True))
 
     carried = (*personal_models, local.MODEL) if with_local else tuple(personal_models)
     rule = LocalRule(
@@ -226,28 +222,28 @@ def tap(
         teacher_optional=True,
         extra_loss=distillation_term(forward, distillation),
     )
-    return Method(carried, SplitRound(federated, personal), finish, rule, margins=personal_models)
+    return Method(carried, SplitRound(train_federated, train_all_personal), finish, rule, personal_models)
 
 
-def configured(settings: Settings, setting: Setting) -> Method:
+def configured(settings: Settings, context: MethodContext) -> Method:
     """TAP of a configuration."""
     stage1, stage2 = settings["replacement"], settings["distillation"]
     margins = {
-        variant: np.array([by_kind[task.kind] for task in setting.model.tasks], np.float32)
+        variant: np.array([by_kind[task.kind] for task in context.model.tasks], np.float32)
         for variant, by_kind in settings["margins"].items()
     }
     return tap(
-        setting.model.tasks,
+        context.model.tasks,
         margins,
-        variants=setting.variants,
+        variants=context.variants,
         replacement=Replacement(
             stage1["history"],
             stage1["first"],
-            setting.criterion or CRITERIA[stage1["criterion"]],
+            context.criterion or CRITERIA[stage1["criterion"]],
             stage1["margin"] == "relative",
         ),
-        patience=Patience(setting.post_steps, stage2["look_every"], stage2["patience"]) if stage2["patience"] else None,
-        forward=setting.model.forward,
+        patience=Patience(context.post_steps, stage2["look_every"], stage2["patience"]) if stage2["patience"] else None,
+        forward=context.model.forward,
         distillation=Distillation(
             stage2["weights"], stage2["temperature"], stage2["temperature_power"], stage2["image_loss"]
         ),

@@ -37,7 +37,7 @@ class Cost:
 
 def gradients_per_step(config: ConfigDict) -> int | None:
     """Gradients of the task losses that a local step takes; None where it computes more than those."""
-    entry, settings = configuration.method_of(config)
+    entry, settings = configuration.method_settings(config)
     return entry.gradients(settings)
 
 

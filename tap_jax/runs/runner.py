@@ -164,7 +164,7 @@ def _play(
     experiment.evaluator.tell = reporter.doing
     experiment.prepare()
     built = time.monotonic()
-    margins = tuple(experiment.method.margins.values())
+    margins = tuple(experiment.method.personal_variants.values())
 
     def progress(line: dict) -> None:
         scalars = writers.of_round(line, margins) if curves else {}

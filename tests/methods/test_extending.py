@@ -105,7 +105,7 @@ def test_own_method_by_name(tiny, monkeypatch):
         server=names[:1],
         section={"strength": 0.1},
         reads=("fedprox",),
-        make=lambda settings, setting: fedprox(settings["fedprox"]["strength"]),
+        make=lambda settings, context: fedprox(settings["fedprox"]["strength"]),
     )
     for name in registry.METHODS:
         with pytest.raises(UserError, match="already registered"):

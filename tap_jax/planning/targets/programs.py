@@ -74,7 +74,7 @@ def _exchange(run: Experiment, cohort: Cohort) -> list[RunProgram]:
         "broadcast": lambda: engine._broadcast.lower(server, shards),
         "aggregate": lambda: engine._aggregate.lower(server, params, layout, weights, losses, key),
     }
-    if run.method.margins:
+    if run.method.personal_variants:
         indicator = jax.ShapeDtypeStruct((positions, tasks), bool)
         allowed = engine._replaceable[np.maximum(cohort.clients, 0)]
         found["replace"] = lambda: engine._replace.lower(params, params, layout, indicator, allowed)

@@ -50,7 +50,7 @@ def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
     gradients = gradients_per_step(run.config)
     if gradients is None:
         return {}
-    personal = bool(run.method.margins)
+    personal = bool(run.method.personal_variants)
     shares = measure(
         run.model,
         run.federation,
@@ -69,7 +69,9 @@ def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
 def calls(run: Experiment) -> dict[str, float]:
     """Phase -> how often a run trains so."""
     settings, clients = run.engine.settings, len(run.engine.data)
-    models = 1 + len(run.method.margins) if run.method.margins else max(1, len(run.method.client_models))
+    models = (
+        1 + len(run.method.personal_variants) if run.method.personal_variants else max(1, len(run.method.client_models))
+    )
     passes = -(-clients // settings.clients_at_once)
     last = 2 if run.engine.rule.takes_teacher else 1 if settings.post_steps else 0
     return {"training": run.config.rounds * models, "stage 2": passes * last}
