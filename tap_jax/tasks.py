@@ -366,7 +366,7 @@ PAPER_TASKS: dict[str, dict[str, Any]] = {
         "answer": "Answer: {multiple_choice_answer}",
         "domains": ("visual_answering",),
         "hub": "merve/vqav2-small",
-        "train": "validation",  # the same twice: it is divided, see `data.hub.divide_by_image`
+        "train": "validation",  # the same twice: it is divided, see `data.places.divide_by_image`
         "test": "validation",
         "stand_ins": ("easy_vqa", "vqav2"),
     },

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from tap_jax.cli.startup import start_jax
 from tap_jax.config import load_config
-from tap_jax.data import hub, values
+from tap_jax.data import loading, values
 from tap_jax.data.federated import _cut_notes
 from tap_jax.data.images import to_rgb64
 from tap_jax.data.text import TaskArrays, encode_examples, load_tokenizer
@@ -170,7 +170,7 @@ def read(folder, task, columns, **kwargs):
     (folder / task).mkdir()
     for split in ("train", "test"):
         pyarrow.parquet.write_table(pyarrow.table(columns), folder / task / f"{split}.parquet")
-    return hub.load(find_task(task), "train", root=str(folder), **kwargs)
+    return loading.load(find_task(task), "train", root=str(folder), **kwargs)
 
 
 def news(text, label, what="labels"):
@@ -252,7 +252,7 @@ def skipped(folder):
     columns = {"text": ["a", None, "c", "d"], "label": [0, 1, 2, 9]}
     kwargs = {"on_bad_row": "skip", "cache_dir": str(folder / "cache")}
     found = read(folder, "ag_news", columns, **kwargs)
-    again = hub.load(find_task("ag_news"), "train", root=str(folder), **kwargs)
+    again = loading.load(find_task("ag_news"), "train", root=str(folder), **kwargs)
     return found.inputs, found.labels.tolist(), found.notes, again.notes == found.notes
 
 
@@ -268,7 +268,7 @@ def skipped_references(folder):
     columns = {"concept_set_idx": [1, 1, 2, None], "concepts": [["a"]] * 4, "target": ["x", None, None, "y"]}
     for split in ("train", "test"):
         pyarrow.parquet.write_table(pyarrow.table(columns), folder / "common_gen" / f"{split}.parquet")
-    found = hub.load(find_task("common_gen"), "test", root=str(folder), on_bad_row="skip")
+    found = loading.load(find_task("common_gen"), "test", root=str(folder), on_bad_row="skip")
     return found.references, found.notes[0].split(";")[0]
 
 

@@ -175,8 +175,8 @@ def test_short(seconds, text):
 def test_warnings_of_the_package_are_plain_lines_said_once(capsys):
     with terminal.plain_logging():
         for _ in range(2):
-            logging.getLogger("tap_jax.data.hub").warning("data: %s stands in for %s", "easy_vqa", "vqa")
-        logging.getLogger("tap_jax.data.hub").info("not shown")
+            logging.getLogger("tap_jax.data.places").warning("data: %s stands in for %s", "easy_vqa", "vqa")
+        logging.getLogger("tap_jax.data.places").info("not shown")
     assert capsys.readouterr().err == "data: easy_vqa stands in for vqa\n"
     assert logging.getLogger("tap_jax").propagate
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tap_jax.data import hub, reading, sites
+from tap_jax.data import loading, places, reading, samples, sites
 from tap_jax.data.examples import PER_SAMPLE, Examples
 from tap_jax.data.settings import DataSettings
 from tap_jax.data.values import BadRow
@@ -34,18 +34,18 @@ def natural_federation(settings: DataSettings) -> Federation:
     """
     chosen = [find_task(name) for name in settings.tasks] or _present(settings)
     counts = {task.name: collections.Counter(names_of(task, "train", settings)) for task in chosen}
-    samples: dict[str, dict[str, int]] = {}
+    counted: dict[str, dict[str, int]] = {}
     for task, found in counts.items():
         for name, mine in found.items():
-            samples.setdefault(name, {})[task] = mine
+            counted.setdefault(name, {})[task] = mine
     totals = {task: found.total() for task, found in counts.items()}
     patterns: dict[frozenset[str], int] = {}
     clients = []
-    for name in sorted(samples):
+    for name in sorted(counted):
         _check_name(name)
-        pattern = patterns.setdefault(frozenset(samples[name]), len(patterns))
-        shares = {task: mine / totals[task] for task, mine in samples[name].items()}
-        clients.append(Client(name, shares, 0, pattern, samples[name]))
+        pattern = patterns.setdefault(frozenset(counted[name]), len(patterns))
+        shares = {task: mine / totals[task] for task, mine in counted[name].items()}
+        clients.append(Client(name, shares, 0, pattern, counted[name]))
     return Federation(tuple(clients), named=True)
 
 
@@ -55,18 +55,18 @@ def names_of(task: Task, split: str, settings: DataSettings) -> list[str]:
         names = sites.names(task.name, split)
     elif settings.split == "column":
         column, place, names = settings.client_column, f"{task.name}/{split}", []
-        rows = hub.rows_of(task, split, **settings.place, also=(column,))
+        rows = places.rows_of(task, split, **settings.place, also=(column,))
         for row, value in enumerate(rows.columns((column,))[column]):
             try:
-                names.append(hub.client_name(value, where=f"{place} row {row}", column=column))
+                names.append(samples.client_name(value, where=f"{place} row {row}", column=column))
             except BadRow:
                 if settings.on_bad_row != "skip":
                     raise
                 names.append("")  # nobody's
     else:
-        rows = {name: hub.rows_of(task, split, **mine.place).count for name, mine in _with_task(task, settings)}
+        rows = {name: places.rows_of(task, split, **mine.place).count for name, mine in _with_task(task, settings)}
         names = [name for name, count in rows.items() for _ in range(count)]
-    return [names[row] for row in hub.subset(len(names), settings.size(split) or None) if names[row]]
+    return [names[row] for row in samples.subset(len(names), settings.size(split) or None) if names[row]]
 
 
 def read(task: Task, split: str, settings: DataSettings, *, limit: int | None = None) -> Examples:
@@ -76,24 +76,24 @@ def read(task: Task, split: str, settings: DataSettings, *, limit: int | None = 
       limit: samples at most, of all clients together; None for all.
 
     Raises:
-      UserError: as of `hub.load`.
+      UserError: as of `loading.load`.
     """
     if settings.root == "sites":
         examples = sites.load(task, split, seed=settings.seed)
     elif settings.split == "column":
         given = settings.place | {"on_bad_row": settings.on_bad_row, "client_column": settings.client_column}
-        return hub.load(task, split, limit=limit, **given)
+        return loading.load(task, split, limit=limit, **given)
     else:
         found = _with_task(task, settings)
-        parts = [(name, hub.load(task, split, **mine.place, on_bad_row=mine.on_bad_row)) for name, mine in found]
+        parts = [(name, loading.load(task, split, **mine.place, on_bad_row=mine.on_bad_row)) for name, mine in found]
         examples = joined(parts)
-    return examples.take(hub.subset(len(examples), limit))
+    return examples.take(samples.subset(len(examples), limit))
 
 
 def training_rows(task: Task, settings: DataSettings) -> list[reading.Joined]:
     """A task's training rows: of `settings.root`, or of every client's folder there."""
     places = [mine for _, mine in _with_task(task, settings)] if settings.split == "folder" else [settings]
-    return [hub.rows_of(task, "train", **place.place) for place in places]
+    return [places.rows_of(task, "train", **place.place) for place in places]
 
 
 def joined(parts: Iterable[tuple[str, Examples]]) -> Examples:

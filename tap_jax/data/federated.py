@@ -7,7 +7,7 @@ import numpy as np
 
 from tap_jax import templates
 from tap_jax.data import clients as natural
-from tap_jax.data import hub, synthetic
+from tap_jax.data import loading, synthetic
 from tap_jax.data.examples import Examples
 from tap_jax.data.partition import assign, by_name
 from tap_jax.data.sampling import ClientData
@@ -174,7 +174,7 @@ def _read(task: Task, part: str, settings: DataSettings) -> Examples:
     if drawn or settings.natural:
         found = natural.read(known, part, settings, limit=most)
     else:
-        found = hub.load(known, part, **settings.place, limit=most, on_bad_row=settings.on_bad_row)
+        found = loading.load(known, part, **settings.place, limit=most, on_bad_row=settings.on_bad_row)
     if reduced:
         kept = np.flatnonzero(found.labels < task.classes)
         if len(kept) == 0:

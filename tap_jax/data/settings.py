@@ -10,7 +10,7 @@ class DataSettings:
     """One record for all that reads, tokenises and deals out data.
 
     Attributes:
-      root: "synthetic", "sites", "hub", a data set there, or a folder; see `hub.load` and `sites`.
+      root: "synthetic", "sites", "hub", a data set there, or a folder; see `loading.load` and `sites`.
       seed: of the synthetic suite and of the split between clients.
       vocab: V; the bound where the tokenizer is trained, else what the tokenizer must have.
       max_text, max_answer: longest input and answer in word pieces.
@@ -25,7 +25,7 @@ class DataSettings:
       client_column: "column" only; says whose a row is.
       tasks: names of those to take where the data say who the clients are; () for all whose data are there.
       personal_test: cut each test set between the clients like its training set.
-      on_bad_row: see `hub.load`. too_long: see `text.encode_examples`.
+      on_bad_row: see `loading.load`. too_long: see `text.encode_examples`.
     """
 
     root: str
@@ -56,5 +56,5 @@ class DataSettings:
 
     @property
     def place(self) -> dict[str, Any]:
-        """Where rows are: arguments of `hub.rows_of`."""
+        """Where rows are: arguments of `places.rows_of`."""
         return {"root": self.root, "folders": self.folders, "cache_dir": self.cache_dir}

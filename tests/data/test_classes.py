@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tap_jax.data import hub
+from tap_jax.data import loading, places
 from tap_jax.data.classes import classes_of, domains_of
 from tap_jax.errors import UserError
 from tap_jax.tasks import declared
@@ -27,7 +27,7 @@ def write(folder, columns, *, features=None, split="train"):
 
 
 def found(task, root, find=classes_of):
-    return find(task, [hub.rows_of(task, "train", root=str(root))])
+    return find(task, [places.rows_of(task, "train", root=str(root))])
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_classes_of_the_training_rows(labels, classes, names, tmp_path):
     mended = [label for label in labels if label is not None]
     for split in ("train", "test"):
         write(tmp_path / "own", {"body": ["x"] * len(mended), "topic": mended}, split=split)
-    read = hub.load(declared("own", fields), "train", root=str(tmp_path)).labels
+    read = loading.load(declared("own", fields), "train", root=str(tmp_path)).labels
     assert read.tolist() == [names.index(label) if names else int(label) for label in mended]
 
 
@@ -64,7 +64,7 @@ def test_class_labels_have_their_names(tmp_path):
             write(tmp_path / "own", {"body": ["x"] * 3, "topic": [2, 0, 2]}, features=features, split=split)
         fields = FIELDS | found(declared("own", FIELDS), tmp_path)
         assert (fields["classes"], fields["class_names"]) == (3, names)
-        assert hub.load(declared("own", fields), "test", root=str(tmp_path)).labels.tolist() == [2, 0, 2]
+        assert loading.load(declared("own", fields), "test", root=str(tmp_path)).labels.tolist() == [2, 0, 2]
 
 
 def test_a_folder_of_images_has_its_folders_as_classes(tmp_path):
@@ -76,7 +76,7 @@ def test_a_folder_of_images_has_its_folders_as_classes(tmp_path):
     given = {"kind": "image_classification", "image": "image", "label": "label"}
     fields = given | found(declared("own", given), tmp_path)
     assert (fields["classes"], fields["class_names"]) == (3, ("cat", "dog", "owl"))
-    assert hub.load(declared("own", fields), "test", root=str(tmp_path)).labels.tolist() == [0, 1, 2]
+    assert loading.load(declared("own", fields), "test", root=str(tmp_path)).labels.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_a_name_that_training_rows_lack(tmp_path):
     task = declared("own", FIELDS | found(declared("own", FIELDS), tmp_path))
     message = "own/test row 1, column 'topic': label 'war' is none of the classes art, law; name it in tasks.own.class_"
     with pytest.raises(UserError, match=message):
-        hub.load(task, "test", root=str(tmp_path))
-    kept = hub.load(task, "test", root=str(tmp_path), on_bad_row="skip")
+        loading.load(task, "test", root=str(tmp_path))
+    kept = loading.load(task, "test", root=str(tmp_path), on_bad_row="skip")
     assert kept.labels.tolist() == [1] and "1 rows skipped" in kept.notes[0]
 
 
@@ -119,9 +119,9 @@ def test_domains_of_a_column(tmp_path):
     given = FIELDS | {"domain_column": "ward", "class_names": ("a", "b")}
     fields = given | found(declared("own", given), tmp_path, domains_of)
     assert fields["domains"] == ("north", "south")
-    assert hub.load(declared("own", fields), "train", root=str(tmp_path)).domains.tolist() == [0, 1, 0]
+    assert loading.load(declared("own", fields), "train", root=str(tmp_path)).domains.tolist() == [0, 1, 0]
     renamed = given | {"domains": ("s", "n"), "domain_values": ("south", "north")}
-    assert hub.load(declared("own", renamed), "train", root=str(tmp_path)).domains.tolist() == [1, 0, 1]
+    assert loading.load(declared("own", renamed), "train", root=str(tmp_path)).domains.tolist() == [1, 0, 1]
     for split in ("train", "test"):
         write(tmp_path / "own", columns | {"ward": ["a.b", "south", "north"]}, split=split)
     with pytest.raises(UserError, match=re.escape("column 'ward': 'a.b' cannot name blocks; set tasks.own.domains")):
@@ -135,14 +135,14 @@ def test_answers_that_are_lists(tmp_path):
         write(tmp_path / "own", columns, split=split)
     given = {"kind": "text_generation", "image": "photo"}
     for answer, first in (("captions", "a cat"), ("It is {captions}.", "It is a cat.")):
-        read = hub.load(declared("own", given | {"answer": answer}), "test", root=str(tmp_path))
+        read = loading.load(declared("own", given | {"answer": answer}), "test", root=str(tmp_path))
         assert read.targets[0] == first and list(map(len, read.references)) == [2, 1]
-    joined = hub.load(declared("own", given | {"answer": "{captions:list}"}), "test", root=str(tmp_path))
+    joined = loading.load(declared("own", given | {"answer": "{captions:list}"}), "test", root=str(tmp_path))
     assert joined.targets == ("a cat, one cat", "a dog")
     for split in ("train", "test"):
         write(tmp_path / "own", columns | {"captions": [["a"], []]}, split=split)
     with pytest.raises(UserError, match="own/test row 1, column 'captions': an empty list where an answer is expected"):
-        hub.load(declared("own", given | {"answer": "captions"}), "test", root=str(tmp_path))
+        loading.load(declared("own", given | {"answer": "captions"}), "test", root=str(tmp_path))
 
 
 def test_a_path_of_its_own(tmp_path, monkeypatch):
@@ -152,15 +152,15 @@ def test_a_path_of_its_own(tmp_path, monkeypatch):
             csv.writer(stream).writerows([("body", "topic"), ("x", "a"), ("y", "b")])
     fields = FIELDS | {"class_names": ("a", "b")}
     task = declared("own", fields | {"path": str(tmp_path)})
-    assert hub.load(task, "train", root="synthetic").labels.tolist() == [0, 1]
+    assert loading.load(task, "train", root="synthetic").labels.tolist() == [0, 1]
     with pytest.raises(
         UserError, match="tasks.own.path: there is no file or folder nowhere, and no data set owner/name"
     ):
-        hub.load(declared("own", fields | {"path": "nowhere"}), "train", root="synthetic")
+        loading.load(declared("own", fields | {"path": "nowhere"}), "train", root="synthetic")
     (tmp_path / "bad" / "train.csv").parent.mkdir()
     (tmp_path / "bad" / "train.csv").write_text("body,other\nx,y\n")
     with pytest.raises(UserError, match=r"tasks.own.path: \S+bad\S* has no column 'topic' \(it has body, other\)"):
-        hub.load(declared("own", fields | {"path": str(tmp_path / "bad")}), "train", root="synthetic")
+        loading.load(declared("own", fields | {"path": str(tmp_path / "bad")}), "train", root="synthetic")
     asked = []
 
     def load_dataset(name, config, *, split, cache_dir):
@@ -170,10 +170,10 @@ def test_a_path_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for place, root in (("some/news", "synthetic"), ("", "some/news")):
         task = declared("own", fields | {"path": place, "configs": ("en",), "test": "validation"})
-        assert hub.load(task, "test", root=root).labels.tolist() == [1]
+        assert loading.load(task, "test", root=root).labels.tolist() == [1]
     assert asked == [("some/news", "en", "validation")] * 2
     with pytest.raises(UserError, match="data.root: 'hub', but task own names no data set; set tasks.own.hub"):
-        hub.load(declared("own", fields), "test", root="hub")
+        loading.load(declared("own", fields), "test", root="hub")
 
 
 def png(value):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tap_jax.assembly import data_settings, federation_of
 from tap_jax.config import default_config, load_config, override, validate
-from tap_jax.data import clients, federated, hub, sites
+from tap_jax.data import clients, federated, loading, samples, sites
 from tap_jax.data.partition import by_name
 from tap_jax.errors import UserError
 from tap_jax.federation import Client, Federation
@@ -104,7 +104,7 @@ def test_concept_sets_of_two_clients_are_two_samples(tmp_path):
         "who": ["x", "y", "x", "y"],
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "test.parquet")
-    found = hub.load(find_task("common_gen"), "test", root=str(tmp_path), client_column="who")
+    found = loading.load(find_task("common_gen"), "test", root=str(tmp_path), client_column="who")
     assert found.clients == ("x", "y", "y")
     said = [[text.removeprefix("Description: ") for text in texts] for texts in found.references]
     assert said == [["a b", "b, a"], ["b a"], ["c"]]
@@ -125,9 +125,9 @@ def test_only_names_count(train, test):
 
 
 def test_names_are_text_and_numbers_alike():
-    assert [hub.client_name(value, where="row", column="who") for value in (3, 3.0, "3", " 3 ", np.int64(3), 2.5)] == [
-        "3", "3", "3", "3", "3", "2.5",
-    ]  # fmt: skip
+    given = (3, 3.0, "3", " 3 ", np.int64(3), 2.5)
+    names = [samples.client_name(value, where="row", column="who") for value in given]
+    assert names == ["3", "3", "3", "3", "3", "2.5"]
 
 
 def test_centralised_has_all_of_it(by_column):

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tap_jax.data import hub, reading
+from tap_jax.data import loading, places, reading
+from tap_jax.data.images import to_rgb64
 from tap_jax.errors import UserError
 from tap_jax.tasks import find_task
 
@@ -126,10 +127,10 @@ def test_texts_of_every_layout(layout, tmp_path):
     TEXT_LAYOUTS[layout](tmp_path / "other" / "ag_news", TEXTS)
     for split, rows in TEXTS.items():
         for limit in (None, 5):
-            plain = hub.load(NEWS, split, root=str(tmp_path / "plain"), limit=limit)
-            other = hub.load(NEWS, split, root=str(tmp_path / "other"), limit=limit)
+            plain = loading.load(NEWS, split, root=str(tmp_path / "plain"), limit=limit)
+            other = loading.load(NEWS, split, root=str(tmp_path / "other"), limit=limit)
             assert other.inputs == plain.inputs and np.array_equal(other.labels, plain.labels)
-        every = hub.load(NEWS, split, root=str(tmp_path / "other"))
+        every = loading.load(NEWS, split, root=str(tmp_path / "other"))
         assert every.inputs == tuple(row["text"] for row in rows)
         assert every.labels.tolist() == [row["label"] for row in rows]
 
@@ -187,8 +188,8 @@ def test_images_of_every_layout(layout, tmp_path):
     IMAGE_LAYOUTS[layout](tmp_path / "other" / "tiny_imagenet", values)
     for split in values:
         for limit in (None, 2):
-            plain = hub.load(PICTURES, split, root=str(tmp_path / "plain"), limit=limit)
-            other = hub.load(PICTURES, split, root=str(tmp_path / "other"), limit=limit)
+            plain = loading.load(PICTURES, split, root=str(tmp_path / "plain"), limit=limit)
+            other = loading.load(PICTURES, split, root=str(tmp_path / "other"), limit=limit)
             assert np.array_equal(other.images, plain.images) and np.array_equal(other.labels, plain.labels)
         assert plain.labels.dtype == np.int32 and len(set(map(bytes, plain.images))) == 2
 
@@ -201,29 +202,29 @@ def test_what_the_hub_calls_its_splits(tmp_path):
         for split, rows in (("test", 5), ("validation", 2), ("dev", 1)):
             path = tmp_path / "mmlu" / subject / f"{split}-00000-of-00001.parquet"
             parquet(path, [row | {"subject": subject}] * rows)
-    train, test = (hub.load(find_task("mmlu"), split, root=str(tmp_path)) for split in ("train", "test"))
+    train, test = (loading.load(find_task("mmlu"), split, root=str(tmp_path)) for split in ("train", "test"))
     assert train.domains.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and test.domains.tolist() == [0, 0, 1, 1, 2, 2]
     for split, answer in (("train", "x"), ("validation", "y"), ("test", "")):
         rows = [{"concept_set_idx": i, "concepts": ["a"], "target": answer} for i in range(3)]
         parquet(tmp_path / "common_gen" / "data" / f"{split}-00000-of-00001.parquet", rows)
-    assert hub.load(find_task("common_gen"), "test", root=str(tmp_path)).targets == ("Description: y",) * 3
+    assert loading.load(find_task("common_gen"), "test", root=str(tmp_path)).targets == ("Description: y",) * 3
 
 
 def test_a_download_of_one_split_is_divided_by_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "VQA_TRAIN_ROWS", 8)
+    monkeypatch.setattr(places, "VQA_TRAIN_ROWS", 8)
     rows = [
         {"image": {"bytes": png(i // 2), "path": None}, "question": f"{i}?", "multiple_choice_answer": "yes"}
         for i in range(12)
     ]
     for k in range(2):
         parquet(tmp_path / "vqa" / "data" / f"validation-{k:05}-of-00002.parquet", rows[k * 6 : (k + 1) * 6])
-    train, test = (hub.load(find_task("vqa"), split, root=str(tmp_path)) for split in ("train", "test"))
+    train, test = (loading.load(find_task("vqa"), split, root=str(tmp_path)) for split in ("train", "test"))
     assert (len(train), len(test)) == (8, 4) and not set(train.inputs) & set(test.inputs)
     assert not set(map(bytes, train.images)) & set(map(bytes, test.images))
     for part in (train, test):  # a row keeps its image
         for text, found in zip(part.inputs, part.images, strict=True):
             number = int(text.split()[-1].strip("?"))
-            assert np.array_equal(found, hub.to_rgb64(png(number // 2), where=""))
+            assert np.array_equal(found, to_rgb64(png(number // 2), where=""))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_which_file_is_which_split(files, message, tmp_path):
 
     def read():
         for split in ("train", "test"):
-            hub.load(NEWS, split, root=str(tmp_path))
+            loading.load(NEWS, split, root=str(tmp_path))
 
     if message is None:
         return read()
@@ -269,7 +270,7 @@ def test_a_damaged_file_is_one_line(name, content, message, tmp_path):
     (tmp_path / "ag_news").mkdir()
     (tmp_path / "ag_news" / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        hub.load(NEWS, "train", root=str(tmp_path))
+        loading.load(NEWS, "train", root=str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -288,13 +289,13 @@ def test_images_are_never_all_in_memory(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(reading.Rows, "_batches", counted)
-    assert len(hub.load(PICTURES, "train", root=str(tmp_path))) == 1000
+    assert len(loading.load(PICTURES, "train", root=str(tmp_path))) == 1000
     assert sum(held) == 1000 and max(most) <= 256
 
 
 def test_the_cache_follows_every_file(tmp_path):
     as_shards(tmp_path / "ag_news", TEXTS)
-    read = lambda: hub.load(NEWS, "train", root=str(tmp_path), cache_dir=str(tmp_path / "cache")).inputs[-1]  # noqa: E731
+    read = lambda: loading.load(NEWS, "train", root=str(tmp_path), cache_dir=str(tmp_path / "cache")).inputs[-1]  # noqa: E731
     first = read()
     parquet(tmp_path / "ag_news" / "data" / "train-00002-of-00003.parquet", [{"text": "new", "label": 0}])
     assert read() == "new" != first

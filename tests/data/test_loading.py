@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tap_jax.data import hub
+from tap_jax.data import loading, places
 from tap_jax.errors import UserError
 from tap_jax.tasks import PAPER_TASKS, declared, find_task
 
@@ -62,20 +62,20 @@ def write(folder: pathlib.Path, **columns) -> None:
 @pytest.mark.parametrize("name", list(PAPER_TASKS))
 def test_real_slices(name, tmp_path):
     task = find_task(name)
-    examples = hub.load(task, "test", root=str(SLICES), limit=20, cache_dir=str(tmp_path))
+    examples = loading.load(task, "test", root=str(SLICES), limit=20, cache_dir=str(tmp_path))
     assert len(examples) == 20
     assert (examples.images is not None) == ("image" in task.modalities)
     assert (examples.inputs is not None) == ("text" in task.modalities)
     assert (examples.labels is not None) == (task.classes > 0)
     assert (examples.targets is not None) == (task.kind == "text_generation")
-    again = hub.load(task, "test", root=str(SLICES), limit=20, cache_dir=str(tmp_path))
+    again = loading.load(task, "test", root=str(SLICES), limit=20, cache_dir=str(tmp_path))
     for a, b in zip(vars(examples).values(), vars(again).values(), strict=True):
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
 
 
 @needs_slices
 def test_mmlu_domains_follow_the_subject():
-    examples = hub.load(find_task("mmlu"), "test", root=str(SLICES))
+    examples = loading.load(find_task("mmlu"), "test", root=str(SLICES))
     for domain, text in zip(examples.domains, examples.inputs, strict=True):
         subject = ("professional law", "professional medicine", "moral scenarios")[domain]
         assert f"question about {subject}." in text
@@ -84,7 +84,7 @@ def test_mmlu_domains_follow_the_subject():
 def test_common_gen_groups_references_in_test_only(tmp_path):
     rows = {"concept_set_idx": [4, 4, 9], "concepts": [["a", "b"], ["a", "b"], ["c"]], "target": ["x", "y", "z"]}
     write(tmp_path / "common_gen", **rows)
-    train, test = (hub.load(find_task("common_gen"), split, root=str(tmp_path)) for split in ("train", "test"))
+    train, test = (loading.load(find_task("common_gen"), split, root=str(tmp_path)) for split in ("train", "test"))
     assert train.references == (("Description: x",), ("Description: y",), ("Description: z",))
     assert test.references == (("Description: x", "Description: y"), ("Description: z",))
     assert test.targets == ("Description: x", "Description: z")
@@ -96,20 +96,20 @@ def test_stand_ins_are_reported_and_can_be_chosen(tmp_path, caplog):
     for folder in ("vqav2", "easy_vqa"):
         write(tmp_path / folder, **rows)
     task = find_task("vqa")
-    assert hub.locate(task, str(tmp_path)) == (tmp_path / "easy_vqa", "data: easy_vqa stands in for vqa")
-    assert hub.locate(task, str(tmp_path), {"vqa": "vqav2"})[0] == tmp_path / "vqav2"
+    assert places.locate(task, str(tmp_path)) == (tmp_path / "easy_vqa", "data: easy_vqa stands in for vqa")
+    assert places.locate(task, str(tmp_path), {"vqa": "vqav2"})[0] == tmp_path / "vqav2"
     for split in ("train", "test"):
-        hub.load(task, split, root=str(tmp_path))
+        loading.load(task, split, root=str(tmp_path))
     assert caplog.text.count("easy_vqa stands in for vqa") == 1
     write(tmp_path / "vqa", **rows)
-    assert hub.locate(task, str(tmp_path)) == (tmp_path / "vqa", None)
+    assert places.locate(task, str(tmp_path)) == (tmp_path / "vqa", None)
 
 
 def test_cache_follows_the_file_and_survives_damage(tmp_path):
     task, folder, cache = find_task("fashion_mnist"), tmp_path / "fashion_mnist", tmp_path / "cache"
 
     def value():
-        return hub.load(task, "train", root=str(tmp_path), cache_dir=str(cache)).images[0, 0, 0, 0]
+        return loading.load(task, "train", root=str(tmp_path), cache_dir=str(cache)).images[0, 0, 0, 0]
 
     write(folder, image=[png(10)])
     assert value() == 10
@@ -135,7 +135,7 @@ def test_cache_follows_the_declaration(root, tmp_path, monkeypatch):
     def read(**changes):
         place = "hub" if root == "hub" else str(tmp_path)
         task = declared("own", fields | changes)
-        found = hub.load(task, "train", root=place, cache_dir=str(tmp_path / "cache"))
+        found = loading.load(task, "train", root=place, cache_dir=str(tmp_path / "cache"))
         return found.labels.tolist(), found.inputs
 
     for label, labels in (("fine", [0, 1]), ("coarse", [1, 0]), ("fine", [0, 1])):
@@ -149,12 +149,12 @@ def test_cache_follows_the_declaration(root, tmp_path, monkeypatch):
 def test_limit_takes_a_fixed_subset(tmp_path):
     write(tmp_path / "ag_news", text=[str(i) for i in range(50)], label=[0] * 50)
     task = find_task("ag_news")
-    few, again = (hub.load(task, "train", root=str(tmp_path), limit=10).inputs for _ in range(2))
+    few, again = (loading.load(task, "train", root=str(tmp_path), limit=10).inputs for _ in range(2))
     assert few == again and len(set(few)) == 10
     assert list(map(int, few)) == sorted(map(int, few)) != list(range(10))
     for part in ("train", "test"):
         with pytest.raises(UserError, match=f"data.{part}_size: -1; use at least 1"):
-            hub.load(task, part, root=str(tmp_path), limit=-1)
+            loading.load(task, part, root=str(tmp_path), limit=-1)
 
 
 @pytest.mark.parametrize(
@@ -183,27 +183,27 @@ def test_limit_takes_a_fixed_subset(tmp_path):
 def test_bad_columns_and_rows(tmp_path, name, columns, message):
     write(tmp_path / name, **columns)
     with pytest.raises(UserError, match=message):
-        hub.load(find_task(name), "train", root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+        loading.load(find_task(name), "train", root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
 def test_missing_and_damaged_files(tmp_path, capfd):
     with pytest.raises(UserError, match="data.root: no folder caltech256 or caltech101 in"):
-        hub.load(find_task("caltech256"), "train", root=str(tmp_path))
+        loading.load(find_task("caltech256"), "train", root=str(tmp_path))
     (tmp_path / "ag_news").mkdir()
     with pytest.raises(UserError, match="ag_news has no data .*; put train.parquet and test.parquet there"):
-        hub.load(find_task("ag_news"), "train", root=str(tmp_path))
+        loading.load(find_task("ag_news"), "train", root=str(tmp_path))
     (tmp_path / "ag_news" / "train.parquet").write_bytes(b"junk")
     for junk in (b"junk", b"PAR1junkjunkjunkPAR1"):
         (tmp_path / "ag_news" / "train.parquet").write_bytes(junk)
         with pytest.raises(UserError, match="not readable as parquet"):
-            hub.load(find_task("ag_news"), "train", root=str(tmp_path))
+            loading.load(find_task("ag_news"), "train", root=str(tmp_path))
     assert capfd.readouterr().err == "", "the library's own log stands beside the line"
 
 
 def test_divided_split_shares_no_picture():
     images = [png(i % 40) for i in range(150)]
-    train, test = hub.divide_by_image(images, train_rows=100, seed=0)
+    train, test = places.divide_by_image(images, train_rows=100, seed=0)
     assert len(train) <= 100 and 100 - len(train) < 4
     assert sorted([*train, *test]) == list(range(150))
     assert not {images[i]["bytes"] for i in train} & {images[i]["bytes"] for i in test}
@@ -225,7 +225,7 @@ def test_the_hub_is_asked_for_what_the_specification_names(monkeypatch):
         assert set(source.needed) == columns and source.configs == configs
         for split, hub_split in zip(("train", "test"), splits, strict=True):
             with pytest.raises(UserError, match="far away"):
-                hub.load(find_task(name), split, root="hub")
+                loading.load(find_task(name), split, root="hub")
             assert asked.pop() == (hub_id, (*configs, None)[0], hub_split)
 
 
@@ -235,10 +235,10 @@ def test_vqa_is_divided_once(monkeypatch):
     rows = {"image": [png(i) for i in range(9)], "question": ["?"] * 9, "multiple_choice_answer": ["yes"] * 9}
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: dataset)
-    assert hub.VQA_TRAIN_ROWS == 17_000
-    assert len(hub.load(find_task("vqa"), "train", root="hub")) == 9
-    monkeypatch.setattr(hub, "VQA_TRAIN_ROWS", 5)
-    found = hub.load(find_task("vqa"), "train", root="hub").images[:, 0, 0, 0]
+    assert places.VQA_TRAIN_ROWS == 17_000
+    assert len(loading.load(find_task("vqa"), "train", root="hub")) == 9
+    monkeypatch.setattr(places, "VQA_TRAIN_ROWS", 5)
+    found = loading.load(find_task("vqa"), "train", root="hub").images[:, 0, 0, 0]
     assert found.tolist() == sorted(np.random.default_rng(0).permutation(9)[:5])
 
 
@@ -253,13 +253,13 @@ def test_the_hub_and_a_folder_give_the_same(tmp_path, monkeypatch):
         return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "VQA_TRAIN_ROWS", 8)
-    train, test = (hub.load(find_task("vqa"), split, root="hub") for split in ("train", "test"))
+    monkeypatch.setattr(places, "VQA_TRAIN_ROWS", 8)
+    train, test = (loading.load(find_task("vqa"), split, root="hub") for split in ("train", "test"))
     assert asked == [("merve/vqav2-small", None, "validation")] * 2
     assert (len(train), len(test)) == (8, 4)
     assert not set(train.images[:, 0, 0, 0]) & set(test.images[:, 0, 0, 0])
     write(tmp_path / "vqa", **rows)
-    whole = hub.load(find_task("vqa"), "train", root=str(tmp_path))
+    whole = loading.load(find_task("vqa"), "train", root=str(tmp_path))
     assert sorted(train.inputs + test.inputs) == sorted(whole.inputs)
 
 
@@ -271,7 +271,7 @@ def test_the_hub_configurations_are_put_one_after_the_other(monkeypatch):
         return datasets.Dataset.from_dict(row)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    examples = hub.load(find_task("mmlu"), "test", root="hub")
+    examples = loading.load(find_task("mmlu"), "test", root="hub")
     assert examples.domains.tolist() == [0, 1, 2]
 
 
@@ -283,5 +283,5 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match="data.root: cannot load fancyzhx/ag_news .*local folder") as caught:
-        hub.load(find_task("ag_news"), "train", root="hub")
+        loading.load(find_task("ag_news"), "train", root="hub")
     assert "\n" not in str(caught.value)
