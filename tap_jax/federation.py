@@ -71,7 +71,7 @@ class Federation:
                 total = handed_out.get((client.group, task), 0.0) + share
                 if total > 1 + 1e-6:
                     raise UserError(
-                        f"federation.clients: group {client.group} hands out {total:.2f} of {task}; keep it at most 1"
+                        f"federation.rows: group {client.group} hands out {total:.2f} of {task}; keep it at most 1"
                     )
                 handed_out[client.group, task] = total
 

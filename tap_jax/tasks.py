@@ -191,6 +191,8 @@ def complete(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: an unknown field, or a value of another type.
     """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"tasks: a task named {name!r}; use letters, digits, _ and -")
     found = dict(DECLARATION)
     for field, value in fields.items():
         place = f"tasks.{name}.{field}"
@@ -261,8 +263,6 @@ def _check(name: str, given: Mapping[str, Any]) -> None:
         raise UserError(f"tasks.{name}.{field}: {wrong}")
 
     kind = given["kind"]
-    if not re.fullmatch(r"[\w-]+", name):
-        raise UserError(f"tasks: a task named {name!r}; use letters, digits, _ and -")
     if kind not in KINDS:
         refuse("kind", f"unknown '{kind}'; use one of {', '.join(KINDS)}")
     classifies, writes = kind.endswith("classification"), kind == "text_generation"

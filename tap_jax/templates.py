@@ -95,8 +95,11 @@ def _parts(text: str) -> list[tuple[str, str | None, str]]:
     """
     try:
         found = list(string.Formatter().parse(text))
+        if any(conversion for *_, conversion in found):
+            raise ValueError("a conversion such as !r, which templates do not have")
     except ValueError as error:
-        raise ValueError(f"{error}; write a brace that is no field twice") from None
+        remedy = "drop it" if "conversion" in str(error) else "write a brace that is no field twice"
+        raise ValueError(f"{error}; {remedy}") from None
     return [(literal, column, form or "") for literal, column, form, _ in found]
 
 
@@ -121,6 +124,8 @@ def _options(column: str, row: Mapping[str, Any], form: str) -> str:
 
 def _option(column: str, row: Mapping[str, Any], form: str) -> str:
     options, number = _lettered(form.removeprefix("option of "), row), row[column]
+    if isinstance(number, str) and number.strip().isdecimal():  # as csv has it
+        number = int(number)
     if isinstance(number, (str, bytes, list, tuple, Mapping)) or number != number or number != int(number):
         raise Unfit(column, f"answer {number!r} is not a number in 0..{len(options) - 1}")
     if not 0 <= number < len(options):

@@ -177,7 +177,7 @@ def test_checkpoints_of_another_configuration(refused, tiny, tmp_path):
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(1, build(tiny(NEWS, fields)).init(), {"config": other})
     refused(
-        "checkpoints in .*: none of 1 can be used [(]checkpoint 1 passed over: it is of another configuration[)]; .*"
+        "checkpoints in .*: none of 1 can be used [(]checkpoint 1 passed over: it is of other settings or data[)]; .*"
         "choose another workdir",
         fields=fields,
     )

@@ -9,6 +9,9 @@ from PIL import Image
 
 from tap_jax.cli import main as cli
 from tap_jax.config import load_config
+from tap_jax.errors import UserError
+from tap_jax.experiment import build
+from tap_jax.runs import run_folder
 from tap_jax.tasks import TASKS
 from tests.conftest import TINY
 
@@ -137,10 +140,8 @@ def test_other_classes_are_another_run(place, workdir, capsys):
         (place / "texts" / "train.csv").write_text("\n".join(lines[:-1]) + "\n")
 
 
-def test_clients_by_a_column(place):
-    """A column names the clients; the rows are where the tasks say."""
-    from tap_jax.experiment import build
-
+def test_clients_by_a_column(place, tmp_path):
+    """A column names the clients; the rows are where the tasks say. A run goes on only with as many samples of each."""
     fields = {
         "federation.split": "column",
         "data.client_column": "hospital",
@@ -150,3 +151,12 @@ def test_clients_by_a_column(place):
     experiment = build(load_config(place / "mine.py", fields))
     assert [client.name for client in experiment.federation.clients] == ["hospital 0", "hospital 1", "hospital 2"]
     assert experiment.model.tasks[0].class_names == tuple(sorted(FINDINGS))
+    run_folder.begin(tmp_path, experiment)
+    run_folder.begin(tmp_path, experiment)
+    kept = json.loads((tmp_path / "clients.json").read_text())
+    kept[1]["tasks"]["letters"] += 1
+    (tmp_path / "clients.json").write_text(json.dumps(kept))
+    before = (tmp_path / "clients.json").read_bytes()
+    with pytest.raises(UserError, match="holds a run in which hospital 1 has .* samples of letters, and now"):
+        run_folder.begin(tmp_path, experiment)
+    assert (tmp_path / "clients.json").read_bytes() == before

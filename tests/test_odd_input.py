@@ -79,7 +79,9 @@ def picture(name, seen, image, out, at=(32, 32)):
 
 
 def unreadable(name, seen, image, reason):
-    pattern = f"t/train row 3, column 'image': unreadable image \\({reason}\\); mend or remove that row, or set .*skip"
+    pattern = (
+        f"t/train row 3, column 'image': unreadable image.* \\({reason}\\); mend or remove that row, or set .*skip"
+    )
     return Case(name, seen, lambda folder: color(image()), re.compile(pattern))
 
 
@@ -216,7 +218,7 @@ ROWS = [
     ),
     Case(
         "labels as lists", "", news(TEXTS, [[1], [2]]),
-        refused_row("ag_news", 0, "label", r"label \[1\] is not a number in 0..3"),
+        refused_row("ag_news", 0, "label", "a list where a label is expected"),
     ),
     Case("null text", "neuml/txtai#607", news(["a", None], [0, 1]), refused_row("ag_news", 1, "text", NO_TEXT)),
     Case(

@@ -96,6 +96,8 @@ def test_a_declaration_that_is_wrong(fields, message):
 def test_names():
     with pytest.raises(UserError, match="tasks: a task named 'a task'; use letters, digits, _ and -"):
         declare({"a task": IMAGES})
+    with pytest.raises(UserError, match="tasks: a task named 'a.b'; use letters, digits, _ and -"):
+        declare({"a.b": IMAGES})
     with pytest.raises(UserError, match="tasks.mmlu: there is a task of that name; choose another one"):
         declare({"mmlu": NOTES})
     declare({"mmlu": PAPER_TASKS["mmlu"]})  # the same

@@ -53,6 +53,7 @@ def test_columns_are_each_named_once():
         ("a}", "Single '}' encountered in format string; write a brace that is no field twice"),
         ("{}", "a field {} without a column; write {column}"),
         ("{a:upper}", "unknown form 'upper' of column 'a'; use one of words, list, options, option of COLUMN"),
+        ("{a!r}", "a conversion such as !r, which templates do not have; drop it"),
         ("{{a}}", "no column in it; write one as {column}"),
     ],
 )

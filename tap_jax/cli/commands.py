@@ -48,7 +48,7 @@ def evaluate(workdir: str, client: str = "", coordinator: str = "", processes: i
         screen.say("reading data, building the model")
         screen.doing("reading data, building the model")
         rows = runs.evaluate(folder, _reporter(screen, evaluation_headline), client=client or None)
-        _finish(screen, rows, folder)
+        _finish(screen, rows, None if client else folder)
 
 
 def report(folders: Sequence[str], out: str) -> None:
@@ -190,12 +190,15 @@ def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]], begi
     return Reporter(screen.say, screen.progress, built, begins, screen.last, screen.scored, doing=screen.doing)
 
 
-def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path) -> None:
+def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path | None) -> None:
+    """The table of scores, and what was written where."""
     from tap_jax.evaluation.tables import text_table
 
     screen.doing("")
     screen.say("")
     screen.say(text_table(rows, terminal.columns()))
+    if workdir is None:
+        return
     files = ("results.json", "report.md", "report.html", "metrics.jsonl", "config.json")
     folders = ("figures", "checkpoints", "store", "models", "samples", "tokenizer", *WRITERS)
     screen.say(f"in {workdir}: {', '.join(name for name in (*files, *folders) if (workdir / name).exists())}")

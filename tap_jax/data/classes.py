@@ -37,12 +37,17 @@ def classes_of(task: Task, parts: Sequence[reading.Joined]) -> dict[str, Any]:
         raise UserError(f"{place}: no labels; {remedy}")
     if len(found) > MOST_CLASSES:
         raise UserError(f"{place}: {len(found):,} different labels; are they classes? {remedy} if they are")
-    if all(isinstance(value, str) for value in found):
-        return {"classes": len(found), "class_names": tuple(sorted(found))}
-    wrong = [value for value in found if isinstance(value, (str, bytes, list, dict)) or value != int(value)]
+    texts = {value.strip() for value in found if isinstance(value, str)}
+    read = {values.number(text) for text in texts}  # csv files have numbers as texts
+    if len(texts) == len({str(value).strip() for value in found}) and any(isinstance(value, str) for value in read):
+        return {"classes": len(texts), "class_names": tuple(sorted(texts))}
+    read |= {value for value in found if not isinstance(value, str)}
+    wrong = [value for value in read if not isinstance(value, (int, float)) or value != int(value)]
     if wrong:
-        raise UserError(f"{place}: labels such as {wrong[0]!r} are neither all texts nor all whole numbers; {remedy}")
-    numbers = sorted({int(value) for value in found})
+        raise UserError(
+            f"{place}: labels such as {wrong[0]!r:.60} are neither all texts nor all whole numbers; {remedy}"
+        )
+    numbers = sorted({int(value) for value in read})
     counted = numbers == list(range(len(numbers)))
     return {"classes": len(numbers), "class_names": () if counted else tuple(numbers)}
 
@@ -55,18 +60,27 @@ def domains_of(task: Task, parts: Sequence[reading.Joined]) -> dict[str, Any]:
     """
     place, column = f"{task.name}/train, column '{task.source.domain_column}'", task.source.domain_column
     found = _distinct(parts, column)
-    wrong = [value for value in found if not isinstance(value, str) or "." in value or "/" in value]
+    names = {str(value).strip() for value in found}
+    wrong = [name for name in names if not name or "." in name or "/" in name]
     if wrong or not found:
-        shown = f"{wrong[0]!r} cannot name blocks" if wrong else "no domains"
+        shown = f"{wrong[0]!r} cannot name a domain" if wrong else "no domains"
         raise UserError(f"{place}: {shown}; set tasks.{task.name}.domains and domain_values")
-    return {"domains": tuple(sorted(found))}
+    return {"domains": tuple(sorted(names))}
 
 
 def _distinct(parts: Sequence[reading.Joined], column: str) -> Mapping[Any, None]:
-    """The values of a column but nulls, each once; a list counts as its repr."""
+    """The values of a column but nulls, each once.
+
+    Raises:
+      UserError: lists or records.
+    """
     found: dict[Any, None] = {}
     for rows in parts:
         for value in rows.columns((column,))[column]:
+            if isinstance(value, (list, dict)):
+                raise UserError(
+                    f"{rows.parts[0].place}, column '{column}': a list or record where one value is expected"
+                )
             if not values.is_null(value):
-                found[value if not isinstance(value, (list, dict)) else repr(value)] = None
+                found[value] = None
     return found

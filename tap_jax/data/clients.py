@@ -92,8 +92,8 @@ def read(task: Task, split: str, settings: DataSettings, *, limit: int | None = 
 
 def training_rows(task: Task, settings: DataSettings) -> list[reading.Joined]:
     """A task's training rows: of `settings.root`, or of every client's folder there."""
-    places = [mine for _, mine in _with_task(task, settings)] if settings.split == "folder" else [settings]
-    return [places.rows_of(task, "train", **place.place) for place in places]
+    all_of_it = [mine for _, mine in _with_task(task, settings)] if settings.split == "folder" else [settings]
+    return [places.rows_of(task, "train", **mine.place) for mine in all_of_it]
 
 
 def joined(parts: Iterable[tuple[str, Examples]]) -> Examples:
@@ -125,11 +125,11 @@ def _present(settings: DataSettings) -> list[Task]:
                 f"data.client_column: '{settings.client_column}'; the embedded sites have a column '{sites.COLUMN}'"
             )
         return [find_task(name) for name in sites.tasks()]
-    places = [root] if by_column else [place for _, place in _folders(root)]
+    roots = [root] if by_column else [place for _, place in _folders(root)]
     found = [
         task
         for task in TASKS.values()
-        if task.source and (task.source.path or any(_has(place, task, settings) for place in places))
+        if task.source and (task.source.path or any(_has(place, task, settings) for place in roots))
     ]
     if not found:
         where = root if by_column else f"any folder of {root}"

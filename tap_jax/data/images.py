@@ -38,13 +38,17 @@ def to_rgb64(image: Any, *, where: str, column: str = "image") -> np.ndarray:
     Raises:
       BadRow: null, or a picture that cannot be decoded.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
+    name = ""
     try:
         if isinstance(image, Mapping):
+            name = pathlib.Path(image.get("path") or "").name
             image = image["bytes"] or (image["path"] and pathlib.Path(image["path"]).read_bytes())
         if image is None:
             raise ValueError("null")
+        if isinstance(image, str):
+            raise ValueError("a path where a picture is expected; see metadata.csv in launch/docs/data.md")
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image))
         image.load()
@@ -57,7 +61,9 @@ def to_rgb64(image: Any, *, where: str, column: str = "image") -> np.ndarray:
         return np.asarray(image, dtype=np.uint8)
     except Exception as error:  # a damaged file can make a decoder raise anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise bad(where, column, f"unreadable image ({reason})") from error
+        if isinstance(error, UnidentifiedImageError):  # whose text is an address in memory
+            reason = "no format of pictures"
+        raise bad(where, column, f"unreadable image{name and f' {name}'} ({reason})") from error
 
 
 def _turned(image):

@@ -4,8 +4,10 @@ VQA's one split serves both training and test, so it is divided here.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import logging
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,11 +32,13 @@ class Place:
       field: of the configuration, that says so.
       hub: a data set's id; "" where the rows are in `files`.
       files: on this machine.
+      guessed: the id could be that of a folder that is missing.
     """
 
     field: str
     hub: str = ""
     files: tuple[reading.Files, ...] = ()
+    guessed: bool = False
 
     @property
     def identity(self) -> list:
@@ -52,12 +56,17 @@ def find(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -
     if source is None:
         raise UserError(f"data.root: no data for task {task.name}, which names no columns; declare it in config.tasks")
     field, named = (f"tasks.{task.name}.path", source.path) if source.path else ("data.root", root)
+    named = os.path.expanduser(named)
+    if named == "synthetic":
+        raise UserError(
+            f"data.root: no synthetic data for task {task.name}; set tasks.{task.name}.path or data.root to its files"
+        )
     if named == "hub":
         if not source.hub:
             raise UserError(f"data.root: 'hub', but task {task.name} names no data set; set tasks.{task.name}.hub")
         return Place(field, source.hub)
     if is_hub_id(named):
-        return Place(field, named)
+        return Place(field, named, guessed=True)
     if source.path:
         place = pathlib.Path(named)
         if not place.exists():
@@ -65,7 +74,7 @@ def find(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -
                 f"{field}: there is no file or folder {place}, and no data set owner/name of the hub is named"
             )
     else:
-        place, stand_in = locate(task, root, folders)
+        place, stand_in = locate(task, named, folders)
         if stand_in and split == "train":  # it is the same of the test split
             _LOG.warning("%s", stand_in)
     words = source.train or "train", source.test or "test"
@@ -79,7 +88,8 @@ def open_rows(task: Task, split: str, place: Place, cache_dir: str | None, also:
     if not opened:
         name = getattr(source, split) or split
         parts = source.configs or (None,)
-        opened = [reading.of_hub(place.hub, part, name, cache_dir=cache_dir, field=place.field) for part in parts]
+        given = {"cache_dir": cache_dir, "field": place.field, "guessed": place.guessed}
+        opened = [reading.of_hub(place.hub, part, name, **given) for part in parts]
     for rows in opened:
         _check_columns((*source.needed, *also), rows, place.field)
     if source.train and source.train == source.test and (not place.files or place.files[0].divided):
@@ -166,8 +176,23 @@ def _digest(image: Mapping | None) -> bytes:
 
 
 def _check_columns(needed: Sequence[str], rows: reading.Rows, field: str) -> None:
+    """Whether there are all columns.
+
+    Raises:
+      UserError: one is missing; the line says what was likely meant.
+    """
     for name in needed:
-        if name not in rows.names:
-            raise UserError(
-                f"{field}: {rows.place} has no column '{name}' (it has {', '.join(rows.names)}); rename or add it"
-            )
+        if name in rows.names:
+            continue
+        if not rows.names:
+            raise UserError(f"{field}: {rows.place} has no rows; put data there")
+        (first, *others), shown = rows.names, [repr(n) if n != n.strip() else n for n in rows.names]
+        near = difflib.get_close_matches(name.lower(), [n.lower().strip() for n in rows.names], n=1, cutoff=0.8)
+        hint = next((f"did you mean {n!r}? " for n in rows.names if [n.lower().strip()] == near), "")
+        if not others and ";" in first:
+            hint = "its separator is ';': save it with commas; "
+        if "image" in rows.names and name == "label":
+            hint = "a metadata file takes the place of class folders: add a column 'label' to it; "
+        raise UserError(
+            f"{field}: {rows.place} has no column '{name}' (it has {', '.join(shown)}); {hint}rename or add it"
+        )

@@ -6,10 +6,12 @@ class, in any number of files. Which split a file belongs to is said by a word i
 of rows at a time, and nothing is copied.
 """
 
+import csv
 import dataclasses
 import functools
 import glob
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -126,7 +128,7 @@ class Rows:
         if names:
             for batch in self._batches(names):
                 for name in names:
-                    found[name].extend(batch[name].to_pylist())
+                    found[name].extend(_entries(batch[name]))
         if self.kept is not None:
             found = {name: [column[row] for row in self.kept] for name, column in found.items()}
         return found
@@ -145,11 +147,11 @@ class Rows:
         for batch in self._batches((name,)):
             stop = start + batch.num_rows
             if wanted is None:
-                yield from batch[name].to_pylist()
+                yield from _entries(batch[name])
             else:
                 first, last = np.searchsorted(wanted, (start, stop))
                 if first < last:
-                    yield from batch[name].take(wanted[first:last] - start).to_pylist()
+                    yield from _entries(batch[name].take(wanted[first:last] - start))
                 if last == len(wanted):
                     return
             start = stop
@@ -188,6 +190,15 @@ class Joined:
         """How many there are."""
         return sum(part.count for part in self.parts)
 
+    def classes(self, name: str) -> list:
+        """A column as `columns` has it, but by their names where the files number classes and name them."""
+        found: list = []
+        for part in self.parts:
+            named, column = getattr(part.features.get(name), "names", None), part.columns((name,))[name]
+            known = named and dict(enumerate(named))
+            found += [known.get(entry, entry) for entry in column] if known else column
+        return found
+
     def columns(self, names: Sequence[str]) -> dict[str, list]:
         """Whole columns, in memory."""
         found = [part.columns(names) for part in self.parts]
@@ -201,6 +212,14 @@ class Joined:
             first, last = np.searchsorted(wanted, (start, stop))
             yield from part.entries(name, wanted[first:last] - start)
             start = stop
+
+
+def _entries(column) -> list:
+    """An arrow column as Python's values; what a json file has of several types comes as JSON, and is decoded."""
+    entries = column.to_pylist()
+    if str(column.type) != "extension<arrow.json>":
+        return entries
+    return [None if entry is None else json.loads(entry) for entry in entries]
 
 
 class readable:  # noqa: N801 - used like a function
@@ -229,7 +248,8 @@ class readable:  # noqa: N801 - used like a function
         known = (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
         if isinstance(error, known) and not isinstance(error, UserError):
             said = str(error.__cause__ or error).strip() or type(error).__name__
-            raise UserError(f"{self.before} ({said.splitlines()[0]}){self.after}") from error
+            after = "; save it as UTF-8" if "codec can't decode" in said else self.after
+            raise UserError(f"{self.before} ({said.splitlines()[0]}){after}") from error
 
 
 def local(
@@ -287,6 +307,10 @@ def _sorted_out(place: pathlib.Path, field: str) -> tuple[str, dict[str, tuple[p
     else:
         reader = _FOLDER
         mine = [path for path in files if path.suffix.lower() in _IMAGES or path.name in _ABOUT_IMAGES]
+    if not mine and place.is_file():
+        raise UserError(
+            f"{field}: {place.name} is of no format that is read; unpack it, or save it as parquet, csv or json lines"
+        )
     if not mine:
         raise UserError(
             f"{field}: {place} has no data (parquet, csv, json lines, arrow or images); put train.parquet and"
@@ -353,16 +377,40 @@ def of_files(files: Files, *, field: str = "data.root") -> Rows:
 
     reader, _, tabs = files.reader.partition(".")
     wrong = f"{field}: {files.name} is not readable as {'images' if reader == _FOLDER else reader}", "; replace it"
-    options = {"sep": "\t"} if tabs else {"batch_size": _ROWS_AT_ONCE} if reader == "parquet" else {}
+    options: dict[str, Any] = {"batch_size": _ROWS_AT_ONCE} if reader == "parquet" else {}
     patterns = {part: [glob.escape(str(path.absolute())) for path in paths] for part, paths in files.splits.items()}
     with readable(*wrong), tempfile.TemporaryDirectory() as scratch:  # for the library's lock; nothing else goes there
+        if reader == "csv":
+            options = _as_texts(files.splits[files.split], "\t" if tabs else ",")
         builder = datasets.load_dataset_builder(reader, data_files=patterns, cache_dir=scratch, **options)
         dataset = builder.as_streaming_dataset(files.split)
     return Rows(dataset, files.name, wrong)
 
 
+def _as_texts(paths: Sequence[pathlib.Path], separator: str) -> dict[str, Any]:
+    """Options by which csv cells stay the texts that they are: 007 and NA, too. An empty cell is null.
+
+    Columns are those that all files have, in any order.
+    """
+    import datasets
+
+    headers = []
+    for path in paths:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            headers.append(next(csv.reader(file, delimiter=separator), []))
+    common = [name for name in headers[0] if name and all(name in header for header in headers)]
+    features = datasets.Features({name: datasets.Value("string") for name in common}) if common else None
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
+
+
 def of_hub(
-    name: str, config: str | None, split: str, *, cache_dir: str | None = None, field: str = "data.root"
+    name: str,
+    config: str | None,
+    split: str,
+    *,
+    cache_dir: str | None = None,
+    field: str = "data.root",
+    guessed: bool = False,
 ) -> Rows:
     """Opens a split of a data set of the hub, which is downloaded once.
 
@@ -372,13 +420,15 @@ def of_hub(
       split: as it is called there.
       cache_dir: where the library keeps it; None for the library's own place.
       field: named in errors.
+      guessed: the name could be that of a folder that is missing.
 
     Raises:
       UserError: it is not to be had.
     """
     import datasets
 
-    wrong = f"{field}: cannot load {name}", "; check the network or use a local folder"
+    missing = f"there is no folder {name}, and as a data set of the hub it cannot be loaded"
+    wrong = f"{field}: {missing if guessed else f'cannot load {name}'}", "; check the network or use a local folder"
     with readable(*wrong):
         dataset = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
     return Rows(dataset, name, wrong)

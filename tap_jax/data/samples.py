@@ -39,6 +39,8 @@ def convert(
     source, place = task.source, f"{task.name}/{split}"
     needed = dict.fromkeys((*source.needed, *((client_column,) if client_column else ())))
     columns = rows.columns([name for name in needed if name != source.image])  # images come one by one
+    if task.class_names and isinstance(task.class_names[0], str):
+        columns[source.label] = rows.classes(source.label)
     if not rows.count:
         raise UserError(f"data.root: {place} has no rows; put data there")
     attempt = _Attempts(place, on_bad_row)
@@ -120,9 +122,13 @@ def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where
     if client_column:
         found["client"] = client_name(columns[client_column][row], where=where, column=client_column)
     if source.label:
-        names = f"name it in tasks.{task.name}.class_names, "
-        remedy = names if task.class_names else f"raise classes of {task.name}, "
         entry = columns[source.label][row]
+        if task.class_names:
+            remedy = f"name it in tasks.{task.name}.class_names, "
+        elif isinstance(entry, str):
+            remedy = f"name the classes in tasks.{task.name}.class_names, or leave both out, "
+        else:
+            remedy = f"raise classes of {task.name}, "
         given = {"where": where, "column": source.label, "remedy": remedy, "names": task.class_names}
         found["label"] = values.label(entry, task.classes, **given)
     record = {name: columns[name][row] for name in source.texts}
@@ -139,6 +145,9 @@ def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where
         raise values.bad(where, unfit.column, unfit.reason) from None
     if source.domain_column:
         entry, known = columns[source.domain_column][row], source.domain_values or task.domains
+        entry = entry.strip() if isinstance(entry, str) else entry
+        if entry not in known and not source.domain_values:
+            entry = str(entry)
         if entry not in known:
             shown = f"{source.domain_column} {entry}"
             raise values.bad(where, source.domain_column, f"{shown} has no domain among {', '.join(task.domains)}")

@@ -4,6 +4,7 @@ Each is converted rightly, or it is a `BadRow` that names task, split, row, colu
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,19 +44,31 @@ def label(
     """
     if is_null(value):
         raise bad(where, column, "label is null")
+    if isinstance(value, (list, dict)):
+        raise bad(where, column, f"a {type(value).__name__} where a label is expected")
+    if isinstance(value, str):
+        value = value.strip()
+        value = value if names and isinstance(names[0], str) else number(value)
     if names and isinstance(value, str) == isinstance(names[0], str):
         if value in names:
             return list(names).index(value)
         listed = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
         raise bad(where, column, f"label {_shown(value)} is none of the classes {listed}", remedy + REMEDY)
     if isinstance(value, (str, bytes)) or not np.isscalar(value):
-        raise bad(where, column, f"label {_shown(value)} is not a number in 0..{classes - 1}")
+        raise bad(where, column, f"label {_shown(value)} is not a number in 0..{classes - 1}", remedy + REMEDY)
     if not math.isfinite(value) or value != int(value):
         raise bad(where, column, f"label {value} is not a whole number")
     if not 0 <= value < classes:
         hidden = ", as of test sets whose labels are hidden" if value == -1 else ""
         raise bad(where, column, f"label {int(value)} is not in 0..{classes - 1}{hidden}", remedy + REMEDY)
     return int(value)
+
+
+def number(text: str) -> int | float | str:
+    """The number that a text writes, as cells of csv files do, or the text; 007 is no number."""
+    if re.fullmatch(r"[-+]?(0|[1-9]\d*)", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[-+]?(0|[1-9]\d*)\.\d*", text) else text
 
 
 def text(value: Any, *, where: str, column: str) -> str:

@@ -28,6 +28,7 @@ from tap_jax.engine.agreement import first_said
 from tap_jax.engine.packing import abstract, checksum, expectation, match, pack, under_todays_names, unpack
 from tap_jax.errors import UserError
 
+_OTHERS = "it is of other settings or data"
 _FORMAT = 1
 _TRASH = ".deleted-"
 _LOOKS = 20  # for what a failed write leaves, a twentieth of a second apart
@@ -180,9 +181,10 @@ class Checkpoints:
             problems.append(f"checkpoint {step} passed over: {reason}")
             self.note(problems[-1])
         if steps:
+            remedy = "bring data and settings back" if problems[0].endswith(_OTHERS) else "delete the folder"
             raise UserError(
                 f"checkpoints in {self.folder}: none of {len(steps)} can be used ({problems[0]});"
-                " delete the folder or choose another workdir to start afresh"
+                f" {remedy} or choose another workdir to start afresh"
             )
         return None
 
@@ -212,7 +214,7 @@ class Checkpoints:
             match(entries, expected)
             for name, value in metadata.items():
                 if manifest["metadata"].get(name) != value:
-                    raise ValueError("it is of another configuration")
+                    raise ValueError(_OTHERS)
             leaves = unpack(ocp.load(path, abstract(stored)), entries)
         tree = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), [leaves[leaf] for leaf in expected])
         return tree, manifest["metadata"]

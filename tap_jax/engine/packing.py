@@ -91,12 +91,12 @@ def match(entries: list[dict[str, Any]], expected: dict[str, tuple[tuple[int, ..
     stored = {entry["path"]: (tuple(entry["shape"]), entry["dtype"]) for entry in entries}
     for path, kind in expected.items():
         if path not in stored:
-            raise ValueError(f"has no {path}; it is of another configuration")
+            raise ValueError(f"has no {path}; it is of other settings or data")
         if stored[path] != kind:
-            raise ValueError(f"{path} is {_kind(stored[path])}, not {_kind(kind)}; it is of another configuration")
+            raise ValueError(f"{path} is {_kind(stored[path])}, not {_kind(kind)}; it is of other settings or data")
     for path in stored:
         if path not in expected:
-            raise ValueError(f"has {path}, which is not expected; it is of another configuration")
+            raise ValueError(f"has {path}, which is not expected; it is of other settings or data")
 
 
 def _kind(kind: tuple[tuple[int, ...], str]) -> str:

@@ -263,7 +263,8 @@ model = load(".")  # this folder
 
 `images`: float [B, 64, 64, 3], `standardise(uint8 pixels)`. `tokens`: int [B, T], `[CLS] text [SEP]`, padded with 0;
 `tokenizer/` has the word pieces (`transformers.AutoTokenizer.from_pretrained("tokenizer")`). With `answers=` a text
-generation task returns scores under teacher forcing. In `config.json`, `tasks` has the names of classes and the
+generation task returns scores under teacher forcing. Pictures of another size are resized to 64x64 (bilinear, neither
+cropped nor padded), turned as their EXIF says. In `config.json`, `tasks` has the names of classes and the
 templates that texts are made by.
 `model.trainable_parameters()` are the trained blocks, adapters unmerged; everything in `model.frozen` is fixed.
 The folder can be the start of a new run of tap-jax: `--config.model.start_from=FOLDER`.

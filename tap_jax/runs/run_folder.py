@@ -63,6 +63,22 @@ def check_clients(workdir: pathlib.Path, federation: Federation) -> None:
         )
 
 
+def _check_samples(workdir: pathlib.Path, now: list[dict]) -> None:
+    """Whether clients have as many training samples as when the run began: it would go on with other data.
+
+    Raises:
+      UserError: one has more or fewer.
+    """
+    before = {entry["name"]: entry["tasks"] for entry in json.loads((workdir / CLIENTS).read_text(encoding="utf-8"))}
+    for entry in now:
+        for task, count in entry["tasks"].items():
+            if (had := before[entry["name"]].get(task)) != count:
+                raise UserError(
+                    f"workdir: {workdir} holds a run in which {entry['name']} has {had} samples of {task}, and now"
+                    f" {count}; bring the data back, or name another folder"
+                )
+
+
 @contextlib.contextmanager
 def alone(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the folder if need be, and keeps everybody else out of it for as long as the body lasts.
@@ -91,12 +107,14 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 def begin(workdir: pathlib.Path, experiment: Experiment) -> None:
     """Writes what a run leaves before its first round: the configuration, the tokenizer, clients that have names."""
+    found = [
+        {"name": name, "tasks": tasks}
+        for name, tasks in zip(experiment.federation.labels, experiment.data.samples(), strict=True)
+    ]
+    if experiment.federation.named and (workdir / CLIENTS).exists():
+        _check_samples(workdir, found)
     write_file(workdir / "config.json", configuration.to_json(experiment.config))
     if experiment.federation.named:
-        found = [
-            {"name": name, "tasks": tasks}
-            for name, tasks in zip(experiment.federation.labels, experiment.data.samples(), strict=True)
-        ]
         write_file(workdir / CLIENTS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if experiment.data.tokenizer is not None:
         experiment.data.tokenizer.save(workdir / "tokenizer")

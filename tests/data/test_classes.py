@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 
 import numpy as np
@@ -67,6 +68,117 @@ def test_class_labels_have_their_names(tmp_path):
         assert loading.load(declared("own", fields), "test", root=str(tmp_path)).labels.tolist() == [2, 0, 2]
 
 
+def test_declared_names_are_those_of_the_file_whatever_their_order(tmp_path):
+    """What a `ClassLabel` numbers otherwise is told by its names; a name that is not declared is none."""
+    topic = datasets.ClassLabel(names=["bank", "game"])
+    features = datasets.Features({"body": datasets.Value("string"), "topic": topic})
+    for split in ("train", "test"):
+        write(tmp_path / "own", {"body": ["x", "y"], "topic": [1, 0]}, features=features, split=split)
+    task = declared("own", FIELDS | {"class_names": ("game", "bank")})
+    assert hub_labels(task, tmp_path) == [0, 1]
+    with pytest.raises(
+        UserError, match="label 'game' is none of the classes play, bank; name it in tasks.own.class_names"
+    ):
+        hub_labels(declared("own", FIELDS | {"class_names": ("play", "bank")}), tmp_path)
+
+
+def hub_labels(task, root):
+    return loading.load(task, "train", root=str(root)).labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("cells", "names", "labels"),
+    [
+        (["0", "1", "1"], (), [0, 1, 1]),
+        (["3", "1", "3"], (1, 3), [1, 0, 1]),
+        (["01", "007", "01"], ("007", "01"), [1, 0, 1]),
+        (["NA", "None", "NA"], ("NA", "None"), [0, 1, 0]),
+        (["bank", " bank", "game "], ("bank", "game"), [0, 0, 1]),
+        (["True", "False", "True"], ("False", "True"), [1, 0, 1]),
+    ],
+)
+def test_cells_of_csv_files_are_what_they_say(cells, names, labels, tmp_path):
+    """No leading zero, no "NA" and no text is lost; blanks around a label do not make another one."""
+    for split in ("train", "test"):
+        csv_file(tmp_path / "own" / f"{split}.csv", [("body", "topic"), *(("007", cell) for cell in cells)])
+    task = declared("own", FIELDS | found(declared("own", FIELDS), tmp_path))
+    assert task.class_names == names
+    read = loading.load(task, "train", root=str(tmp_path))
+    assert read.labels.tolist() == labels and read.inputs == ("007",) * 3
+
+
+def test_csv_files_with_columns_in_another_order(tmp_path):
+    csv_file(tmp_path / "own" / "train-1.csv", [("body", "topic", "more"), ("x", "a", "")])
+    csv_file(tmp_path / "own" / "train-2.csv", [("topic", "body"), ("b", "y")])
+    csv_file(tmp_path / "own" / "test.csv", [("topic", "body"), ("b", "y")])
+    task = declared("own", FIELDS | {"class_names": ("a", "b")})
+    read = loading.load(task, "train", root=str(tmp_path))
+    assert (read.inputs, read.labels.tolist()) == (("x", "y"), [0, 1])
+
+
+def csv_file(path, rows, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", **({"encoding": "utf-8"} | how)) as stream:
+        csv.writer(stream).writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"topic": "bank"}, {"topic": 3}], "labels such as 'bank' are neither all texts nor all whole numbers"),
+        ([{"topic": "2024-01-01"}, {"topic": "2024-01-02"}], "are neither all texts nor all whole numbers"),
+        ([{"topic": ["bank"]}, {"topic": ["game"]}], "column 'topic': a list or record where one value is expected"),
+    ],
+)
+def test_json_of_several_types(rows, message, tmp_path):
+    """Which `datasets` turns into JSON texts or dates where it sees fit."""
+    for split in ("train", "test"):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        lines = [json.dumps({"body": "x"} | row) for row in rows]
+        (tmp_path / "own" / f"{split}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=re.escape(message)):
+        found(declared("own", FIELDS), tmp_path)
+
+
+def test_json_in_which_one_row_has_a_text_for_a_list(tmp_path):
+    rows = [{"body": "x", "replies": ["one", "two"]}, {"body": "y", "replies": "three"}]
+    for split in ("train", "test"):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / "own" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = declared("own", {"kind": "text_generation", "text": "body", "answer": "replies"})
+    assert loading.load(task, "test", root=str(tmp_path)).references == (("one", "two"), ("three",))
+
+
+def lines(*rows, **how):
+    """Writes a csv file to a path."""
+    return lambda path: csv_file(path, rows, **how)
+
+
+HEADER = ("body", "topic")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lines(HEADER, ("ü", "a"), encoding="latin1"), "is not readable as csv .* save it as UTF-8"),
+        (lines(HEADER, ("x", "a"), encoding="utf-16"), "is not readable as csv .* save it as UTF-8"),
+        (lines(("body;topic",), ("x;a",)), "has no column 'topic' .*; its separator is ';': save it with commas"),
+        (lines(("body", "Topic "), ("x", "a")), "no column 'topic' .it has body, 'Topic '.; did you mean 'Topic '"),
+        (lines(HEADER), "train.csv has no rows|no labels"),
+        (lambda path: path.with_suffix(".zip").write_bytes(b"PK"), "train.zip is of no format that is read; unpack it"),
+    ],
+    ids=["latin1", "utf-16", "semicolons", "another name", "a header alone", "zip"],
+)
+def test_files_that_are_not_read(make, message, tmp_path):
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data" / "train.csv")
+    (place,) = (tmp_path / "data").iterdir()
+    task = declared("own", FIELDS | {"path": str(place), "train": "train"})
+    with pytest.raises(UserError, match=message) as caught:
+        found(task, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_of_images_has_its_folders_as_classes(tmp_path):
     for split, kinds in (("train", ("cat", "dog")), ("test", ("cat", "dog", "owl"))):
         for number, kind in enumerate(kinds):
@@ -124,7 +236,7 @@ def test_domains_of_a_column(tmp_path):
     assert loading.load(declared("own", renamed), "train", root=str(tmp_path)).domains.tolist() == [1, 0, 1]
     for split in ("train", "test"):
         write(tmp_path / "own", columns | {"ward": ["a.b", "south", "north"]}, split=split)
-    with pytest.raises(UserError, match=re.escape("column 'ward': 'a.b' cannot name blocks; set tasks.own.domains")):
+    with pytest.raises(UserError, match=re.escape("column 'ward': 'a.b' cannot name a domain; set tasks.own.domains")):
         found(declared("own", given), tmp_path, domains_of)
 
 

@@ -179,8 +179,8 @@ def test_nothing_whole_is_an_error_of_the_user(two):
 
 def test_a_checkpoint_of_another_configuration_is_passed_over(two):
     assert two.restore_latest(state(), {"step": 1})[0] == 1
-    assert two.notes == ["checkpoint 2 passed over: it is of another configuration"]
-    with pytest.raises(UserError, match="none of 2 can be used .*it is of another configuration.*choose another"):
+    assert two.notes == ["checkpoint 2 passed over: it is of other settings or data"]
+    with pytest.raises(UserError, match="none of 2 can be used .*it is of other settings or data.*choose another"):
         two.restore_latest(state(), {"config": "xyz"})
 
 
