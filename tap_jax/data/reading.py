@@ -313,13 +313,18 @@ def _sorted_out(place: pathlib.Path, field: str) -> tuple[str, dict[str, tuple[p
         )
     if not mine:
         raise UserError(
-            f"{field}: {place} has no data (parquet, csv, json lines, arrow or images); put train.parquet and"
-            " test.parquet there, or other files with train and test in their names"
+            f"{field}: {place} has no data (parquet, csv, json lines, arrow or images{_among(files)}); put"
+            " train.parquet and test.parquet there, or other files with train and test in their names"
         )
     by_word: dict[str, list[pathlib.Path]] = {}
     for path in mine:
         by_word.setdefault(_word_of(path.relative_to(place), reader == _FOLDER), []).append(path)
     return reader, {word: tuple(paths) for word, paths in by_word.items()}
+
+
+def _among(files: Sequence[pathlib.Path]) -> str:
+    """One of the files, named because it may be data in another form, such as train.csv.gz."""
+    return f", but {files[0].name}" if files else ""
 
 
 def _files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -236,7 +236,10 @@ def test_a_download_of_one_split_is_divided_by_image(tmp_path, monkeypatch):
         (["train.csv", "test.csv", "testing.csv"], "has two splits to test on, test and testing"),
         (["train.csv", "test.jsonl"], "ag_news has test.jsonl and train.csv; keep the files of one format"),
         (["a.csv", "test.csv", "training.csv"], None),
-        (["notes.md"], "ag_news has no data .parquet, csv, json lines, arrow or images.; put train.parquet"),
+        (
+            ["notes.md"],
+            "ag_news has no data .parquet, csv, json lines, arrow or images, but notes.md.; put train.parquet",
+        ),
         ([], "ag_news has no data"),
     ],
 )
