@@ -39,15 +39,21 @@ from tap_jax.config import default_config, override, validate
 LONG = (
     "test_readme.py",
     "test_oracle.py",
-    "engine/test_windows.py",
     "test_mesh.py",
+    "test_benchmark.py",
+    "test_named_clients.py",
     "test_processes.py",
     "test_notebooks.py",
-    "test_cli.py",
-    "engine/test_store.py",
-    "test_resume.py",
+    "engine/test_privacy.py",
     "test_measuring.py",
-    "test_useful_share.py",
+    "engine/test_windows.py",
+    "methods/test_disentafl.py",
+    "methods/test_feddat.py",
+    "test_cli.py",
+    "test_resume.py",
+    "engine/test_cohort.py",
+    "engine/test_screening.py",
+    "engine/test_store.py",
 )
 
 
