@@ -436,21 +436,22 @@ def get_config():
 """
 
 
-def test_a_run_with_a_task_of_ones_own(command, tiny, tmp_path, monkeypatch):
+def test_a_run_with_a_task_of_ones_own(command, tiny, tmp_path, monkeypatch, capsys):
     """Its configuration registers it, and every other command is told where that is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.json").write_text(to_json(tiny(({"ag_news": 1.0},), {"cohort_size": 1})))
     (tmp_path / "ours.py").write_text(OWN_TASK)
     done = command("train", "--config=ours.py", "--workdir=run")
     assert done.returncode == 0, done.stderr
-    done = command("evaluate", "--workdir=run")
-    assert done.returncode == 2 and "our_news" in done.stderr and "--register" in done.stderr, done.stderr
+    assert cli.main(["evaluate", "--workdir=run"]) == 2
+    error = capsys.readouterr().err
+    assert "our_news" in error and "--register" in error, error
     for argv in (("evaluate", "--workdir=run"), ("report", "run", "--out=report")):
         done = command(*argv, "--register=ours.py")
         assert done.returncode == 0, done.stderr
     assert "our_news" in (tmp_path / "report" / "report.md").read_text()
-    done = command("evaluate", "--workdir=run", "--register=none.py")
-    assert done.stderr == "tap-jax: register: no file 'none.py'; name a Python file\n"
+    assert cli.main(["evaluate", "--workdir=run", "--register=none.py"]) == 2
+    assert capsys.readouterr().err == "tap-jax: register: no file 'none.py'; name a Python file\n"
 
 
 def test_evaluate_says_what_a_run_lacks(trained, tmp_path, capsys):

@@ -21,10 +21,10 @@ FIELDS = SETTINGS | {
     "model.head_dropout": 0.2,
     "engine.microbatch": 2,
 }
-# Of the cohort's two clients none, some or all of the shards are free, and rows lie on one, two or all devices.
+# Of the cohort's two clients none, some or most of the shards are free, and rows lie on one, two or all devices.
+# A mesh of one device per shard by shard_map is in tests/engine/test_windows.py and in tests/test_oracle.py.
 MESHES = {
     "pmap": {"mesh.clients": 8, "mesh.parallel": "pmap"},
-    "8x1": {"mesh.clients": 8, "mesh.data": 1},
     "4x2": {"mesh.clients": 4, "mesh.data": 2},
     "1x8": {"mesh.clients": 1, "mesh.data": 8},
 }

@@ -16,6 +16,7 @@ from tap_jax.config.fields import override
 from tap_jax.errors import Preempted, UserError
 from tap_jax.runs.runner import run
 from tests.conftest import TINY
+from tests.trajectories import run_by
 
 pytestmark = pytest.mark.slow
 
@@ -77,13 +78,20 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir(config, tmp_path_factory):
-    """A run that was stopped after two rounds and went on."""
+def experiment(config):
+    return experiments.build(load_config(config))
+
+
+@pytest.fixture(scope="module")
+def workdir(config, experiment, tmp_path_factory):
+    """A run that was stopped after two rounds and went on, from data that were read anew."""
     folder = tmp_path_factory.mktemp("runs") / "named"
     asked = iter([False, False])
-    with pytest.raises(Preempted, match="stopped after round 2 of 4"):
-        run(load_config(config), folder, stop=lambda: next(asked, True))
-    run(load_config(config), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments.Experiment, "prepare", lambda self: None)  # it never comes to the last phase
+        with pytest.raises(Preempted, match="stopped after round 2 of 4"):
+            run(load_config(config), folder, stop=lambda: next(asked, True))
+    run_by(experiment, folder)
     return folder
 
 
@@ -110,8 +118,8 @@ def test_names_stay_names(workdir):
     assert list((workdir / "models" / "tap").glob("*_site 007%2F%C3%A4.safetensors"))
 
 
-def test_resumed_is_as_in_one_go(workdir, config, tmp_path):
-    run(load_config(config), tmp_path / "whole")
+def test_resumed_is_as_in_one_go(workdir, experiment, tmp_path):
+    run_by(experiment, tmp_path / "whole")
     for name in ("metrics.jsonl", "results.json"):
         files = [(folder / name).read_text(encoding="utf-8") for folder in (workdir, tmp_path / "whole")]
         kept = [re.sub(r'"seconds": [\d.]+|"timing": \{[^}]*\}', "", text) for text in files]

@@ -17,7 +17,7 @@ import pytest
 from tap_jax import experiment as experiments
 from tap_jax.config import to_json
 from tap_jax.runs import runner as runs
-from tests.trajectories import difference
+from tests.trajectories import difference, run_by
 
 ROWS = ({"ag_news": 0.2}, {"ag_news": 0.5}, {"ag_news": 0.3})
 SETTINGS = {
@@ -34,20 +34,15 @@ PROCESSES = 2
 
 
 def start(config: pathlib.Path, workdir: pathlib.Path, *arguments: str) -> subprocess.Popen:
-    """`tap-jax train`, with a compilation cache beside the configuration."""
+    """`tap-jax train` on two devices, with a compilation cache beside the configuration."""
     command = [sys.executable, "-m", "tap_jax", "train", f"--config={config}", f"--workdir={workdir}", *arguments]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2" if "--process=" in " ".join(arguments) else "1",
+        "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err[-3000:]
-    return out
 
 
 def together(folder: pathlib.Path, name: str, *arguments: str) -> None:
@@ -60,43 +55,52 @@ def together(folder: pathlib.Path, name: str, *arguments: str) -> None:
     several = [
         start(folder / "config.json", folder / name, *flags, f"--process={number}") for number in range(PROCESSES)
     ]
-    said = [finish(process) for process in several]
+    said = []
+    for process in several:
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err[-3000:]
+        said.append(out)
     assert "4 x cpu" in said[0] and not said[1], "only the first process speaks"
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """The configuration; and a folder with runs on two processes, "memory" and "disk", and on "one"."""
-    folder, config = tmp_path_factory.mktemp("processes"), tiny(ROWS, SETTINGS)
-    (folder / "config.json").write_text(to_json(config))
+def experiment(tiny):
+    """On one device."""
+    found = experiments.build(tiny(ROWS, SETTINGS))
+    assert found.engine.devices.size == 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """A folder with runs on two processes, "memory" and "disk", and on "one"."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "config.json").write_text(to_json(experiment.config))
     together(folder, "memory")
     together(folder, "disk", "--config.engine.host_gigabytes=1e-9")
-    finish(start(folder / "config.json", folder / "one"))
-    return config, folder
+    run_by(experiment, folder / "one")
+    return folder
 
 
 @pytest.mark.parametrize("kept", ["memory", "disk"])
-def test_two_processes_do_what_one_does(finished, kept):
-    config, folder = finished
-    assert (folder / kept / "store").exists() == (kept == "disk")
-    same(config, folder / kept, folder / "one")
+def test_two_processes_do_what_one_does(experiment, finished, kept):
+    assert (finished / kept / "store").exists() == (kept == "disk")
+    same(experiment, finished / kept, finished / "one")
 
 
 @pytest.mark.parametrize("kept", ["memory", "disk"])
-def test_what_two_processes_saved_one_resumes(finished, kept):
-    config, folder = finished
-    resumed = folder / f"{kept} resumed"
-    shutil.copytree(folder / kept, resumed)
+def test_what_two_processes_saved_one_resumes(experiment, finished, kept):
+    resumed = finished / f"{kept} resumed"
+    shutil.copytree(finished / kept, resumed)
     shutil.rmtree(resumed / "checkpoints" / "3")
     shutil.rmtree(resumed / "models")
     (resumed / "results.json").unlink()
-    assert "resuming after round 2" in finish(start(folder / "config.json", resumed))
-    same(config, resumed, folder / "one")
+    assert "resuming after round 2 of 3" in run_by(experiment, resumed)
+    same(experiment, resumed, finished / "one")
 
 
-def same(config, workdir: pathlib.Path, expected: pathlib.Path) -> None:
+def same(experiment, workdir: pathlib.Path, expected: pathlib.Path) -> None:
     """Losses and finished models to 1e-5; replacements and the keys of all results exactly."""
-    experiment = experiments.build(config)
     for variant in ("tap", "fedavg+post"):
         for client in range(len(ROWS)):
             ours, theirs = (runs.stored_model(experiment, folder, variant, client) for folder in (workdir, expected))
@@ -105,7 +109,7 @@ def same(config, workdir: pathlib.Path, expected: pathlib.Path) -> None:
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (workdir, expected)
     )
-    assert len(ours) == len(theirs) == config.rounds
+    assert len(ours) == len(theirs) == experiment.config.rounds
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["replacements"] == other["replacements"]
         for chain, by_client in other["losses"].items():

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
-from tap_jax.config import load_config, to_json
+from tap_jax.config import to_json
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.errors import UserError
+from tap_jax.errors import Preempted, UserError
 from tap_jax.runs import runner as runs
+from tests.trajectories import run_by
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3}, {"ag_news": 0.4})
 # With all that can be carried from round to round.
@@ -40,29 +41,13 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 from tap_jax.runs import runner as runs
 from tap_jax.config import load_config
-from tap_jax.errors import Preempted
-
-config, workdir, kill_in, stop_in = *sys.argv[1:3], *map(int, sys.argv[3:])
-rounds = []
 
 def progress(line):
-    rounds.append(line["round"])
-    if line["round"] == kill_in:  # its line is written, its checkpoint is not
+    if line["round"] == 4:  # its line is written, its checkpoint is not
         os.kill(os.getpid(), signal.SIGKILL)
 
-reporter = runs.Reporter(say=print, progress=progress)
-try:
-    runs.run(load_config(config), workdir, reporter, stop=lambda: stop_in in rounds)
-except Preempted as error:
-    sys.exit(str(error))
+runs.run(load_config(sys.argv[1]), sys.argv[2], runs.Reporter(progress=progress))
 """
-
-
-def run(
-    config: pathlib.Path, workdir: pathlib.Path, kill_in: int = -1, stop_in: int = -1
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", PROGRAM, str(config), str(workdir), str(kill_in), str(stop_in)]
-    return subprocess.run(command, env=environment(config), capture_output=True, text=True, timeout=300)
 
 
 def environment(config: pathlib.Path) -> dict[str, str]:
@@ -74,12 +59,17 @@ def environment(config: pathlib.Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    """(its config file, folder of a run that was left alone)."""
+def experiment(tiny):
+    """What all runs of this process share."""
+    return experiments.build(tiny(ROWS, SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, tmp_path_factory):
+    """(a configuration file, folder of a run that was left alone)."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "config.json").write_text(to_json(tiny(ROWS, SETTINGS)))
-    done = run(folder / "config.json", folder / "run")
-    assert done.returncode == 0, done.stderr
+    (folder / "config.json").write_text(to_json(experiment.config))
+    run_by(experiment, folder / "run")
     return folder / "config.json", folder / "run"
 
 
@@ -93,47 +83,46 @@ def without_time(workdir: pathlib.Path):
     )
 
 
-def assert_same(config: pathlib.Path, workdir: pathlib.Path, whole: pathlib.Path):
+def assert_same(experiment, workdir: pathlib.Path, whole: pathlib.Path):
     """What the runs left is the same: lines, scores, replacements, models and the last state."""
     assert without_time(workdir) == without_time(whole)
     files = [path for path in (whole / "models").rglob("*") if path.is_file()]
     models = {str(path.relative_to(whole)): path.read_bytes() for path in files}
     assert all((workdir / name).read_bytes() == content for name, content in models.items())
     assert len(models) == 3 * len(ROWS)
-    initial = experiments.build(load_config(config)).init()
+    initial = experiment.init()
     states = [rounds.resume(Checkpoints(run / "checkpoints"), initial) for run in (workdir, whole)]
     assert states[0].round == 6
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
 
 
-def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(experiment, whole, tmp_path):
     config, left_alone = whole
-    killed = run(config, tmp_path / "run", kill_in=4)
+    command = [sys.executable, "-c", PROGRAM, str(config), str(tmp_path / "run")]
+    killed = subprocess.run(command, env=environment(config), capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] in (2, 4)  # 4 may have been under way
     assert not (tmp_path / "run" / "results.json").exists()
-    resumed = run(config, tmp_path / "run")
-    assert resumed.returncode == 0, resumed.stderr
-    assert re.search("resuming after round [24] of 6", resumed.stdout)
-    assert_same(config, tmp_path / "run", left_alone)
+    resumed = run_by(experiment, tmp_path / "run")
+    assert {f"resuming after round {done} of 6" for done in (2, 4)} & set(resumed)
+    assert_same(experiment, tmp_path / "run", left_alone)
 
 
-def test_other_numerics_are_noted(whole):
-    config, left_alone = whole
-    experiment, checkpoints = experiments.build(load_config(config)), Checkpoints(left_alone / "checkpoints")
+def test_other_numerics_are_noted(experiment, whole):
+    checkpoints = Checkpoints(whole[1] / "checkpoints")
     for numerics, noted in ((experiment.engine.numerics, False), ("bfloat16, rows of 32", True)):
         assert rounds.resume(checkpoints, experiment.init(), None, numerics).round == 6
         assert [line.startswith("the run began with float32, rows of ") for line in checkpoints.notes] == [True] * noted
 
 
-def test_lost_lines_of_rounds_are_noted(whole, tmp_path):
+def test_lost_lines_of_rounds_are_noted(experiment, whole, tmp_path):
     """Replacements and the rounds' time are counted from metrics.jsonl: a damaged one must not go unnoticed."""
-    config, left_alone = whole
+    _, left_alone = whole
     shutil.copytree(left_alone, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     lines = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b'{"round": \xff\n', *lines[3:]]))
-    assert run(config, tmp_path / "run").returncode == 0
+    run_by(experiment, tmp_path / "run")
     kept, everything = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", left_alone))
     assert kept["replacements"] == [event for event in everything["replacements"] if event["round"] != 2]
     assert any(event["round"] == 2 for event in everything["replacements"])
@@ -147,18 +136,26 @@ def test_a_run_without_rounds_can_be_evaluated(tiny, tmp_path):
     assert runs.run(config, tmp_path, reporter) == runs.evaluate(tmp_path, reporter)
 
 
-def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path):
-    config, left_alone = whole
-    stopped = run(config, tmp_path / "run", stop_in=2)
-    assert stopped.stderr == "stopped after round 3 of 6, which is saved; the same command goes on there\n"
+def test_stopped_and_resumed_equals_uninterrupted(experiment, whole, tmp_path):
+    def stopped_in(round_):
+        played = []
+        with pytest.raises(Preempted) as stopped:
+            run_by(
+                experiment,
+                tmp_path / "run",
+                progress=lambda line: played.append(line["round"]),
+                stop=lambda: round_ in played,
+            )
+        return str(stopped.value), played[0]
+
+    message, first = stopped_in(2)
+    assert message == "stopped after round 3 of 6, which is saved; the same command goes on there" and first == 0
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 3]
-    stopped = run(config, tmp_path / "run", stop_in=5)
-    assert "resuming after round 3 of 6" in stopped.stdout
-    assert stopped.stderr.startswith("stopped after the last round, which is saved; ")
+    message, first = stopped_in(5)
+    assert message.startswith("stopped after the last round, which is saved; ") and first == 3
     assert not (tmp_path / "run" / "results.json").exists()
-    done = run(config, tmp_path / "run")
-    assert "resuming after round 6 of 6" in done.stdout
-    assert_same(config, tmp_path / "run", left_alone)
+    assert "resuming after round 6 of 6" in run_by(experiment, tmp_path / "run")
+    assert_same(experiment, tmp_path / "run", whole[1])
 
 
 def test_sigterm_saves_and_is_status_143(whole, tiny, tmp_path):
@@ -219,14 +216,12 @@ def test_an_early_or_second_sigterm_stops_at_once_and_the_handler_is_put_back(mo
     assert re.findall("SIGTERM (.*); stopped at once", error) == said
 
 
-def test_a_round_leaves_the_state_before_it_as_it_was(tiny):
+def test_a_round_leaves_the_state_before_it_as_it_was(experiment):
     """Its checkpoint may still be being written."""
-    fields = {"optimizer.state": "persist", "rounds": 2}
-    experiment = experiments.build(tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), fields))
     state, _ = experiment.round(experiment.init())
     before = jax.tree.map(np.array, jax.device_get(state))
     experiment.round(state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
-    for clients in ([], [0, 0], [2], [-1], [0, 1, 0]):  # not a round with nobody, or with somebody twice
+    for clients in ([], [0, 0], [3], [-1], [0, 1, 0]):  # not a round with nobody, or with somebody twice
         with pytest.raises(UserError, match="clients: .*; name at least one and at most 2 "):
             experiment.round(state, clients)

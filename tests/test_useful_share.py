@@ -80,10 +80,14 @@ def built(tiny):
     return config, experiments.build(config)
 
 
-def test_costs_of_any_length_follow_from_three(built):
+@pytest.fixture(scope="module")
+def gradient(built):
+    return Costs(built[1].model, "gradient")
+
+
+def test_costs_of_any_length_follow_from_three(built, gradient):
     _, run = built
-    for work in ("gradient", "forward"):
-        costs = Costs(run.model, work)
+    for costs in (gradient, Costs(run.model, "forward", beside=gradient)):
         for task in run.model.tasks:
             cost = costs.task(task)
             text, answer = 7 if "text" in task.modalities else 0, 5 if task.kind == "text_generation" else 0
@@ -91,20 +95,19 @@ def test_costs_of_any_length_follow_from_three(built):
             assert cost.sample + cost.texts(text) + cost.answers(answer) == pytest.approx(direct, rel=1e-9)
 
 
-def test_a_packed_row_costs_what_its_sequences_cost(built):
+def test_a_packed_row_costs_what_its_sequences_cost(built, gradient):
     _, run = built
-    costs = Costs(run.model, "gradient")
     for family in run.engine.families:
         task = family.tasks[0]
-        cost = costs.task(task)
+        cost = gradient.task(task)
         for shape in run.engine.shapes[family.name]:
             expected = shape.samples * cost.sample
             for sequences, one in ((shape.texts, cost.texts), (shape.answers, cost.answers)):
                 if sequences:
                     expected += sequences.count * float(one(np.array(sequences.tokens)))
             # The mean over a sample's tokens is a product with all tokens of the row.
-            assert expected <= costs.row(task, shape, (8, 8)) * 1.001
-            assert costs.row(task, shape, (8, 8)) <= 1.15 * expected
+            assert expected <= gradient.row(task, shape, (8, 8)) * 1.001
+            assert gradient.row(task, shape, (8, 8)) <= 1.15 * expected
 
 
 def test_shares_of_a_run(built):

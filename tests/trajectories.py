@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from tap_jax.runs import runner as runs
+
 TOLERANCE = 1e-4
 
 
@@ -79,3 +81,16 @@ def check_trunk(experiment, run, reference) -> None:
         expected = reference.finish(i, len(played))
         for variant, models in trained.items():
             assert agree(models[i], expected[variant], reference.start_of(i)), (variant, i)
+
+
+def run_by(experiment, workdir, *, progress=lambda line: None, stop=lambda: False) -> list[str]:
+    """`tap-jax train` in this process, by an experiment that is built already: nothing is compiled for a second run.
+
+    Returns:
+      What the run says.
+    """
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "build", lambda config, federation: experiment)
+        runs.run(experiment.config, workdir, runs.Reporter(say=said.append, progress=progress), stop)
+    return said

@@ -87,11 +87,12 @@ def bench(
     peak_of = "device" if "peak_device_bytes" in peak else "host"
     names = {name for client in clients for name in run.federation.clients[client].shares}
     widths = {task.name: _widths(run, task.name) for task in run.federation.tasks if task.name in names}
+    costs = Costs(run.model, "gradient")
     return {
         "client_steps_per_s": _short(taken / median),
         "samples_per_s": _short(samples / median),
-        **_speed(run, todo, widths, median, taken),
-        "useful_share": _short(_useful_share(run, cohort)),
+        **_speed(run, costs, todo, widths, median, taken),
+        "useful_share": _short(_useful_share(run, costs, cohort)),
         "compile_s": _short(max(0.0, first - median)),
         "peak_bytes": peak[f"peak_{peak_of}_bytes"],
         "peak_of": peak_of,
@@ -162,13 +163,15 @@ def _widths(run: Experiment, task: str) -> dict[str, tuple[int, ...]]:
 # --- floating-point operations -------------------------------------------------------------------------------------
 
 
-def _speed(run: Experiment, todo: Sequence[Steps], widths: Mapping, seconds: float, steps: int) -> dict[str, Any]:
+def _speed(
+    run: Experiment, costs: Costs, todo: Sequence[Steps], widths: Mapping, seconds: float, steps: int
+) -> dict[str, Any]:
     """tflops, mfu and what they are made of; of all devices together."""
     gradients = gradients_per_step(run.config)
     if gradients is None:
         return dict.fromkeys(("tflops", "mfu", "flops_per_client_step", "recomputed_flops_per_client_step"))
     # Where a step takes several gradients, each has a minibatch of its own; they are alike.
-    costs, padded = Costs(run.model, "gradient"), task_costs(run.model, widths)
+    padded = task_costs(run.model, widths)
     useful = gradients * sum(costs.batch(batch.stream.task, batch.fields) for mine in todo for s in mine for batch in s)
     again = gradients * sum((steps_cost(padded, mine) for mine in todo), Flops()).recomputed
     tflops = useful / seconds / 1e12
@@ -181,10 +184,10 @@ def _speed(run: Experiment, todo: Sequence[Steps], widths: Mapping, seconds: flo
     }
 
 
-def _useful_share(run: Experiment, cohort: Cohort) -> float:
+def _useful_share(run: Experiment, costs: Costs, cohort: Cohort) -> float:
     """Of the minibatches that `_train` draws."""
     engine, total = run.engine, Share()
-    measured = Measure(Costs(run.model, "gradient"), engine.families, engine.shapes, run.data.train)
+    measured = Measure(costs, engine.families, engine.shapes, run.data.train)
     drawn = cohort.plan("post", post=True)
     for shard in range(engine.devices.shards):
         plan = jax.tree.map(lambda leaf, at=shard: leaf[at], drawn)

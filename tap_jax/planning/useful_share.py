@@ -10,6 +10,7 @@ Letters: S samples of a row, T tokens of a text, A tokens that an answer predict
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from tap_jax.evaluation.evaluate import test_shapes
 from tap_jax.federation import Federation
 from tap_jax.models.accounting import shapes as model_shapes
 from tap_jax.models.server_model import ServerModel
-from tap_jax.planning.flops import count
+from tap_jax.planning.flops import Flops, count
 from tap_jax.tasks import Task
 
 LOSSES = ("rows", "texts", "answers")
@@ -89,28 +90,35 @@ class Costs:
       model: of the run.
       work: "gradient" of the task's loss, its "forward" pass, or "prediction": answers are then generated, token by
         token, and not read.
+      beside: the costs of other work of the same model: what they have counted is not counted again.
     """
 
-    def __init__(self, model: ServerModel, work: str):
+    def __init__(self, model: ServerModel, work: str, beside: "Costs | None" = None):
         self.model = ServerModel(dataclasses.replace(model.config, attention="einsum"), model.tasks)
         self.work = work
         self._frozen, self._blocks = model_shapes(self.model)
         self._loss = assembly.sample_loss(self.model)
+        self._flops = beside._flops if beside else functools.cache(self._flops_of)
         self.task = functools.cache(self._task)
         self.row = functools.cache(self._row)
 
     def _count(self, task: Task, batch: Mapping[str, jax.ShapeDtypeStruct], *, read: bool = True) -> int:
         """`read`: answers are, even where the work is to generate them."""
+        fields = tuple((name, leaf.shape, leaf.dtype) for name, leaf in batch.items())
+        found = self._flops(task, fields, read or not self.generates(task))
+        return found.total if self.work == "gradient" else found.forward
+
+    def _flops_of(self, task: Task, fields: Sequence[tuple[str, tuple[int, ...], Any]], decoded: bool) -> Flops:
+        """Of the loss on a batch of these shapes and dtypes, or of its path vectors alone."""
         parts = jax.eval_shape(functools.partial(self.model.collect, stream=task.streams[0]), self._blocks)
-        batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in batch.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in fields}
 
         def outcome(parts, frozen, batch):
-            if self.generates(task) and not read:
+            if not decoded:
                 return self.model.represent(frozen, parts, task, batch).sum()
             return self._loss(frozen, parts, task, batch, None)[2].sum()
 
-        found = count(outcome, parts, self._frozen, batch)
-        return found.total if self.work == "gradient" else found.forward
+        return count(outcome, parts, self._frozen, batch)
 
     def batch(self, task: Task, fields: Mapping[str, np.ndarray]) -> float:
         """Of the samples of a task, each by itself and at its own length; their fields are padded."""
@@ -278,7 +286,8 @@ def measure(
     found = families(model.tasks, data.train)
     sizes = {"packed": settings.packed, "image_tokens": model.config.image_tokens}
     shapes = row_shapes(found, data.train, microbatch=settings.microbatch, batch=settings.batch, **sizes)
-    training, forward = Costs(model, "gradient"), Costs(model, "forward")
+    training = Costs(model, "gradient")
+    forward, prediction = (Costs(model, work, beside=training) for work in ("forward", "prediction"))
     measured = Measure(training, found, shapes, data.train)
     with_teacher = Measure(forward, found, shapes, data.train)
 
@@ -311,7 +320,7 @@ def measure(
             _add(stage2, measured.plan(plan))
             if phase == "distil":
                 _add(stage2, with_teacher.plan(plan))
-    return Shares(rounds, stage2, _evaluation(Costs(model, "prediction"), federation, data, settings, found))
+    return Shares(rounds, stage2, _evaluation(prediction, federation, data, settings, found))
 
 
 def _evaluation(

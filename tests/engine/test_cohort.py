@@ -238,7 +238,8 @@ def test_each_client_has_its_own_part_of_the_test_set(counted):
 
 def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):
     """Every round after the second begins with a plan that was drawn while the one before it ran."""
-    experiment = experiments.build(tiny(ROWS, SETTINGS | {"method": "local", "variants": ("local",)}))
+    rows, fields = ({"ag_news": 0.25},) * 4, {"method": "local", "variants": ("local",)}
+    experiment = experiments.build(tiny(rows, SETTINGS | fields))
     state, drawn = experiment.init(), []
     for _ in range(4):
         waiting = dict(experiment.engine._drawn)

@@ -27,9 +27,9 @@ from tap_jax.engine.privacy import Privacy
 from tap_jax.engine.rounds import resume
 from tap_jax.engine.screening import Screening, update_norms
 from tap_jax.errors import UserError
-from tap_jax.runs import runner as runs
 from tests.engine.test_packed import LIKE, NAMES, TASKS, draw, masks, partition, seeds
 from tests.engine.test_screening import hostile
+from tests.trajectories import run_by
 
 FEDERATION = 7  # K
 cohorts = st.integers(1, FEDERATION)  # m
@@ -254,15 +254,15 @@ def test_what_would_not_be_private_is_refused(tiny, fields, message):
 
 
 def test_a_private_run_reports_epsilon_and_resumes_to_the_same_bits(tiny, tmp_path):
-    config, said = tiny(ROWS, PRIVATE), []
+    experiment = experiments.build(tiny(ROWS, PRIVATE))
 
     def interrupt(line):
         if line["round"] == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.run(config, tmp_path, runs.Reporter(said.append, interrupt))
-    runs.run(config, tmp_path, runs.Reporter(said.append, lambda line: None))
+        run_by(experiment, tmp_path, progress=interrupt)
+    said = run_by(experiment, tmp_path)
     assert any(text.startswith("resuming after round 1") for text in said)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epsilon"] for line in lines] == [spent(0.8, 3, 2, t) for t in (1, 2, 3)]
@@ -273,9 +273,8 @@ def test_a_private_run_reports_epsilon_and_resumes_to_the_same_bits(tiny, tmp_pa
     notes = [text for text in said if text.startswith("privacy: ")]
     assert f"{found['epsilon']:.4g}" in notes[0] and "data.tokenizer" in notes[1]
 
-    experiment = experiments.build(config)
     states = [experiment.init()]
-    for _ in range(config.rounds):
+    for _ in range(experiment.config.rounds):
         states.append(experiment.round(states[-1])[0])
     servers = [experiment.engine.server_blocks(state.server) for state in states]
     resumed = resume(Checkpoints(tmp_path / "checkpoints"), states[0])

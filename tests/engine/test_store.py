@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from tap_jax import experiment as experiments
 from tap_jax.blocks import Partition
-from tap_jax.config import load_config, to_json
+from tap_jax.config import to_json
 from tap_jax.engine import rounds
 from tap_jax.engine.checkpointing import Checkpoints
 from tap_jax.engine.store import Store, StoredModels, commit, release
 from tap_jax.errors import UserError
 from tap_jax.methods.base import put_models
 from tests.test_resume import without_time
+from tests.trajectories import run_by
 
 CLIENTS = 5
 # Two blocks of one group, one of another; a page holds many rows of neither.
@@ -244,7 +245,7 @@ def test_a_second_writer_is_refused(chain):
 
 ROWS = ({"ag_news": 0.3}, {"ag_news": 0.3}, {"ag_news": 0.4})
 DISK = {"engine.host_gigabytes": 1e-9}
-TAP = {"variants": ("tap", "local"), "optimizer.state": "persist"}
+TAP = {"variants": ("tap", "local"), "optimizer.state": "persist", "rounds": 4, "checkpoint_every": 2}
 FEDDAT = {"method": "feddat", "variants": ("feddat",), "feddat.bottleneck": 2}
 
 
@@ -256,10 +257,16 @@ def save(checkpoints, state):
     checkpoints.wait()
 
 
-@pytest.mark.parametrize("fields", [TAP, FEDDAT], ids=["tap", "feddat"])
-def test_rounds_on_disk_are_the_rounds_in_memory(tiny, tmp_path, fields):
+@pytest.fixture(scope="module")
+def persistent(tiny):
+    """On disk, where it has a folder; and optimizer states are carried from round to round."""
+    return experiments.build(tiny(ROWS, TAP | DISK))
+
+
+@pytest.mark.parametrize("method", ["tap", "feddat"])
+def test_rounds_on_disk_are_the_rounds_in_memory(tiny, persistent, tmp_path, method):
     """Blocks, optimizer states, losses; read back from a checkpoint; and what the last phase makes of them."""
-    experiment = experiments.build(tiny(ROWS, fields | DISK))
+    experiment = persistent if method == "tap" else experiments.build(tiny(ROWS, FEDDAT | DISK))
     memory, disk = experiment.init(), experiment.init(tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for round_ in range(4):
@@ -354,39 +361,38 @@ def killed_in_the_middle(descriptor, data, at):
     return whole(descriptor, data, at)
 
 os.pwrite = killed_in_the_middle
-runs.run(load_config(config), workdir, runs.Reporter(say=print, progress=lambda line: None))
-print("rows written:", written)
+runs.run(load_config(config), workdir)
 """
 
 
-def run(
-    config: pathlib.Path, workdir: pathlib.Path, kill_at: int = 0, checkpoint: str = ""
-) -> subprocess.CompletedProcess:
+def kill(config: pathlib.Path, workdir: pathlib.Path, kill_at: int, checkpoint: str) -> None:
     """A run that is killed in the middle of writing a row, not before that checkpoint is there."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-c", PROGRAM, str(config), str(workdir), str(kill_at), checkpoint]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
-def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(tiny, tmp_path):
-    fields = {"variants": ("tap",), "rounds": 4, "checkpoint_every": 2, "optimizer.state": "persist"}
+def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(persistent, tmp_path, monkeypatch):
     config = tmp_path / "config.json"
-    config.write_text(to_json(tiny(ROWS, fields | DISK)))
-    whole = run(config, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    rows = int(whole.stdout.rsplit(maxsplit=1)[1])
+    config.write_text(to_json(persistent.config))
+    write, written = os.pwrite, []
+
+    def counted(*args):
+        written.append(args[-1])
+        return write(*args)
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    run_by(persistent, tmp_path / "whole")
+    monkeypatch.undo()
     # Before the first checkpoint; in the last round; and, counted anew, in a process that resumed.
-    for kill_at, checkpoint in ((5, ""), (rows - 3, "2"), (3, "2")):
-        killed = run(config, tmp_path / "killed", kill_at, checkpoint)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = run(config, tmp_path / "killed")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after round 2 of 4" in resumed.stdout
+    for kill_at, checkpoint in ((5, ""), (len(written) - 3, "2"), (3, "2")):
+        kill(config, tmp_path / "killed", kill_at, checkpoint)
+    assert "resuming after round 2 of 4" in run_by(persistent, tmp_path / "killed")
     assert without_time(tmp_path / "killed") == without_time(tmp_path / "whole")
-    experiment = experiments.build(load_config(config))
     states = [
-        rounds.resume(Checkpoints(tmp_path / name / "checkpoints"), experiment.init(tmp_path / name))
+        rounds.resume(Checkpoints(tmp_path / name / "checkpoints"), persistent.init(tmp_path / name))
         for name in ("whole", "killed")
     ]
     assert states[0].round == 4

@@ -232,17 +232,18 @@ def test_checkpoints_are_of_the_ends_of_windows(experiment, tmp_path, monkeypatc
 
 
 def test_personal_blocks_in_a_store(tiny, experiment, expected, tmp_path):
-    built = experiments.build(tiny(ROWS, WINDOW_OF_3 | {"engine.host_gigabytes": 1e-9}))
-    state, lines = run(built, tmp_path)
+    stored = dataclasses.replace(experiment, config=tiny(ROWS, WINDOW_OF_3 | {"engine.host_gigabytes": 1e-9}))
+    state, lines = run(stored, tmp_path)
     lines = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-    same((state.replace(server=built.engine.server_blocks(state.server)), lines), expected)
+    same((state.replace(server=experiment.engine.server_blocks(state.server)), lines), expected)
     assert (tmp_path / "store").is_dir()
 
 
-def test_broken_updates_stop_the_run(tiny):
+def test_broken_updates_stop_the_run(tiny, experiment):
     built = experiments.build(
         tiny(ROWS, WINDOW_OF_3 | {"screening.on_broken": "stop", "screening.max_norm": 1e-9, "margins": 0.01})
     )
+    built.engine._train = experiment.engine._train  # screening is of the aggregate's program
     with pytest.raises(UserError, match="screening.on_broken: 'stop', and round 1 has a broken update: client "):
         built.window(built.init())
 

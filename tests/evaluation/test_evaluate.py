@@ -27,6 +27,11 @@ def evaluator(experiment, most):
     )
 
 
+@pytest.fixture(scope="module")
+def wide(experiment):
+    return evaluator(experiment, 50)
+
+
 def scores(experiment, found):
     blocks, partition = experiment.initial_blocks, experiment.partition
     return [
@@ -43,8 +48,8 @@ def test_a_row_is_as_large_as_the_tests_need(experiment, most, size):
     assert {shape.samples for (shape,) in evaluator(experiment, most).shapes.values()} == {size}
 
 
-def test_scores_do_not_depend_on_the_rows(experiment):
-    wide, narrow = (scores(experiment, evaluator(experiment, most)) for most in (50, 4))
+def test_scores_do_not_depend_on_the_rows(experiment, wide):
+    wide, narrow = (scores(experiment, found) for found in (wide, evaluator(experiment, 4)))
     assert [row | {"value": 0} for row in wide] == [row | {"value": 0} for row in narrow]
     values = [[row["value"] for row in rows] for rows in (wide, narrow)]
     np.testing.assert_allclose(*values, rtol=1e-5)
@@ -66,9 +71,9 @@ def test_with_personal_tests_the_largest_share_decides(tiny):
     assert all(np.isfinite(row["value"]) for row in scores(experiment, found))
 
 
-def test_what_may_take_long_is_told(experiment):
-    found, told = evaluator(experiment, 50), []
-    found.tell = told.append
-    scores(experiment, found)
+def test_what_may_take_long_is_told(experiment, wide, monkeypatch):
+    told = []
+    monkeypatch.setattr(wide, "tell", told.append)
+    scores(experiment, wide)
     assert "tap: predictions for fashion_mnist, clients 0, 1" in told
     assert told[-1] == "tap: scores of 9 texts of common_gen, client 1"

@@ -95,10 +95,15 @@ class FedProx(FedAvg):
         return losses, jax.tree.map(np.add, gradient, pull)
 
 
-def test_own_method_by_name(tiny, monkeypatch):
+@pytest.fixture(scope="module")
+def handed(tiny):
+    """With a method that `build` is given."""
+    return tap_jax.build(tiny(ROWS, SETTINGS), method=fedprox(FedProx.strength), variants=("fedprox", "fedprox+post"))
+
+
+def test_own_method_by_name(tiny, handed, monkeypatch):
     """A registered method has fields in the configuration, is checked with it, and trains like the one handed over."""
-    rows, names = ROWS, ("fedprox", "fedprox+post")
-    handed = tap_jax.build(tiny(rows, SETTINGS), method=fedprox(FedProx.strength), variants=names)
+    rows, names = ROWS, handed.variants
     entry = registry.MethodEntry(
         "fedprox",
         names,
@@ -122,9 +127,8 @@ def test_own_method_by_name(tiny, monkeypatch):
         assert {row["variant"] for row in named.evaluate(states[1])} == {"fedprox"}
 
 
-def test_own_method(tiny):
-    config = tiny(ROWS, SETTINGS)
-    experiment = tap_jax.build(config, method=fedprox(FedProx.strength), variants=("fedprox", "fedprox+post"))
+def test_own_method(handed):
+    experiment, config = handed, handed.config
     state, reference = experiment.init(), FedProx(experiment)
     plain = FedAvg(experiment)
     for t in range(config.rounds):
