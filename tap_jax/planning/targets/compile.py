@@ -16,10 +16,18 @@ import jax
 from tap_jax.planning.targets import hlo
 from tap_jax.platforms import GIB, Platform
 
-# The GPU compiler cannot time kernels without a device, and without autotuning its Triton products want tile sizes that
-# have not been chosen. That says nothing of a device that is there.
 _OPTIONS = {
-    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
+    "gpu": {
+        # The compiler cannot time kernels without a device, and without autotuning its Triton products want tile sizes
+        # that have not been chosen. That says nothing of a device that is there.
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_autotune_level": 0,
+        # Where a softmax is a Triton kernel, the fusion pass looks for tiles of all that could join it, which takes
+        # half of the compiler's time. Kernels themselves are of no interest here. Memory is the same without both.
+        "xla_disable_hlo_passes": "triton-softmax-rewriter",
+        "xla_backend_optimization_level": 0,
+        "xla_gpu_disable_gpuasm_optimizations": True,
+    },
     # A TPU's compiler looks for fast tiles of every product, which takes most of its time and changes memory little.
     "tpu": {"exec_time_optimization_effort": -1.0},
 }
