@@ -28,7 +28,7 @@ from tap_jax.tasks import Task
 
 # Part of a device's memory that the estimate may fill: the compiler's own padding and fragmentation take the rest.
 FILLED = 0.85
-# What the compiler is taken to keep over what `row_bytes` counts; not calibrated yet.
+# What the compiler is taken to keep over what `row_bytes` counts. Seen: 0.8 for an H100, 2.3 for v5e (benchmarks.md).
 RESIDUALS = 1.3
 DATA = 2**31  # bytes of training and test data on a device, where nothing bounds them: sets as the hub has them
 MOST, ENOUGH = 32, 512  # samples of a row at most; tokens at which a row keeps matrix units half busy
