@@ -5,12 +5,14 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 
 from tap_jax.config import load_config
 from tap_jax.errors import UserError
 from tap_jax.planning.targets import fit, report, roofline, session, topology
 from tap_jax.planning.targets.compile import Built, Found
 from tap_jax.platforms import Platform
+from tap_jax.whole_files import write_file
 
 BEGIN, END = "<!-- targets: made by launch/targets.sh -->\n", "<!-- end of targets -->\n"
 HEAD = (
@@ -33,25 +35,28 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    kept = args.out / "results.jsonl"
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    failed = False
+    kept, lines, failed = args.out / "results.jsonl", [], False
+    if kept.exists():
+        lines = [json.loads(line) for line in kept.read_text().splitlines()]
     for config in args.configs:
         for name in args.targets:
             key = [config, name, args.data, args.tokenizer, args.fit]
-            if any(line["key"] == key for line in lines):
+            before = next((line for line in lines if line["key"] == key), {"key": key, "found": []})
+            if "built" in before:
                 continue
+            others = [line for line in lines if line is not before]
+
+            def keep(line: dict, others=others, key=key) -> None:
+                lines[:] = [*others, {"key": key} | line]
+                write_file(kept, "".join(json.dumps(line) + "\n" for line in lines))
+
             try:
-                line = {"key": key} | one(config, name, args)
+                keep(one(config, name, args, [Found(**program) for program in before["found"]], keep))
             except UserError as error:
                 print(f"{config} on {name}: {error}", file=sys.stderr)
                 failed = True
-                continue
-            lines.append(line)
-            with kept.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
     wanted = {(config, name) for config in args.configs for name in args.targets}
-    text = page([line for line in lines if tuple(line["key"][:2]) in wanted])
+    text = page([line for line in lines if tuple(line["key"][:2]) in wanted and "built" in line])
     (args.out / "targets.md").write_text(text)
     print(text, end="")
     if args.write:
@@ -59,8 +64,13 @@ def main() -> int:
     return int(failed)
 
 
-def one(config: str, name: str, args: argparse.Namespace) -> dict:
-    """What is found of one configuration on one target, ready for JSON."""
+def one(config: str, name: str, args: argparse.Namespace, known: list[Found], keep: Callable[[dict], None]) -> dict:
+    """What is found of one configuration on one target, ready for JSON.
+
+    Args:
+      known: its programs that were compiled before.
+      keep: is given what has been found so far, after each program.
+    """
     fields = {"data.root": args.data, "data.tokenizer": args.tokenizer, "model.weights": ""}
     run, target = load_config(config, fields), topology.parse(name)
     topology.require(target)
@@ -69,7 +79,14 @@ def one(config: str, name: str, args: argparse.Namespace) -> dict:
     if args.fit:
         choice, _, _ = fit.fit(run, target, **limits)
         run, flags = fit.with_sizes(run, choice), choice.flags
-    built, found = session.compile_all(run, target, **limits)
+    compiled = [program for program in known if not program.problem]
+
+    def after(program: Found) -> bool:
+        compiled.append(program)
+        keep({"found": [dataclasses.asdict(program) for program in compiled]})
+        return True
+
+    built, found = session.compile_all(run, target, **limits, known=tuple(compiled), enough=after)
     about = {**built._asdict(), "platform": dataclasses.asdict(built.platform)}
     about["work"] = {phase: dataclasses.asdict(work) for phase, work in built.work.items()}
     return {"built": about, "found": [dataclasses.asdict(program) for program in found], "flags": flags}

@@ -23,11 +23,12 @@ from tap_jax.models.accounting import shapes
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
 from tap_jax.platforms import Platform
+from tap_jax.registry import METHODS
 from tap_jax.tasks import Task
 
 # Part of a device's memory that the estimate may fill: the compiler's own padding and fragmentation take the rest.
 FILLED = 0.85
-# What the compiler is taken to keep over what `row_bytes` counts; not calibrated yet.
+# What the compiler is taken to keep over what `row_bytes` counts. Seen: 0.8 for an H100, 2.3 for v5e (benchmarks.md).
 RESIDUALS = 1.3
 DATA = 2**31  # bytes of training and test data on a device, where nothing bounds them: sets as the hub has them
 MOST, ENOUGH = 32, 512  # samples of a row at most; tokens at which a row keeps matrix units half busy
@@ -142,7 +143,7 @@ class Estimate:
         shards = shards_of(self.config, self.devices)
         turns = -(-self.people // clients) * -(-clients // shards) * shards / self.people
         rounds = 2 * self.config.rounds * self.config.local_steps * min(self.config.cohort_size, self.people)
-        last = 2 * self.people * self.config.post_steps * turns
+        last = post_trainings(self.config) * self.people * self.config.post_steps * turns
         busy = tokens / (tokens + ENOUGH)
         return Sizes(microbatch, clients, remat, memory, (rounds + last) * _SLOWER[remat] / busy)
 
@@ -167,6 +168,20 @@ class Estimate:
             shards=shards_of(config, self.devices),
             parts=self.devices // shards_of(config, self.devices),
         )
+
+
+def post_trainings(config: ConfigDict) -> int:
+    """Local trainings of P iterations that a client takes after the last round; one of 2P counts as two.
+
+    Those of the variants that the run yields and, where there are personal models, the teacher's.
+    """
+    entry, variants = METHODS[config.method], configuration.variants_of(config)
+    doubled = 2 * sum(variant.endswith("+2p") for variant in variants)
+    if not entry.personal:
+        return doubled + sum(variant.endswith("+post") for variant in variants)
+    untrained = {*entry.server, "tap-stage1", "local"}  # "+post" is the teacher as it is
+    students = [v for v in variants if v not in untrained and not v.endswith(("+post", "+2p"))]
+    return doubled + len(students) + 1
 
 
 def shards_of(config: ConfigDict, devices: int) -> int:

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import pytest
+
 from tap_jax import device_sizes
 from tap_jax.config import load_config, table_federation
-from tap_jax.device_sizes import Estimate, choices, row_bytes, row_tokens, sized
+from tap_jax.device_sizes import Estimate, choices, post_trainings, row_bytes, row_tokens, sized
 from tap_jax.models.layers import ModelConfig
 from tap_jax.platforms import GIB, Platform
 from tap_jax.tasks import find_task
@@ -70,3 +72,26 @@ def test_tokens_of_a_row():
     assert row_tokens(flava, pictures, 8, False) == row_tokens(flava, pictures, 8, True) == (8 * 197, 0)
     assert row_tokens(vilt, pictures, 8, True) == (20 * 50, 0)
     assert row_tokens(flava, both, 8, True) == (8 * 197, 8 * 128)
+
+
+def test_trainings_after_the_last_round():
+    """TAP: teacher, student, one without a teacher, 2P. FedAvg: P and 2P, and none for the server's blocks."""
+    tap = load_config("configs/flava.py")
+    assert post_trainings(tap) == 5
+    assert post_trainings(load_config("configs/flava.py", {"variants": ("tap", "fedavg+post")})) == 2
+    fedavg = {"method": "fedavg", "variants": ("fedavg", "fedavg+post", "fedavg+2p")}
+    assert post_trainings(load_config("configs/flava.py", fedavg)) == 3
+    assert post_trainings(load_config("configs/flava.py", {"method": "fedavg", "variants": ("fedavg",)})) == 0
+
+
+def test_longer_trainings_weigh_on_the_time():
+    short = load_config("configs/flava.py", {"variants": ("tap",)})
+    longer = load_config("configs/flava.py", {"variants": ("tap", "fedavg+2p")})
+    times = [Estimate(config, table_federation(config), LARGE)(8, 30, "none").time for config in (short, longer)]
+    assert times[1] - times[0] == pytest.approx(times[0] - _rounds_alone(short))
+
+
+def _rounds_alone(config):
+    with_none = config.copy_and_resolve_references()
+    with_none.post_steps = 0
+    return Estimate(with_none, table_federation(with_none), LARGE)(8, 30, "none").time

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 
+from tap_jax.errors import UserError
 from tap_jax.planning.targets import roofline
 from tap_jax.planning.targets.compile import Built, Found
 from tap_jax.platforms import GIB, Platform
@@ -40,6 +41,29 @@ def test_page(tmp_path):
     assert "old" not in page.read_text() and text in page.read_text()
     made.put(page, text)  # and again
     assert page.read_text().count("does not fit") == 1
+
+
+def test_each_program_is_kept_as_it_is_found(tmp_path, monkeypatch, capsys):
+    """Stopped after one of two programs, the script goes on with the other."""
+    made, begun = script(), []
+
+    def compile_all(run, target, *, minutes, say, known, enough):
+        begun.append([program.name for program in known])
+        if len(begun) == 1:
+            enough(Found("one", seconds=1))
+            enough(Found("two", problem="not known after 1 minutes"))
+            raise UserError("the machine has gone")
+        built = Built(("h100",), ("one", "two"), Platform("gpu", "H100", 80 * GIB), 1, {}, {})
+        return built, [*known, Found("two", peak=GIB)]
+
+    monkeypatch.setattr(made.session, "compile_all", compile_all)
+    monkeypatch.setattr(made.topology, "require", lambda target: None)
+    arguments = ["--targets", "h100", "--configs", "configs/flava.py", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["targets.py", "synthetic", "train", *arguments])
+    assert made.main() == 1 and "the machine has gone" in capsys.readouterr().err
+    assert made.main() == 0 and begun == [[], ["one"]]
+    assert made.main() == 0 and len(begun) == 2  # all is known
+    assert (tmp_path / "targets.md").read_text().count("| h100 |") == 2
 
 
 def test_the_benchmarks_have_the_marks():

@@ -44,6 +44,18 @@ def test_number_of_devices():
         parse("h100x0")
 
 
+def test_a_tpus_compiler_has_deep_stacks(monkeypatch):
+    """Beside what the user tells libtpu, whose own size of the stack holds."""
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    wanted = "--fibers_default_thread_stack_size=268435456"
+    assert topology.environment(parse("v5e:2x4"))["LIBTPU_INIT_ARGS"] == wanted
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--one=1")
+    assert topology.environment(parse("v5e:2x4"))["LIBTPU_INIT_ARGS"] == f"--one=1 {wanted}"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--fibers_default_thread_stack_size=1")
+    assert topology.environment(parse("v5e:2x4"))["LIBTPU_INIT_ARGS"] == "--fibers_default_thread_stack_size=1"
+    assert "LIBTPU_INIT_ARGS" not in topology.environment(parse("h100"))
+
+
 def test_gpu_description_is_complete():
     text = topology.gpu_description("a100-40")
     assert "device_memory_size: 42298834944" in text and "major: 8" in text and "core_count: 108" in text

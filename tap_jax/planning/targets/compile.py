@@ -7,6 +7,7 @@ it reports is to be compared with the device's memory.
 import dataclasses
 import pathlib
 import re
+import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,10 +17,18 @@ import jax
 from tap_jax.planning.targets import hlo
 from tap_jax.platforms import GIB, Platform
 
-# The GPU compiler cannot time kernels without a device, and without autotuning its Triton products want tile sizes that
-# have not been chosen. That says nothing of a device that is there.
 _OPTIONS = {
-    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
+    "gpu": {
+        # The compiler cannot time kernels without a device, and without autotuning its Triton products want tile sizes
+        # that have not been chosen. That says nothing of a device that is there.
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_autotune_level": 0,
+        # Where a softmax is a Triton kernel, the fusion pass looks for tiles of all that could join it, which takes
+        # half of the compiler's time. Kernels themselves are of no interest here. Memory is the same without both.
+        "xla_disable_hlo_passes": "triton-softmax-rewriter",
+        "xla_backend_optimization_level": 0,
+        "xla_gpu_disable_gpuasm_optimizations": True,
+    },
     # A TPU's compiler looks for fast tiles of every product, which takes most of its time and changes memory little.
     "tpu": {"exec_time_optimization_effort": -1.0},
 }
@@ -32,7 +41,7 @@ class Found:
 
     Attributes:
       name, phase, bodies: of the `programs.RunProgram`.
-      seconds: of the compiler, on this machine; tracing is not in it.
+      seconds: of the compiler, on this machine; tracing is not in it. processor: its processor seconds, on all cores.
       arguments, outputs, temporaries: bytes. aliased: bytes of outputs that take the place of arguments.
       peak: bytes at most at a time.
       host: bytes that this process took at most while compiling; 0: not known.
@@ -46,6 +55,7 @@ class Found:
     phase: str = ""
     bodies: int = 0
     seconds: float = 0.0
+    processor: float = 0.0
     arguments: int = 0
     outputs: int = 0
     temporaries: int = 0
@@ -92,16 +102,16 @@ def compile_program(lower: Callable[[], jax.stages.Lowered], platform: Platform,
       known: further attributes of what is returned: its name and the like.
     """
     lowered = lower()
-    before, started = _reset_peak(), time.perf_counter()
+    before, started, used = _reset_peak(), time.perf_counter(), _processor()
     try:
         compiled = lowered.compile(compiler_options=_OPTIONS.get(platform.kind))
     except jax.errors.JaxRuntimeError as error:
-        seconds = time.perf_counter() - started
-        used = refused_bytes(str(error))
-        if not used:
-            return Found(**known, seconds=seconds, problem=" ".join(str(error).split())[:200]), ""
-        return Found(**known, seconds=seconds, peak=used, host=_peak(before), problem="refused"), ""
-    seconds = time.perf_counter() - started
+        known |= {"seconds": time.perf_counter() - started, "processor": _processor() - used}
+        needed = refused_bytes(str(error))
+        if not needed:
+            return Found(**known, problem=" ".join(str(error).split())[:200]), ""
+        return Found(**known, peak=needed, host=_peak(before), problem="refused"), ""
+    known |= {"seconds": time.perf_counter() - started, "processor": _processor() - used}
     memory = compiled.memory_analysis()
     text = compiled.as_text() or ""
     program = hlo.Program(text)
@@ -110,7 +120,6 @@ def compile_program(lower: Callable[[], jax.stages.Lowered], platform: Platform,
     peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     found = Found(
         **known,
-        seconds=seconds,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
@@ -147,6 +156,12 @@ def _accessed(compiled: jax.stages.Compiled) -> float | None:
         return None
     value = (found or {}).get("bytes accessed")
     return float(value) if value and value > 0 else None
+
+
+def _processor() -> float:
+    """Seconds that this process and those that it has waited for (a GPU's assembler) have taken of processors."""
+    found = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in found)
 
 
 _CLEAR, _STATUS = pathlib.Path("/proc/self/clear_refs"), pathlib.Path("/proc/self/status")

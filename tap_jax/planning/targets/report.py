@@ -36,7 +36,8 @@ def report(built: Built, found: Sequence[Found]) -> str:
         "Memory in GiB on one device (host: of the compiler's process). TFLOP of one call on all devices, by the plans",
         f"of {roofline.PLANS} rounds; useful: the share of real samples and tokens. GB as the compiler counts them,",
         "each loop's body once. Collectives in loops and outside. At the peak: seconds of a call or more.",
-        f"compiled in {sum(one.seconds for one in found):,.0f} s together;"
+        f"compiled in {sum(one.seconds for one in found):,.0f} s together"
+        f" ({sum(one.processor for one in found):,.0f} CPU seconds);"
         f" {sum(one.bodies for one in found)} row loops in {len(found)} programs",
     ]
     lines += problems(built, found)
@@ -95,7 +96,7 @@ def _row(built: Built, one: Found) -> tuple[str, ...]:
         if_known(hlo.short(one.inside)),
         if_known(hlo.short(one.outside)),
         if_known(str(one.transfers)),
-        f"{one.seconds:,.0f} s",
+        f"{one.seconds:,.0f} s" + (f" ({one.processor:,.0f} CPU s)" if one.processor else ""),
         if_known(str(one.loops)),
         "-" if time is None else f"{time:,.3g} s",
     )

@@ -5,6 +5,7 @@ An estimate, for comparing settings and targets. No device has run anything.
 
 import dataclasses
 
+from tap_jax.device_sizes import post_trainings
 from tap_jax.experiment import Experiment
 from tap_jax.planning.step_cost import gradients_per_step
 from tap_jax.planning.useful_share import Share, measure
@@ -60,7 +61,8 @@ def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
         personal=personal,
         plans=plans,
     )
-    times = {"training": plans * (2 if personal else 1), "stage 2": max(1, calls(run)["stage 2"])}
+    models = 2 if personal else 1  # whose plans are measured
+    times = {"training": plans * models, "stage 2": models * _passes(run)}
     found = {"training": shares.rounds, "stage 2": shares.stage2}
     total = {phase: sum(by_task.values(), Share()) * (gradients / times[phase]) for phase, by_task in found.items()}
     return {phase: Work(share.computed, share.useful) for phase, share in total.items()}
@@ -68,10 +70,12 @@ def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
 
 def calls(run: Experiment) -> dict[str, float]:
     """Phase -> how often a run trains so."""
-    settings, clients = run.engine.settings, len(run.engine.data)
-    models = (
-        1 + len(run.method.personal_variants) if run.method.personal_variants else max(1, len(run.method.client_models))
-    )
-    passes = -(-clients // settings.clients_at_once)
-    last = 2 if run.engine.rule.takes_teacher else 1 if settings.post_steps else 0
-    return {"training": run.config.rounds * models, "stage 2": passes * last}
+    settings, personal = run.engine.settings, run.method.personal_variants
+    models = 1 + len(personal) if personal else max(1, len(run.method.client_models))
+    last = post_trainings(run.config) if settings.post_steps else 0
+    return {"training": run.config.rounds * models, "stage 2": _passes(run) * last}
+
+
+def _passes(run: Experiment) -> int:
+    """Batches of clients after the last round."""
+    return -(-len(run.engine.data) // run.engine.settings.clients_at_once)

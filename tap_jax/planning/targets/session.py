@@ -8,7 +8,7 @@ taken too long it is ended, and another one goes on with the next.
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tap_jax.config import ConfigDict
@@ -27,6 +27,7 @@ def compile_all(
     say: Callable[[str], None],
     only: Callable[[str], bool] = lambda phase: True,
     enough: Callable[[Found], bool] = lambda one: True,
+    known: Sequence[Found] = (),
 ) -> tuple[Built, list[Found]]:
     """Compiles a run's programs for a target, one after the other.
 
@@ -35,11 +36,12 @@ def compile_all(
       say: is given a line as each begins.
       only: of a phase: whether to compile its programs.
       enough: of a program: whether to go on with the next.
+      known: what was found earlier of some of the programs, which are not compiled again.
 
     Raises:
       UserError: the target or the configuration cannot be had; whatever the process raised as such.
     """
-    found: dict[str, Found] = {}
+    found = {one.name: one for one in known}
     built = None
     while built is None or len(found) < len(built.names):
         with _Child(_serve, config, target, tuple(found), only) as child:

@@ -63,6 +63,8 @@ GPUS = {
 }
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _ONE_PER_CHIP = ("v4", "v5p")  # both cores of a chip are one device
+# The threads on which libtpu compiles have stacks of 72 kB, which a program of many row loops overflows.
+_ARGUMENTS, _STACK = "LIBTPU_INIT_ARGS", "fibers_default_thread_stack_size"
 KNOWN = f"{', '.join(GPUS)}, one of them times a count such as h100x8, or a TPU topology such as v5e:2x4 or v4:2x2x1"
 
 
@@ -114,7 +116,9 @@ def environment(target: Target) -> dict[str, str]:
     """What has to be in the environment before a compiler is loaded, so that it looks for no device."""
     found = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     if target.kind == "tpu":
+        given = os.environ.get(_ARGUMENTS, "")
         found |= {
+            _ARGUMENTS: given if _STACK in given else f"{given} --{_STACK}={2**28}".strip(),
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -145,7 +149,8 @@ def devices(target: Target) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
     require(target)
-    os.environ.update({name: value for name, value in environment(target).items() if name not in os.environ})
+    wanted = environment(target)
+    os.environ.update({name: wanted[name] for name in wanted if name not in os.environ or name == _ARGUMENTS})
     jax.config.update("jax_platforms", "cpu")  # the plugin for GPUs would look for a driver
     if target.kind == "gpu":
         arguments = {
