@@ -413,9 +413,9 @@ def train(model, data: Data, chosen: argparse.Namespace) -> list[dict[str, float
     """AdamW with a linear rise and a cosine's fall, until steps or minutes are over -> losses, means of 50 steps."""
     losses_of = flava_losses if chosen.model == "flava" else vilt_losses
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
-    started, step, done, lines, recent = time.monotonic(), 0, 0.0, [], []
+    started, step, done, over, lines, recent = time.monotonic(), 0, 0.0, False, [], []
     model.train()
-    while done < 1:
+    while not over:
         rate = min(1.0, done / 0.03 + 0.01) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = chosen.learning_rate * rate
@@ -427,8 +427,9 @@ def train(model, data: Data, chosen: argparse.Namespace) -> list[dict[str, float
         step += 1
         recent.append([loss.item() for loss in losses.values()])
         passed = (time.monotonic() - started) / (60 * chosen.minutes)
-        done = max(passed, step / chosen.steps) if chosen.steps else passed
-        if step % 50 == 0 or done >= 1:
+        done = step / chosen.steps if chosen.steps else passed  # of so many steps the clock decides the end alone
+        over = max(passed, done) >= 1
+        if step % 50 == 0 or over:
             line = {"step": step} | dict(zip(losses, np.mean(recent, 0).round(4).tolist(), strict=True))
             lines.append(line)
             recent = []
@@ -642,7 +643,9 @@ def card(chosen, inner, data: Data, curves: Sequence[dict], scores: dict) -> str
         f"| {name}, {of.get(name, 'accuracy')} | {scores['random'][name]:.3f} | {scores['trained'][name]:.3f} |"
         for name in scores["trained"]
     )
-    skipped = ("model", "out", "minutes")
+    behind = [name for name, score in scores["trained"].items() if score <= scores["random"][name]]
+    note = f"\nNo better than random weights: {', '.join(behind)}.\n" if behind else ""
+    skipped = ("model", "out")
     options = " ".join(
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(chosen).items()
@@ -653,26 +656,26 @@ def card(chosen, inner, data: Data, curves: Sequence[dict], scores: dict) -> str
     kind = type(inner).__name__
     return f"""# A small {kind}, pre-trained
 
-{sum(p.numel() for p in inner.parameters()):,} parameters, {data.vocab} word pieces. It is for the demos of tap_jax and
-for tests; it knows nothing of the world.
+{sum(p.numel() for p in inner.parameters()):,} parameters, {data.vocab} word pieces. It is for the demos of tap_jax
+and for tests; it knows nothing of the world.
 
 - **Data**: {source}: {len(data.images):,} pictures, {len(data.captions):,} captions{rest}. Drawn ones have no
   combination of shape, colour and ground, and no sentence, that a train or test set of the embedded suite has.
 - **Losses**: those of transformers {transformers.__version__}; see `launch/pretrain.py`, which made it:
 
-      python launch/pretrain.py {chosen.model} --out=DIR {options}
+      OMP_NUM_THREADS={torch.get_num_threads()} python launch/pretrain.py {chosen.model} --out=DIR {options}
 
   {curves[-1]["step"]:,} steps. Last losses: {", ".join(f"{k} {v:.3f}" for k, v in list(curves[-1].items())[1:])}
   (`losses.csv`, `losses.png`).
 - **Linear probe** on the embedded tasks, by the mean token of the frozen model's last layer: logistic regression on
-  {PROBE_SHOTS} samples a class, ridge regression on {10 * PROBE_SHOTS} where a picture is rebuilt. As many others chose
-  the penalty, and all others of {PROBE_SIZE:,} from the training set (seed {PROBE_SEED}) are scored; means of
+  {PROBE_SHOTS} samples a class, ridge regression on {10 * PROBE_SHOTS} where a picture is rebuilt. As many others
+  chose the penalty, and the rest of {PROBE_SIZE:,} from the training set (seed {PROBE_SEED}) are scored; means of
   {PROBE_REPEATS} draws. No test set was read. "Random" is the same model before its first step.
 
 | task | random | pre-trained |
 |---|---|---|
 {rows}
-
+{note}
 `transformers.{kind}.from_pretrained(DIR)` reads it, and tap_jax as `model.weights` and `data.tokenizer`.
 """
 
