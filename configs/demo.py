@@ -1,7 +1,8 @@
 """TAP end to end in minutes: the embedded suite, 30 clients, a tiny model with FLAVA's architecture.
 
-Reproduces no table: the eight data sets are drawn by the program, and frozen weights are random. It shows the
-method at work: Local, FedAvg, FedAvg + Post-train and TAP from one run.
+Reproduces no table: the eight data sets are drawn by the program. The frozen weights are `demo_flava`'s, which
+comes with the package (made by `launch/pretrain.py`); random stand-ins: `--config.model.weights=`. It shows the method
+at work: Local, FedAvg, FedAvg + Post-train and TAP from one run.
 
     tap-jax train --config=demo --workdir=runs/demo
 
@@ -31,7 +32,9 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.feddat.bottleneck = 4
 
+    config.data.tokenizer = "demo_flava"
     model = config.model
+    model.weights = "demo_flava"
     model.width = 32
     model.heads = 4
     model.mlp = 32
@@ -39,8 +42,8 @@ def get_config(argument: str = "") -> ConfigDict:
     model.image_size = 32
     model.patch = 8
     model.upsample = 0.5
-    model.vocab = 1000
-    model.max_text = 64
+    model.vocab = 799
+    model.max_text = model.text_positions = 64
     model.max_answer = 24
     model.encoder_rank = model.attention_rank = model.expert_rank = 4
     model.lora_dropout = model.head_dropout = model.text_dropout = 0.0

@@ -1,8 +1,8 @@
 """Eight named sites with data of their own kinds: factories, a hospital, a law office, a newsroom and phones.
 
 They differ in tasks, modalities, amounts and classes (`tap_jax/data/sites.py`). A column of the data says whose a
-sample is, and each site is scored on its own test samples. All is drawn by the program, the model is the demo's, and
-frozen weights are random: it shows how a federation of named clients is run.
+sample is, and each site is scored on its own test samples. All is drawn by the program, and model and frozen weights
+are the demo's: it shows how a federation of named clients is run.
 
     tap-jax train --config=sites --workdir=runs/sites
 

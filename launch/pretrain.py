@@ -16,9 +16,15 @@ are those of a folder (--data): NAME.txt beside NAME.png or .jpg is the picture'
 .txt files are sentences; pictures without a text are for masked patches alone.
 
 Written to --out: config.json and model.safetensors (FlavaModel, ViltModel), the tokenizer's files, losses.csv and
-losses.png, probe.json, and a card, README.md. The probe is ridge regression from mean token features to what each task
-of the embedded suite asks, once of the trained model and once of the model before its first step. It reads training
-sets of a seed of its own, 40 samples to fit and 1,560 others to score, ten times; no test set is read.
+losses.png, probe.json, and a card, README.md. The probe tells how well a linear model on the frozen features does what
+each task of the embedded suite asks, once of the trained model and once of the model before its first step:
+
+- features are the mean token of the last layer, which is what tap_jax's decoders read, and what is usual where masked
+  modelling leaves [CLS] untrained (BEiT, Bao et al. 2022; MAE, He et al. 2022; ViLT here), standardised;
+- logistic regression with an L2 penalty, on few samples a class and with the penalty chosen on as many held-out ones,
+  as in CLIP (Radford et al. 2021, Sec. 3.1.5 and App. A.3); ridge regression, likewise, to rebuild a picture.
+
+It reads training sets of a seed of its own; no test set is read.
 
 Needs PyTorch, transformers and tap_jax; no network. One core is enough for the default sizes, those of the demos.
 """
@@ -38,6 +44,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from scipy.cluster.vq import kmeans2, vq
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 
 from tap_jax.data import corpus, grammar, synthetic
 from tap_jax.data.images import MEAN, STD
@@ -46,9 +54,9 @@ from tap_jax.errors import UserError
 from tap_jax.tasks import TASKS
 
 PROBE_SEED = 1009  # of training sets that no configuration here draws
-PROBE_SIZE, PROBE_FIT, PROBE_REPEATS = 1600, 40, 10  # samples, how many of them to fit on, and how often anew
-PENALTY = 10.0  # of the ridge, on standardised features
-MASKED_WORDS, MASKED_PATCHES = 0.25, 0.4  # parts
+PROBE_SIZE, PROBE_SHOTS, PROBE_REPEATS = 1600, 4, 10  # samples, how many of a class to fit on, and how often anew
+PENALTIES = np.logspace(-4, 2, 13)  # of the squared weights, times the number of samples
+MASKED_WORDS, MASKED_PATCHES = 0.3, 0.4  # parts
 IMAGES = (".png", ".jpg", ".jpeg")
 IGNORED = -100  # a label that no loss reads
 
@@ -61,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=15.0, help="of training, at most (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="so many, where the minutes allow; 0: as many as fit")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--mlp", type=int, default=96)
+    parser.add_argument("--mlp", type=int, default=32)
     parser.add_argument("--layers", type=int, default=1, help="of each of FLAVA's encoders (default: %(default)s)")
     parser.add_argument("--fusion-layers", type=int, help="multimodal layers (default: FLAVA 2, ViLT 4)")
     parser.add_argument("--image-size", type=int, default=32, help="pixels a side (default: %(default)s)")
@@ -74,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--codes", type=int, default=256, help="of patches (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=16000, help="pictures that are drawn (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="of each kind (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="AdamW's highest (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="of each kind (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="AdamW's highest (default: %(default)s)")
     chosen = parser.parse_args(argv)
     try:
         run(chosen)
@@ -103,6 +111,7 @@ def run(chosen: argparse.Namespace) -> None:
     model = (flava if chosen.model == "flava" else vilt)(chosen, tokenizer.size)
     features = flava_features if chosen.model == "flava" else vilt_features
     random = probe(model, features, tokenizer, chosen)
+    print(f"probe of random weights: {random}", flush=True)
     curves = train(model, data, chosen)
     trained = probe(model, features, tokenizer, chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -233,11 +242,14 @@ def some_sentences(data: Data, batch: int) -> torch.Tensor:
 
 
 def masked_words(tokens: torch.Tensor, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens with some masked, labels [B, T]) as BERT has it: of those chosen 80 % [MASK], 10 % others, 10 % kept."""
-    chance = torch.rand(tokens.shape)
-    chosen = (chance < MASKED_WORDS) & (tokens >= len(SPECIAL))
-    chosen[:, 1] |= ~chosen.any(1)  # at least one in every text
-    labels = tokens.masked_fill(~chosen, IGNORED)
+    """(tokens with some masked, labels [B, T]) as BERT has it: of those chosen 80 % [MASK], 10 % others, 10 % kept.
+
+    All words are labels, also those that were not chosen (ELECTRA's All-Tokens MLM, Clark et al. 2020, Sec. 3.4), so
+    that the features keep apart words that stand in the same places.
+    """
+    words = tokens >= len(SPECIAL)
+    chosen = (torch.rand(tokens.shape) < MASKED_WORDS) & words
+    labels = tokens.masked_fill(~words, IGNORED)
     how = torch.rand(tokens.shape)
     changed = tokens.masked_fill(chosen & (how < 0.8), data.mask)
     other = torch.randint(len(SPECIAL), data.vocab, tokens.shape)
@@ -279,6 +291,7 @@ def flava(chosen: argparse.Namespace, vocab: int) -> transformers.FlavaForPreTra
     model = transformers.FlavaForPreTraining(config)
     embeddings = model.flava.image_model.embeddings
     _place(embeddings.position_embeddings, embeddings.cls_token, embeddings.mask_token)
+    _words(model.flava.text_model.embeddings.word_embeddings)
     return model
 
 
@@ -299,6 +312,7 @@ def vilt(chosen: argparse.Namespace, vocab: int) -> transformers.ViltForMaskedLM
     )
     model = transformers.ViltForMaskedLM(config)
     _place(model.vilt.embeddings.position_embeddings, model.vilt.embeddings.cls_token)
+    _words(model.vilt.embeddings.text_embeddings.word_embeddings)
     return model
 
 
@@ -309,10 +323,21 @@ def _place(*parameters: torch.nn.Parameter) -> None:
             parameter.normal_(std=0.02)
 
 
+def _words(embedding: torch.nn.Embedding) -> None:
+    """Words start from N(0, 1), PyTorch's own choice, and well above positions.
+
+    A LayerNorm behind them takes the scale away, so long vectors turn slowly: words that stand in the same places stay
+    apart, and do not become one before the model has learned what tells them apart.
+    """
+    with torch.no_grad():
+        embedding.weight[1:].normal_()  # 0 is padding
+
+
 def seen_through_adaptor(images: torch.Tensor) -> torch.Tensor:
     """Every other batch [B, 3, S, S] through a random input adaptor (3x3 convolution, GELU, 1x1), new each time.
 
-    tap_jax puts a trainable one in front of the frozen encoder, and a run starts with a random one.
+    tap_jax puts a trainable one in front of the frozen encoder, and a run starts with a random one. Pictures with a
+    caption go without: through another adaptor their colours have other names.
     """
     if torch.rand(()) < 0.5:
         return images
@@ -348,7 +373,7 @@ def flava_losses(model, data: Data, batch: int) -> dict[str, torch.Tensor]:
         input_ids=tokens,
         input_ids_masked=masked,
         attention_mask=tokens != 0,
-        pixel_values=seen_through_adaptor(data.images[seen]),
+        pixel_values=data.images[seen],
         bool_masked_pos=torch.rand(data.codes[seen].shape) < MASKED_PATCHES,
         mim_labels=data.codes[seen],
         mlm_labels=labels,
@@ -365,7 +390,7 @@ def vilt_losses(model, data: Data, batch: int) -> dict[str, torch.Tensor]:
     at = torch.randint(len(data.captions), (batch,))
     tokens = trimmed(data.captions[at])
     masked, labels = masked_words(tokens, data)
-    shown = seen_through_adaptor(data.images[data.shown[at]])
+    shown = data.images[data.shown[at]]
     losses = {"captions": model(masked, attention_mask=(tokens != 0).long(), pixel_values=shown, labels=labels).loss}
     if data.sentences is not None:
         tokens = some_sentences(data, batch)
@@ -388,9 +413,9 @@ def train(model, data: Data, chosen: argparse.Namespace) -> list[dict[str, float
     """AdamW with a linear rise and a cosine's fall, until steps or minutes are over -> losses, means of 50 steps."""
     losses_of = flava_losses if chosen.model == "flava" else vilt_losses
     optimizer = torch.optim.AdamW(model.parameters(), lr=chosen.learning_rate, weight_decay=0.01)
-    started, step, done, lines, recent = time.monotonic(), 0, 0.0, [], []
+    started, step, done, over, lines, recent = time.monotonic(), 0, 0.0, False, [], []
     model.train()
-    while done < 1:
+    while not over:
         rate = min(1.0, done / 0.03 + 0.01) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = chosen.learning_rate * rate
@@ -402,8 +427,9 @@ def train(model, data: Data, chosen: argparse.Namespace) -> list[dict[str, float
         step += 1
         recent.append([loss.item() for loss in losses.values()])
         passed = (time.monotonic() - started) / (60 * chosen.minutes)
-        done = max(passed, step / chosen.steps) if chosen.steps else passed
-        if step % 50 == 0 or done >= 1:
+        done = step / chosen.steps if chosen.steps else passed  # of so many steps the clock decides the end alone
+        over = max(passed, done) >= 1
+        if step % 50 == 0 or over:
             line = {"step": step} | dict(zip(losses, np.mean(recent, 0).round(4).tolist(), strict=True))
             lines.append(line)
             recent = []
@@ -490,32 +516,69 @@ def answers(name: str, examples) -> np.ndarray:
     return np.unique(found, return_inverse=True)[1]
 
 
-def ridge(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Fits PROBE_REPEATS times on PROBE_FIT samples of their own -> ids of the other samples, predictions, mean fitted.
+def divided(x: np.ndarray, y: np.ndarray, kinds: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], ...]]:
+    """PROBE_REPEATS divisions of the samples -> ((x, y) to fit, to choose the penalty, to score), x standardised.
 
-    Ridge regression on standardised features.
+    Args:
+      kinds: int [N]; PROBE_SHOTS of each fit, as many others choose, all others score.
     """
     for repeat in range(PROBE_REPEATS):
-        fitted = np.zeros(len(x), bool)
-        fitted[repeat * PROBE_FIT : (repeat + 1) * PROBE_FIT] = True
-        mean, deviation, centre = x[fitted].mean(0), x[fitted].std(0) + 1e-8, y[fitted].mean(0)
-        fit, rest = (x[fitted] - mean) / deviation, (x[~fitted] - mean) / deviation
-        solved = np.linalg.solve(fit.T @ fit + PENALTY * np.eye(x.shape[1]), fit.T @ (y[fitted] - centre))
-        yield np.flatnonzero(~fitted), rest @ solved + centre, centre
+        order = np.random.default_rng([PROBE_SEED, repeat]).permutation(len(x))
+        nth = np.zeros(len(x), int)  # of its kind
+        for kind in np.unique(kinds):
+            mine = order[kinds[order] == kind]
+            nth[mine] = np.arange(len(mine))
+        part = np.minimum(nth // PROBE_SHOTS, 2)
+        mean, deviation = x[part == 0].mean(0), x[part == 0].std(0) + 1e-8
+        yield tuple(((x[part == i] - mean) / deviation, y[part == i]) for i in range(3))
 
 
 def accuracy(x: np.ndarray, labels: np.ndarray) -> float:
-    """Of the samples that were not fitted, by the largest of one regression per class."""
-    found = ridge(x, np.eye(labels.max() + 1)[labels])
-    return np.mean([(guessed.argmax(1) == labels[rest]).mean() for rest, guessed, _ in found])
+    """Of logistic regression."""
+    scores = []
+    for fit, choose, rest in divided(x, labels, labels):
+        models = [logistic(*fit, penalty) for penalty in PENALTIES]
+        hits = lambda model, part: (model(part[0]) == part[1]).mean()  # noqa: E731
+        scores.append(hits(max(models, key=lambda model: hits(model, choose)), rest))
+    return np.mean(scores)
+
+
+def logistic(x: np.ndarray, labels: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Multinomial, with an L2 penalty on the weights -> a function from features to labels."""
+    wanted = np.eye(labels.max() + 1)[labels]
+    shape = (x.shape[1] + 1, wanted.shape[1])
+    x = np.c_[x, np.ones(len(x))]
+    scale = np.r_[np.full(x.shape[1] - 1, penalty), 0][:, None]
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = flat.reshape(shape)
+        logits = x @ weights
+        logits -= logsumexp(logits, axis=1, keepdims=True)
+        gradient = x.T @ (np.exp(logits) - wanted) / len(x) + scale * weights
+        return -(wanted * logits).sum() / len(x) + (scale * weights**2).sum() / 2, gradient.ravel()
+
+    found = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 1000})
+    weights = found.x.reshape(shape)
+    return lambda x: (x @ weights[:-1] + weights[-1]).argmax(1)
 
 
 def explained(x: np.ndarray, y: np.ndarray) -> float:
-    """Part of the variance of the samples that were not fitted."""
-    found = ridge(x, y)
-    return np.mean(
-        [1 - np.square(made - y[rest]).mean() / np.square(centre - y[rest]).mean() for rest, made, centre in found]
-    )
+    """Part of the variance that ridge regression explains; y is float [N, M]."""
+    scores = []
+    kinds = np.arange(len(x)) % 10  # as many samples as of ten classes
+    for fit, choose, rest in divided(x, y, kinds):
+        models = [ridge(*fit, penalty) for penalty in PENALTIES]
+        error = lambda model, part: np.square(model(part[0]) - part[1]).mean()  # noqa: E731
+        best = min(models, key=lambda model: error(model, choose))
+        scores.append(1 - error(best, rest) / np.square(fit[1].mean(0) - rest[1]).mean())
+    return np.mean(scores)
+
+
+def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Least squares with an L2 penalty on the weights -> a function from features to predictions."""
+    centre = y.mean(0)
+    weights = np.linalg.solve(x.T @ x / len(x) + penalty * np.eye(x.shape[1]), x.T @ (y - centre) / len(x))
+    return lambda x: x @ weights + centre
 
 
 # --- what is left behind -------------------------------------------------------------------------------------------
@@ -574,13 +637,15 @@ def draw_losses(path: pathlib.Path, curves: Sequence[dict]) -> None:
 
 def card(chosen, inner, data: Data, curves: Sequence[dict], scores: dict) -> str:
     """README.md of the folder."""
-    of = {"fashion_mnist": "explained variance of 8x8 pixels", "caltech256": "explained variance of 8x8 pixels"}
+    of = dict.fromkeys(("fashion_mnist", "caltech256"), "explained variance of 8x8 pixels")
     of |= {"mmlu": "accuracy, the answer", "vqa": "accuracy, the answer", "common_gen": "accuracy, the verb"}
     rows = "\n".join(
         f"| {name}, {of.get(name, 'accuracy')} | {scores['random'][name]:.3f} | {scores['trained'][name]:.3f} |"
         for name in scores["trained"]
     )
-    skipped = ("model", "out", "minutes")
+    behind = [name for name, score in scores["trained"].items() if score <= scores["random"][name]]
+    note = f"\nNo better than random weights: {', '.join(behind)}.\n" if behind else ""
+    skipped = ("model", "out")
     options = " ".join(
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(chosen).items()
@@ -591,25 +656,26 @@ def card(chosen, inner, data: Data, curves: Sequence[dict], scores: dict) -> str
     kind = type(inner).__name__
     return f"""# A small {kind}, pre-trained
 
-{sum(p.numel() for p in inner.parameters()):,} parameters, {data.vocab} word pieces. It is for the demos of tap_jax and
-for tests; it knows nothing of the world.
+{sum(p.numel() for p in inner.parameters()):,} parameters, {data.vocab} word pieces. It is for the demos of tap_jax
+and for tests; it knows nothing of the world.
 
 - **Data**: {source}: {len(data.images):,} pictures, {len(data.captions):,} captions{rest}. Drawn ones have no
   combination of shape, colour and ground, and no sentence, that a train or test set of the embedded suite has.
 - **Losses**: those of transformers {transformers.__version__}; see `launch/pretrain.py`, which made it:
 
-      python launch/pretrain.py {chosen.model} --out=DIR {options}
+      OMP_NUM_THREADS={torch.get_num_threads()} python launch/pretrain.py {chosen.model} --out=DIR {options}
 
   {curves[-1]["step"]:,} steps. Last losses: {", ".join(f"{k} {v:.3f}" for k, v in list(curves[-1].items())[1:])}
   (`losses.csv`, `losses.png`).
-- **Linear probe** on the embedded tasks: ridge regression from the mean token of the frozen model, fitted on
-  {PROBE_FIT} samples of each training set (seed {PROBE_SEED}) and scored on {PROBE_SIZE - PROBE_FIT:,} others,
-  {PROBE_REPEATS} times. No test set was read. "Random" is the same model before its first step.
+- **Linear probe** on the embedded tasks, by the mean token of the frozen model's last layer: logistic regression on
+  {PROBE_SHOTS} samples a class, ridge regression on {10 * PROBE_SHOTS} where a picture is rebuilt. As many others
+  chose the penalty, and the rest of {PROBE_SIZE:,} from the training set (seed {PROBE_SEED}) are scored; means of
+  {PROBE_REPEATS} draws. No test set was read. "Random" is the same model before its first step.
 
 | task | random | pre-trained |
 |---|---|---|
 {rows}
-
+{note}
 `transformers.{kind}.from_pretrained(DIR)` reads it, and tap_jax as `model.weights` and `data.tokenizer`.
 """
 

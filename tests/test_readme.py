@@ -8,7 +8,6 @@ on from the demo says so, and finds it in runs/demo, also where its tests are ru
 """
 
 import importlib
-import json
 import os
 import pathlib
 import re
@@ -134,7 +133,7 @@ def run(words):
         case ["tap-jax", *arguments]:
             if "--config.data.root=data" in words and not DATA.is_dir():
                 pytest.skip("needs the slices of the real data sets")
-            assert cli.main([_with_pieces_there_are(argument) for argument in arguments]) == 0
+            assert cli.main(arguments) == 0
         case ["python", "-m", module, *arguments]:
             sys.argv[1:], kept = arguments, sys.argv[1:]
             try:
@@ -152,15 +151,6 @@ def run(words):
             environment = os.environ | {"BASH_ENV": "/dev/null"}
             done = subprocess.run(["env", *words], env=environment, capture_output=True, text=True, timeout=120)
             assert done.returncode == 0, done.stderr
-
-
-def _with_pieces_there_are(argument):
-    """The demo's vocabulary is that of all its texts; here it is what the few texts of the small one make."""
-    field, _, _ = argument.partition("=")
-    if field != "--config.model.vocab":
-        return argument
-    made = json.loads(pathlib.Path("exports/client8/config.json").read_text())
-    return f"{field}={made['model']['vocab']}"
 
 
 def test_a_page_says_what_it_goes_on_from():

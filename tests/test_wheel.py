@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 
+from tap_jax import shipped
 from tap_jax.config import load_config
 from tap_jax.config.files import names
 
@@ -18,6 +19,16 @@ ALL = """
 import json, tap_jax
 from tap_jax.config.files import names
 print(json.dumps([tap_jax.__file__, {name: tap_jax.load_config(name).to_dict() for name in names()}]))
+"""
+
+READ = """
+from tap_jax import shipped
+from tap_jax.data.text import load_tokenizer
+from tap_jax.models import checkpoints
+for name in shipped.checkpoints():
+    folder = checkpoints.find(name)
+    print(folder, checkpoints.model_fields(folder)["vocab"], load_tokenizer(shipped.located(name)).size)
+    assert checkpoints.read(folder, checkpoints.model_fields(folder)["name"])
 """
 
 
@@ -61,6 +72,17 @@ def test_its_configurations_are_those_of_the_repository(installed, tmp_path):
     file, found = json.loads(done.stdout)
     assert pathlib.Path(file).is_relative_to(installed)
     assert found == json.loads(json.dumps({name: load_config(name).to_dict() for name in names()}))
+
+
+def test_its_checkpoints_are_found_and_read(installed, tmp_path):
+    done = python(installed, tmp_path, "-c", READ)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in (ROOT / "tap_jax" / "checkpoints").rglob("*") if path.is_file()]
+    held = [path for path in (installed / "tap_jax" / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.relative_to(installed) for path in held} == {path.relative_to(ROOT) for path in files}
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert len(found) == len(shipped.checkpoints()) and all(words[1] == words[2] for words in found)
+    assert all(pathlib.Path(words[0]).is_relative_to(installed) for words in found)
 
 
 def test_a_command_takes_them_by_name(installed, tmp_path):

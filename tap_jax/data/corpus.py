@@ -163,7 +163,7 @@ def _question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
 
 def sentence(rng: np.random.Generator) -> str:
     """A sentence on a topic, a fact, or who does what."""
-    draw = (grammar.topical, _fact, _action)[rng.choice(3, p=(0.45, 0.3, 0.25))]
+    draw = (grammar.topical, _fact, _action)[rng.choice(3, p=(0.35, 0.35, 0.3))]
     return draw(rng)
 
 

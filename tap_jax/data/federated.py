@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tap_jax import templates
+from tap_jax import shipped, templates
 from tap_jax.data import clients as natural
 from tap_jax.data import loading, synthetic
 from tap_jax.data.examples import Examples
@@ -192,7 +192,7 @@ def _tokenizer(train: Mapping[str, Examples], settings: DataSettings) -> WordPie
     if not corpus:
         return None
     source, vocab = settings.tokenizer, settings.vocab
-    pieces = load_tokenizer(source, corpus, vocab_size=vocab, cache_dir=settings.cache_dir)
+    pieces = load_tokenizer(shipped.located(source), corpus, vocab_size=vocab, cache_dir=settings.cache_dir)
     if source != "train" and pieces.size != vocab:
         raise UserError(f"model.vocab: {vocab}, but the tokenizer '{source}' has {pieces.size} pieces; set it to that")
     if pieces.pad_id != 0:

@@ -189,32 +189,52 @@ def fact(rng: np.random.Generator) -> dict:
     return {"text": text, "question": asked, "subject": domain, "choices": choices, "answer": int(answer)}
 
 
+# How each verb is done: without words of their own, verbs that take no object would be alike in all sentences.
+_MANNERS = {
+    "run": "fast",
+    "walk": "slowly",
+    "sleep": "deeply",
+    "jump": "high",
+    "dance": "wildly",
+    "play": "loudly",
+    "throw": "far",
+    "eat": "hungrily",
+    "carry": "carefully",
+    "read": "silently",
+    "watch": "closely",
+    "wash": "gently",
+    "paint": "neatly",
+}
+
+
 def joint_scene(rng: np.random.Generator) -> dict:
     """{concepts, target}: two who act, each in a way of their own or both in the same."""
     doers = [str(doer) for doer in rng.permutation(_DOERS)[:2]]
     actions = [_action(rng), _action(rng)]
     place = _pick(rng, tuple(_PLACES))
     if rng.random() < 0.5:
-        (verb, thing), _ = actions
-        used = [verb, thing]
-        text = f"a {doers[0]} and a {doers[1]} {verb}{f' the {thing}' if thing else ''} {_PLACES[place]}."
+        used = actions[0]
+        text = f"a {doers[0]} and a {doers[1]} {_clause(*used)} {_PLACES[place]}."
     else:
         used = [word for action in actions for word in action]
         clauses = [
-            f"a {doer} {_third_person(verb)}{f' the {thing}' if thing else ''}"
-            for doer, (verb, thing) in zip(doers, actions, strict=True)
+            f"a {doer} {_clause(_third_person(verb), *rest)}"
+            for doer, (verb, *rest) in zip(doers, actions, strict=True)
         ]
         text = f"{clauses[0]} and {clauses[1]} {_PLACES[place]}."
     concepts = list(dict.fromkeys([*doers, *filter(None, used), place]))
     return {"concepts": [concepts[i] for i in rng.permutation(len(concepts))], "target": text}
 
 
-def _action(rng: np.random.Generator) -> tuple[str, str]:
-    """A verb, and what it is done to or ""."""
-    if rng.random() < 0.4:
-        return _pick(rng, _INTRANSITIVE), ""
-    verb = _pick(rng, tuple(_TRANSITIVE))
-    return verb, _pick(rng, _TRANSITIVE[verb])
+def _action(rng: np.random.Generator) -> tuple[str, str, str]:
+    """A verb, what it is done to or "", and how or ""."""
+    verb = _pick(rng, VERBS)
+    thing = _pick(rng, _TRANSITIVE[verb]) if verb in _TRANSITIVE else ""
+    return verb, thing, _MANNERS[verb] if rng.random() < 0.6 else ""
+
+
+def _clause(verb: str, thing: str, manner: str) -> str:
+    return " ".join(filter(None, (verb, thing and f"the {thing}", manner)))
 
 
 def _third_person(verb: str) -> str:

@@ -124,7 +124,9 @@ def check_sizes(folder: pathlib.Path, config: ModelConfig) -> None:
     if wrong:
         found = ", ".join(f"model.{name}: {a}, but the checkpoint has {b} ({at})" for name, (a, b, at) in wrong.items())
         remedy = ",".join(f"model.{name}={b}" for name, (_, b, _) in wrong.items() if name != "backbone_layers")
-        raise UserError(f"{found}; set {remedy or 'fewer layers'}, or use other model.weights")
+        raise UserError(
+            f"{found}; set {remedy or 'fewer layers'}, or use other model.weights; random ones: model.weights="
+        )
     parts = ("image_config", "text_config", "multimodal_config") if config.name == "flava" else ("",)
     for part in parts:
         for field, needed in _FIXED.items():

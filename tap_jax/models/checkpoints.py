@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tap_jax import shipped
 from tap_jax.errors import UserError
 from tap_jax.models.accounting import shapes
 from tap_jax.models.checkpoint_sizes import check_sizes, codebook_blocks, layer_counts, model_fields
@@ -39,17 +40,20 @@ _LOG = logging.getLogger(__name__)
 
 
 def find(source: str) -> pathlib.Path:
-    """The folder of a checkpoint: `source` itself, or the hub's files in its own cache.
+    """The folder of a checkpoint: one that comes with the package, by name, `source` itself, or the hub's own cache.
 
     Of a hub checkpoint one format is fetched, safetensors before PyTorch's before Flax's.
 
     Raises:
       UserError: no such folder, or the hub cannot give it.
     """
-    if (folder := pathlib.Path(source).expanduser()).is_dir():
+    if (folder := pathlib.Path(shipped.located(source)).expanduser()).is_dir():
         return folder
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"model.weights: no folder {source}; name a checkpoint's folder or a hub id")
+        raise UserError(
+            f"model.weights: no folder {source}; name a checkpoint's folder or a hub id,"
+            f" or one that comes with the package: {', '.join(shipped.checkpoints())}"
+        )
     from huggingface_hub import snapshot_download
 
     for name in SINGLE:
