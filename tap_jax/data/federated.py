@@ -17,6 +17,7 @@ from tap_jax.errors import UserError
 from tap_jax.federation import Federation
 from tap_jax.tasks import Task
 
+UNKNOWN = 0.01  # part of a task's word pieces that are unknown, from which a line says so
 SYNTHETIC_SIZES = {"train": 900, "test": 150}  # samples per task where the configuration names none
 
 
@@ -73,6 +74,11 @@ def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings)
     notes = [note for part in splits.values() for found in part.values() for note in found.notes]
     for task in tasks:
         notes += _cut_notes(task, train[task.name], test[task.name], **widths)
+        if pieces and (unknown := _unknown(train[task.name], pieces)) >= UNKNOWN:
+            notes.append(
+                f"data: {task.name}: {100 * unknown:.0f} % of its word pieces are not in data.tokenizer"
+                f" '{settings.tokenizer}'; name one that knows its words, or 'train'"
+            )
     for name in train:
         train[name], test[name] = _equal_widths(train[name], test[name])
 
@@ -99,6 +105,13 @@ def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings)
     return FederatedData(
         train, test, clients, tuple(deal("test", test)) if settings.personal_test else None, pieces, tuple(notes)
     )
+
+
+def _unknown(arrays: TaskArrays, pieces: WordPiece) -> float:
+    """Part of a training set's word pieces that the tokenizer does not have; 0 where there is no text."""
+    texts = [ids for ids in (arrays.tokens, arrays.answers) if ids is not None]
+    known = sum(int((ids != pieces.pad_id).sum()) for ids in texts)
+    return sum(int((ids == pieces.unk_id).sum()) for ids in texts) / max(known, 1)
 
 
 def _cut_notes(

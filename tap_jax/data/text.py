@@ -32,7 +32,7 @@ class WordPiece:
 
     Attributes:
       size: V, the number of pieces.
-      pad_id, cls_id, sep_id: ids of [PAD], [CLS], [SEP].
+      pad_id, unk_id, cls_id, sep_id: ids of [PAD], [UNK], [CLS], [SEP].
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -46,7 +46,7 @@ class WordPiece:
             )
         self._backend = backend
         self._specials = frozenset(ids)
-        self.pad_id, _, self.cls_id, self.sep_id, _ = ids
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, _ = ids
         self.size = backend.get_vocab_size()
 
     def encode(self, texts: Sequence[str], max_length: int, shorten: np.ndarray | None = None) -> np.ndarray:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tap_jax.data import loading, places
+from tap_jax.assembly import data_settings
+from tap_jax.config import load_config
+from tap_jax.data import federated, loading, places
 from tap_jax.data.classes import classes_of, domains_of
 from tap_jax.errors import UserError
-from tap_jax.tasks import declared
+from tap_jax.federation import Client, Federation
+from tap_jax.tasks import TASKS, declare, declared
 
 datasets = pytest.importorskip("datasets")
 
@@ -255,6 +258,21 @@ def test_answers_that_are_lists(tmp_path):
         write(tmp_path / "own", columns | {"captions": [["a"], []]}, split=split)
     with pytest.raises(UserError, match="own/test row 1, column 'captions': an empty list where an answer is expected"):
         loading.load(declared("own", given | {"answer": "captions"}), "test", root=str(tmp_path))
+
+
+def test_words_that_the_tokenizer_lacks_are_counted(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "own", {"body": ["the news", "ÄÖ ß"], "topic": ["a", "b"]}, split=split)
+    task = declared("own", FIELDS | {"class_names": ("a", "b"), "path": str(tmp_path / "own")})
+    declare({"own": FIELDS | {"class_names": ("a", "b"), "path": str(tmp_path / "own")}})
+    try:
+        federation = Federation((Client("one", {"own": 1.0}),))
+        config = load_config("demo", {"data.cache_dir": str(tmp_path / "cache"), "data.root": str(tmp_path)})
+        notes = federated.build(federation, (task,), data_settings(config)).notes
+    finally:
+        TASKS.pop("own")
+    (line,) = notes
+    assert re.fullmatch(r"data: own: \d+ % of its word pieces are not in data.tokenizer 'demo_flava'; .*", line)
 
 
 def test_a_path_of_its_own(tmp_path, monkeypatch):
