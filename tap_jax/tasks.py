@@ -274,7 +274,7 @@ def _check(name: str, given: Mapping[str, Any]) -> None:
     }
     for field, needed in wanted.items():
         if needed and not given[field]:
-            refuse(field, f"missing; name the column of a {kind} task")
+            refuse(field, f"missing; {kind} needs the name of that column")
     for field, of in (("label", classifies), ("classes", classifies), ("class_names", classifies)):
         if given[field] and not of:
             refuse(field, f"goes with classification, not {kind}; drop it")

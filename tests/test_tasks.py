@@ -63,7 +63,7 @@ def test_a_declaration_becomes_a_task():
     [
         ({**IMAGES, "labl": "x"}, "tasks.own.labl: unknown field; did you mean 'label'? a task has: kind, image"),
         ({**IMAGES, "kind": "regression"}, "tasks.own.kind: unknown 'regression'; use one of image_classification"),
-        ({**IMAGES, "image": ""}, "tasks.own.image: missing; name the column of a image_classification task"),
+        ({**IMAGES, "image": ""}, "tasks.own.image: missing; image_classification needs the name of that column"),
         ({**IMAGES, "label": ""}, "tasks.own.label: missing"),
         ({**IMAGES, "classes": "3"}, "tasks.own.classes: '3' is of type str; use a int"),
         ({**IMAGES, "classes": -1}, "tasks.own.classes: -1; use at least 1, or 0 for those of the data"),

@@ -25,7 +25,7 @@ from orbax import checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
 from tap_jax.engine.agreement import first_said
-from tap_jax.engine.packing import abstract, checksum, expectation, match, pack, under_todays_names, unpack
+from tap_jax.engine.manifest import abstract, checksum, expectation, match, pack, under_todays_names, unpack
 from tap_jax.errors import UserError
 
 _OTHERS = "it is of other settings or data"

@@ -2,7 +2,7 @@
 
 Plans are drawn on the host; everything else a cohort returns stays on the device until it is read.
 
-Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
+Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
 """
 
 import dataclasses

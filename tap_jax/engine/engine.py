@@ -2,7 +2,7 @@
 
 Its cohorts (`engine.cohort`) are what methods work with.
 
-Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a group.
+Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
 """
 
 import concurrent.futures
@@ -15,9 +15,9 @@ import numpy as np
 
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition, Tree
+from tap_jax.data.device_data import stored
 from tap_jax.data.families import families, offsets
 from tap_jax.data.sampling import ClientData, Plan, row_shapes, sample_cohort, share_out
-from tap_jax.data.store import stored
 from tap_jax.engine import exchange, packed
 from tap_jax.engine.cohort import Cohort, PhaseInputs, Shape, shape_of
 from tap_jax.engine.local_training import Losses, local_training

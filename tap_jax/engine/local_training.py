@@ -1,6 +1,6 @@
 """Local training of a whole cohort as one compiled program: a loop over steps, each as the method's rule says.
 
-Letters: K cohort positions, O tasks, G slots of a group, n parameters of a block.
+Letters: K cohort positions, O tasks, G slots of a shape class, n parameters of a block.
 """
 
 import dataclasses

@@ -18,10 +18,10 @@ import numpy as np
 from jax import Array
 
 from tap_jax.blocks import Blocks, Partition, Tree
+from tap_jax.data.device_data import cut
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
 from tap_jax.data.sampling import Plan, Table
-from tap_jax.data.store import cut
 from tap_jax.engine.packed import Layout, Packed, flatten, unflatten
 from tap_jax.methods.base import LocalRule, Row, StepLosses
 from tap_jax.tasks import Stream, Task

@@ -10,7 +10,7 @@ W̃[i] of the window stay on the devices. They are a quarter of what the persona
 there (blocks, gradients and two moments), and that comes after them: what is kept is no more than what is needed
 anyway, and nothing goes to the host and back.
 
-Letters: D shards, K positions of a shard, P = D·K positions, O tasks, G slots of a group.
+Letters: D shards, K positions of a shard, P = D·K positions, O tasks, G slots of a shape class.
 """
 
 from collections import Counter

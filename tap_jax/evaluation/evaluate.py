@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from tap_jax.blocks import Blocks, Params
+from tap_jax.data.device_data import stored
 from tap_jax.data.families import Family, offsets
 from tap_jax.data.packing import RowShape, capacities, pack, padded
 from tap_jax.data.sampling import row_shapes
-from tap_jax.data.store import stored
 from tap_jax.data.text import TaskArrays, WordPiece
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.engine import Engine

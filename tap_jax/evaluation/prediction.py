@@ -14,9 +14,9 @@ from flax import struct
 from jax import Array
 
 from tap_jax.blocks import Params
+from tap_jax.data.device_data import cut
 from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
-from tap_jax.data.store import cut
 from tap_jax.data.text import WordPiece
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.objective import take_parts

@@ -128,7 +128,7 @@ def mean_over_answers(values: Array, batch: Mapping[str, Array]) -> Array:
 
     Args:
       values: of every token, float32 [B, A-1]; of packed answers in their sequences' shape.
-      batch: holds "answers" [B, A], or of packed ones "answer_segments" and "answer_lengths", see `data.store.cut`.
+      batch: holds "answers" [B, A], or of packed ones "answer_segments" and "answer_lengths"; see `device_data.cut`.
     """
     if "answer_segments" not in batch:
         return mean_over_tokens(values, batch["answers"][:, 1:])

@@ -331,7 +331,7 @@ class ServerModel:
           parts: as `collect` returns them.
           task: one of the model's.
           batch: "images" float [S, 64, 64, 3] in standardised units and/or "tokens" int32 [S, T], 0-padded, or packed
-            as `data.store.cut` lays them out: tokens [B, T] with "text_segments" and "text_positions".
+            as `device_data.cut` lays them out: tokens [B, T] with "text_segments" and "text_positions".
           key: dropout key; None in evaluation.
         """
         return self._represent(frozen, parts, task, batch, key)[0]

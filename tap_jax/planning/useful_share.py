@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tap_jax import assembly
+from tap_jax.data.device_data import cut
 from tap_jax.data.families import Family, families, fields, offsets
 from tap_jax.data.federated import FederatedData
 from tap_jax.data.packing import RowShape, pack
 from tap_jax.data.sampling import ClientData, Plan, Rows, capacities, draw_plan, row_shapes, sample_cohort
-from tap_jax.data.store import cut
 from tap_jax.data.text import PAD, TaskArrays
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.evaluate import test_shapes

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tap_jax.engine import packing
+from tap_jax.engine import manifest
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.packing import under_todays_names
+from tap_jax.engine.manifest import under_todays_names
 from tap_jax.errors import UserError
 
 # Reading a damaged file leaves Orbax's event loop closed under a late callback; harmless, and none of ours.
@@ -88,7 +88,7 @@ def test_round_trip_is_bit_exact(two):
 
 
 def test_small_leaves_are_packed_by_entry_and_dtype():
-    arrays, _ = packing.pack({"a": [np.zeros(3), np.ones(2, np.int32), np.ones(4)], "b": np.zeros(3)})
+    arrays, _ = manifest.pack({"a": [np.zeros(3), np.ones(2, np.int32), np.ones(4)], "b": np.zeros(3)})
     assert sorted(array.size for array in arrays.values()) == [2, 3, 7]
 
 
@@ -199,7 +199,7 @@ WRITER = """
 import os, pathlib, signal, sys, threading, time
 import numpy as np
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.packing import under_todays_names
+from tap_jax.engine.manifest import under_todays_names
 
 folder = pathlib.Path(sys.argv[1])
 checkpoints = Checkpoints(folder)

@@ -238,7 +238,7 @@ def test_samples_are_read_as_written(tmp_path):
 
 def test_pixels_come_back_from_standardised_units():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
-    from tap_jax.data.store import standardise
+    from tap_jax.data.device_data import standardise
 
     np.testing.assert_array_equal(to_uint8(np.asarray(standardise(pixels))), pixels)
     assert to_uint8(np.array([[-99.0, 99.0, np.nan]])).tolist() == [[0, 255, 0]]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tap_jax.blocks import select
-from tap_jax.data.store import cut
+from tap_jax.data.device_data import cut
 from tap_jax.evaluation.samples import EXAMPLES, ImageSample, TextSample, to_uint8
 from tap_jax.experiment import build
 

@@ -178,7 +178,7 @@ def test_wrong_calls_are_named(exported, tmp_path):
 
 
 def test_pixels_are_standardised_as_in_training():
-    from tap_jax.data.store import standardise
+    from tap_jax.data.device_data import standardise
 
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     np.testing.assert_allclose(torch_model.standardise(torch.from_numpy(pixels)), standardise(pixels), atol=1e-6)

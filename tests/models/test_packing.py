@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tap_jax.assembly import sample_loss
+from tap_jax.data.device_data import cut
 from tap_jax.data.packing import RowShape, Sequences, pack
-from tap_jax.data.store import cut
 from tap_jax.methods.losses import distillation_loss
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
