@@ -33,6 +33,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import pytest
 
 from tap_jax.config import default_config, override, validate
+from tap_jax.engine.memory import give_back_memory
 
 # Files that take minutes, the longest first. A file stays with one process; where a long one began last, the other
 # process would have nothing to do.
@@ -78,16 +79,22 @@ def pytest_collection_finish():
 # Linux lets a process map so many pieces of memory (vm.max_map_count is 65,530), of which every compiled program takes
 # some; where it runs out of them, the compiler aborts the process.
 MANY_MAPPINGS = 20_000
+# And two processes of tests share a machine's memory.
+MUCH_MEMORY = 3 * 2**30
 
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_let_go():
     """What a file of tests has compiled, no later one needs."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+    process = pathlib.Path("/proc/self")
+    if not (process / "maps").exists():
+        return
+    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > MUCH_MEMORY or (process / "maps").read_bytes().count(b"\n") > MANY_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+        give_back_memory()
 
 
 TINY = {
