@@ -513,7 +513,7 @@ CHECKPOINTS = [
     ),
     Case(
         "another vocabulary", "", checkpoint(config={"vocab_size": 41}),
-        re.compile("model.vocab: 37, but the checkpoint has 41 .*; set model.vocab=41, or use other .*; random ones: .*"),
+        re.compile("model.vocab: 37, but the checkpoint has 41 .*; set model.vocab=41, or .*; random ones: .*"),
     ),
     Case(
         "a vocabulary that the config denies", "",
