@@ -144,10 +144,8 @@ def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where
     except templates.Unfit as unfit:
         raise values.bad(where, unfit.column, unfit.reason) from None
     if source.domain_column:
-        entry, known = columns[source.domain_column][row], source.domain_values or task.domains
-        entry = entry.strip() if isinstance(entry, str) else entry
-        if entry not in known and not source.domain_values:
-            entry = str(entry)
+        entry, known = columns[source.domain_column][row], list(map(str, source.domain_values or task.domains))
+        entry = str(int(entry) if isinstance(entry, float) and entry.is_integer() else entry).strip()
         if entry not in known:
             shown = f"{source.domain_column} {entry}"
             raise values.bad(where, source.domain_column, f"{shown} has no domain among {', '.join(task.domains)}")

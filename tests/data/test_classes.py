@@ -238,6 +238,10 @@ def test_domains_of_a_column(tmp_path):
     renamed = given | {"domains": ("s", "n"), "domain_values": ("south", "north")}
     assert loading.load(declared("own", renamed), "train", root=str(tmp_path)).domains.tolist() == [1, 0, 1]
     for split in ("train", "test"):
+        csv_file(tmp_path / "cells" / f"{split}.csv", [("body", "topic", "ward"), ("x", "a", "7"), ("y", "b", "2")])
+    numbered = declared("cells", given | {"domains": ("two", "seven"), "domain_values": (2, 7)})
+    assert loading.load(numbered, "train", root=str(tmp_path)).domains.tolist() == [1, 0]
+    for split in ("train", "test"):
         write(tmp_path / "own", columns | {"ward": ["a.b", "south", "north"]}, split=split)
     with pytest.raises(UserError, match=re.escape("column 'ward': 'a.b' cannot name a domain; set tasks.own.domains")):
         found(declared("own", given), tmp_path, domains_of)
