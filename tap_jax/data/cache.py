@@ -15,7 +15,7 @@ from tap_jax.data.examples import Examples
 from tap_jax.tasks import Task
 from tap_jax.whole_files import replaced
 
-FORMAT = 2  # raise it when the conversion changes
+FORMAT = 3  # raise it when the conversion changes
 _LOG = logging.getLogger(__name__)
 
 
