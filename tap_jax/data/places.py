@@ -107,7 +107,7 @@ def rows_of(
     folders: Mapping[str, str] | None = None,
     also: Sequence[str] = (),
 ) -> reading.Joined:
-    """The rows of a split before any is read: how many there are, and columns by name. Arguments as of `load`.
+    """The rows of a split before any is read: how many there are, and columns by name. Arguments: `loading.load`.
 
     Args:
       also: columns that there have to be beside the task's own.

@@ -38,9 +38,10 @@ def convert(
     """
     source, place = task.source, f"{task.name}/{split}"
     needed = dict.fromkeys((*source.needed, *((client_column,) if client_column else ())))
-    columns = rows.columns([name for name in needed if name != source.image])  # images come one by one
-    if task.class_names and isinstance(task.class_names[0], str):
-        columns[source.label] = rows.classes(source.label)
+    named = source.label if task.class_names and isinstance(task.class_names[0], str) else ""
+    columns = rows.columns([name for name in needed if name not in (source.image, named)])  # images come one by one
+    if named:
+        columns[named] = rows.classes(named)
     if not rows.count:
         raise UserError(f"data.root: {place} has no rows; put data there")
     attempt = _Attempts(place, on_bad_row)

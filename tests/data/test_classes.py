@@ -78,14 +78,14 @@ def test_declared_names_are_those_of_the_file_whatever_their_order(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / "own", {"body": ["x", "y"], "topic": [1, 0]}, features=features, split=split)
     task = declared("own", FIELDS | {"class_names": ("game", "bank")})
-    assert hub_labels(task, tmp_path) == [0, 1]
+    assert labels_of(task, tmp_path) == [0, 1]
     with pytest.raises(
         UserError, match="label 'game' is none of the classes play, bank; name it in tasks.own.class_names"
     ):
-        hub_labels(declared("own", FIELDS | {"class_names": ("play", "bank")}), tmp_path)
+        labels_of(declared("own", FIELDS | {"class_names": ("play", "bank")}), tmp_path)
 
 
-def hub_labels(task, root):
+def labels_of(task, root):
     return loading.load(task, "train", root=str(root)).labels.tolist()
 
 
