@@ -107,14 +107,14 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 def begin(workdir: pathlib.Path, experiment: Experiment) -> None:
     """Writes what a run leaves before its first round: the configuration, the tokenizer, clients that have names."""
-    found = [
-        {"name": name, "tasks": tasks}
-        for name, tasks in zip(experiment.federation.labels, experiment.data.samples(), strict=True)
-    ]
-    if experiment.federation.named and (workdir / CLIENTS).exists():
-        _check_samples(workdir, found)
-    write_file(workdir / "config.json", configuration.to_json(experiment.config))
+    found = []
     if experiment.federation.named:
+        counts = zip(experiment.federation.labels, experiment.data.samples(), strict=True)
+        found = [{"name": name, "tasks": tasks} for name, tasks in counts]
+        if (workdir / CLIENTS).exists():
+            _check_samples(workdir, found)
+    write_file(workdir / "config.json", configuration.to_json(experiment.config))
+    if found:
         write_file(workdir / CLIENTS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if experiment.data.tokenizer is not None:
         experiment.data.tokenizer.save(workdir / "tokenizer")
