@@ -56,11 +56,6 @@ class Instruction:
     called: tuple[str, ...]
     text: str
 
-    def attribute(self, name: str) -> str | None:
-        """The computation that `name=` names; None without it."""
-        found = re.search(rf"\b{name}=%?([\w.-]+)", self.text)
-        return found[1] if found else None
-
     @property
     def target(self) -> str:
         """Of a custom call: what it calls."""
