@@ -179,7 +179,7 @@ def post_trainings(config: ConfigDict) -> int:
     doubled = 2 * sum(variant.endswith("+2p") for variant in variants)
     if not entry.personal:
         return doubled + sum(variant.endswith("+post") for variant in variants)
-    untrained = {*entry.server, "tap-stage1", "local"}  # "+post" is the teacher as it is
+    untrained = {*entry.server, *entry.untrained}  # "+post" is the teacher as it is
     students = [v for v in variants if v not in untrained and not v.endswith(("+post", "+2p"))]
     return doubled + len(students) + 1
 

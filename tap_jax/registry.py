@@ -33,6 +33,7 @@ class MethodEntry:
       name: value of `config.method`.
       variants: names of what one run can yield; the first is the default.
       server: those of them that are the server's blocks as they are, so that no client has a model of its own.
+      untrained: those of them that nothing is trained for after the last round, beside the server's.
       make: (settings, `methods.base.MethodContext`) -> `Method`; a function, or "module:function".
       section: fields of `config.<name>`, which the method alone reads, and their defaults.
       choices: field of the section -> the words that it takes.
@@ -49,6 +50,7 @@ class MethodEntry:
     name: str
     variants: tuple[str, ...]
     server: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
     make: str | Callable[[Settings, Any], Any] = ""
     section: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -99,6 +101,7 @@ for _entry in (
         "tap",
         ("tap", "tap-no-kd", "tap-stage1", "tap-stage2", "local", "fedavg", "fedavg+post", "fedavg+2p"),
         server=("fedavg",),
+        untrained=("tap-stage1", "local"),
         make="tap_jax.methods.tap:configured",
         reads=("margins", "replacement", "distillation"),
         personal=True,
