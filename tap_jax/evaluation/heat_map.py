@@ -37,8 +37,8 @@ def gains(comparison: Comparison) -> dict[tuple[int, str], tuple[str, float, flo
     """(client, task) -> (metric, TAP's score, its gain over FedAvg + Post-train in % of the latter)."""
     ours, theirs = client_scores(comparison, "tap"), client_scores(comparison, BASELINE)
     found = {}
-    for key in ours.keys() & theirs.keys():
-        (metric, mine), (other, base) = ours[key], theirs[key]
+    for key, (metric, mine) in ours.items():  # in the order of the rows, which is also that of the drawing
+        other, base = theirs.get(key, ("", 0.0))
         if metric == other and base:
             sign = 1 if find_metric(metric).higher_is_better else -1
             found[key] = (metric, mine, 100 * sign * (mine - base) / abs(base))

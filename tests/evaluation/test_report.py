@@ -195,6 +195,14 @@ def test_gain_is_in_percent_and_knows_directions(runs):
     assert found[4, "vqa"][0] == "meteor"
 
 
+def test_gains_are_in_the_order_of_the_scores(runs):
+    """What is drawn later lies above: in a set's order the picture would change from process to process."""
+    (comparison, *_) = comparisons(read_runs([runs])[0])
+    scored = list(heat_map.client_scores(comparison, "tap"))
+    found = list(heat_map.gains(comparison))
+    assert len(found) > 4 and found == [key for key in scored if key in found]
+
+
 def test_gains_of_many_clients_are_a_spread(tmp_path):
     """A map of thousands would be a picture wider than can be drawn."""
     rows = [
