@@ -9,6 +9,7 @@ Letters: M tokens of a row, D width, F inner width of feed-forward networks.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -94,9 +95,15 @@ def with_sizes(config: ConfigDict, sizes: Sizes) -> ConfigDict:
 
 
 def choices(config: ConfigDict, federation: Federation, platform: Platform, devices: int = 1) -> list[Sizes]:
-    """What fits by the estimate, the fastest first. Settings that the configuration names are kept."""
+    """What fits by the estimate, the fastest first. Settings that the configuration names are kept.
+
+    Rows follow each other, whosever they are, so more clients at once save no time on one shard. As many as in a round
+    come first there: the program of the rounds then serves after the last one, too. Where there are more shards, many
+    clients are shared out more evenly than few.
+    """
+    alone, cohort = shards_of(config, devices) == 1, min(config.cohort_size, len(federation.clients))
     fits = [sizes for sizes in _all(config, federation, platform, devices) if sizes.bytes <= FILLED * platform.memory]
-    return sorted(fits, key=lambda sizes: (sizes.time, -sizes.clients, sizes.bytes))
+    return sorted(fits, key=lambda sizes: (sizes.time, alone and sizes.clients != cohort, -sizes.clients, sizes.bytes))
 
 
 def _all(config: ConfigDict, federation: Federation, platform: Platform, devices: int) -> Iterator[Sizes]:
@@ -105,8 +112,9 @@ def _all(config: ConfigDict, federation: Federation, platform: Platform, devices
     if engine.clients_at_once:
         batches = [min(engine.clients_at_once, people)]
     else:
-        shards, halves = shards_of(config, devices), (-(-people // 2**n) for n in range(12))
-        batches = sorted({people, *(min(people, -(-c // shards) * shards) for c in halves)})
+        shards = shards_of(config, devices)
+        halves = (shards * math.ceil(people / (shards * 2**n)) for n in range(12))
+        batches = sorted({min(people, count) for count in (config.cohort_size, *halves)})
     words = (KEPT, LAYER) if engine.remat == "auto" else (engine.remat,)
     estimate = Estimate(config, federation, platform, devices)
     for clients in batches:

@@ -24,9 +24,15 @@ def test_cpus_and_unknown_devices_keep_their_defaults(tiny):
 def test_larger_devices_have_larger_rows():
     config = load_config("configs/flava.py")
     large, small = (sized(config, table_federation(config), platform) for platform in (LARGE, SMALL))
-    assert large.engine.microbatch == 32 and large.engine.clients_at_once > small.engine.clients_at_once
-    assert small.engine.microbatch <= large.engine.microbatch
+    assert large.engine.microbatch == 32 and small.engine.microbatch <= large.engine.microbatch
     assert config.engine.microbatch == 0  # the one given stays
+
+
+def test_one_program_serves_rounds_and_what_follows_where_there_is_one_shard():
+    config = load_config("configs/flava.py")
+    federation = table_federation(config)
+    assert sized(config, federation, LARGE).engine.clients_at_once == config.cohort_size == 2
+    assert sized(config, federation, LARGE, devices=2).engine.clients_at_once == len(federation.clients)
 
 
 def test_what_is_named_is_kept():
