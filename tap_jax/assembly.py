@@ -1,4 +1,4 @@
-"""From a configuration to the parts of an experiment: sizes, losses, the method and how it runs."""
+"""Cuts a configuration into its sections, typed: what each part of an experiment is given. No part reads it itself."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,9 @@ from tap_jax.engine.memory import machine_memory
 from tap_jax.engine.objective import SampleLoss
 from tap_jax.engine.privacy import Privacy, epsilon
 from tap_jax.engine.screening import Screening
-from tap_jax.engine.settings import EngineSettings
+from tap_jax.engine.settings import EngineSettings, MeshSettings
 from tap_jax.errors import UserError
+from tap_jax.evaluation.metrics import MetricSettings
 from tap_jax.federation import Federation, client_table
 from tap_jax.methods.base import Method, MethodContext
 from tap_jax.methods.criteria import Criterion
@@ -26,8 +27,90 @@ from tap_jax.models.attention import why_not_cudnn
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
 from tap_jax.platforms import Platform
-from tap_jax.registry import METHODS
+from tap_jax.registry import METHODS, MethodEntry, Settings
 from tap_jax.tasks import Task, complete, find_task, is_open
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """A configuration, cut.
+
+    Attributes:
+      platform: of the devices.
+      federation: the clients, and their tasks as declared. tasks: these with the classes in use (`data.image_classes`).
+      variants: what the run is to yield.
+      method: what is known of the method. method_settings: what it alone reads.
+      data: of data. model: of the server model. engine: of local training. metrics: of scores.
+      weights, start_from: a checkpoint of frozen weights, and an export to start from; "" for none.
+      open: those of `engine.microbatch`, `engine.clients_at_once` and `model.remat` that are left to the device
+        (`device_sizes.sized`).
+      notes: what was chosen where the platform does not say it.
+    """
+
+    platform: Platform
+    federation: Federation
+    tasks: tuple[Task, ...]
+    variants: tuple[str, ...]
+    method: MethodEntry
+    method_settings: Settings
+    data: DataSettings
+    model: ModelConfig
+    engine: EngineSettings
+    metrics: MetricSettings
+    weights: str
+    start_from: str
+    open: frozenset[str]
+    notes: tuple[str, ...]
+
+    @property
+    def gradients(self) -> int | None:
+        """Gradients of the task losses that a local step takes; None where it computes more than those."""
+        return self.method.gradients(self.method_settings)
+
+
+def cut(
+    config: ConfigDict,
+    target: Platform | None = None,
+    federation: Federation | None = None,
+    *,
+    attention: str = "",
+) -> Sections:
+    """The sections of a configuration, with a platform's defaults where it leaves them open.
+
+    Args:
+      target: the platform of devices that are not here; default: of this process's.
+      federation: what `federation_of` makes of the configuration, where that is known already.
+      attention: in the place of `engine.attention`: where shapes alone are wanted, naming one saves the trial.
+
+    Raises:
+      UserError: as of `federation_of`, or cuDNN's attention was asked for and cannot be had.
+    """
+    federation, most = federation or federation_of(config), config.data.image_classes
+    method, method_settings = configuration.method_settings(config)
+    model = model_config(config, target)
+    chosen, notes = (attention, ()) if attention else attention_of(model, method, method_settings, target)
+    left_open = {"microbatch": 0, "clients_at_once": 0, "remat": "auto"}
+    return Sections(
+        platform=target or platforms.here(),
+        federation=federation,
+        tasks=tuple(
+            dataclasses.replace(task, classes=min(task.classes, most))
+            if most and task.kind == "image_classification"
+            else task
+            for task in federation.tasks
+        ),
+        variants=configuration.variants_of(config),
+        method=method,
+        method_settings=method_settings,
+        data=data_settings(config),
+        model=dataclasses.replace(model, attention=chosen),
+        engine=engine_settings(config, len(federation.clients), target),
+        metrics=MetricSettings(**config.metrics),
+        weights=config.model.weights,
+        start_from=config.model.start_from,
+        open=frozenset(name for name, word in left_open.items() if config.engine[name] == word),
+        notes=notes,
+    )
 
 
 def data_settings(config: ConfigDict) -> DataSettings:
@@ -53,6 +136,7 @@ def data_settings(config: ConfigDict) -> DataSettings:
         client_column=data.client_column,
         tasks=federation.tasks,
         personal_test=data.test_split == "personal",
+        held_out=data.held_out,
         on_bad_row=data.on_bad_row,
         too_long=data.too_long,
     )
@@ -104,103 +188,70 @@ def with_found(config: ConfigDict) -> ConfigDict:
     return complete_config.lock()
 
 
-def tasks_of(config: ConfigDict, federation: Federation) -> tuple[Task, ...]:
-    """The federation's tasks with the number of classes in use (`data.image_classes`)."""
-    most = config.data.image_classes
-    return tuple(
-        dataclasses.replace(task, classes=min(task.classes, most))
-        if most and task.kind == "image_classification"
-        else task
-        for task in federation.tasks
+def model_config(config: ConfigDict, target: Platform | None = None) -> ModelConfig:
+    """The model section as `ModelConfig`, in bfloat16 on accelerators unless the configuration says otherwise.
+
+    Its attention is as `engine.attention` says; see `attention_of`.
+    """
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    entry, settings = configuration.method_settings(config)
+    accelerated = (target or platforms.here()).accelerated
+    dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if accelerated else "float32"
+    return ModelConfig(
+        **{name: value for name, value in config.model.items() if name in names},
+        attention=config.engine.attention,
+        remat=config.engine.remat == "layer",
+        dtype=dtype,
+        bottleneck=entry.adapters(settings),
     )
 
 
-def compute_dtype(config: ConfigDict, platform: Platform | None = None) -> str:
-    """bfloat16 on accelerators, float32 on CPU, unless the configuration says otherwise."""
-    if config.compute_dtype != "auto":
-        return config.compute_dtype
-    return "bfloat16" if (platform or platforms.here()).accelerated else "float32"
-
-
-def attention_of(config: ConfigDict, platform: Platform | None = None) -> tuple[str, str]:
-    """`engine.attention`, where that is "auto" on a GPU "cudnn" or "xla"; and why not cuDNN's, if so.
+def attention_of(
+    model: ModelConfig, method: MethodEntry, settings: Settings, target: Platform | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """What `model.attention` stands for, on a GPU "cudnn" or "xla" for "auto", and notes on what was tried for that.
 
     Args:
-      platform: of a target, where nothing can be tried: cuDNN's is taken to work where it can be asked for. Default:
-        of this process's devices.
-    """
-    chosen = config.engine.attention
-    kind = (platform or platforms.here()).kind
-    if platform and chosen == "auto" and kind != "gpu":  # "auto" would ask this process's devices
-        return "einsum" if kind == "cpu" else "xla", ""
-    if chosen != "auto" or kind != "gpu":
-        return chosen, ""
-    reason = _why_not_cudnn(config, platform)
-    return ("xla" if reason else "cudnn"), reason
-
-
-def remat_of(config: ConfigDict) -> str:
-    """`engine.remat`, "none" where that is "auto" (`device_sizes.sized` has set it where the device wants it)."""
-    return "none" if config.engine.remat == "auto" else config.engine.remat
-
-
-def _why_not_cudnn(config: ConfigDict, platform: Platform | None = None) -> str:
-    """Why cuDNN's attention cannot be had for this run; empty where it can."""
-    entry, settings = configuration.method_settings(config)
-    if entry.second_order(settings):
-        return f"it has no second derivative, which method '{entry.name}' takes as it is set"
-    if (platform or platforms.here()).kind != "gpu":
-        return "no NVIDIA GPU is at hand"
-    if platform:
-        dtype = compute_dtype(config, platform)
-        return "" if dtype == "bfloat16" else f"it does not compute in {dtype}"
-    model = config.model
-    lengths = ((model.image_size // model.patch) ** 2 + 1, model.max_text)
-    # What one process cannot do, none does: they run one program.
-    return first_said(why_not_cudnn(model.heads, model.width, lengths, compute_dtype(config)))
-
-
-def attention_notes(config: ConfigDict, platform: Platform | None = None) -> tuple[str, ...]:
-    """What was chosen where the platform does not say it.
+      settings: of the method.
+      target: where nothing can be tried: cuDNN's is taken to work where it can be asked for. Default: the devices here.
 
     Raises:
-      UserError: cuDNN's was, and cannot be had.
+      UserError: cuDNN's is asked for and cannot be had.
     """
-    if config.engine.attention == "cudnn" and (reason := _why_not_cudnn(config, platform)):
+    asked, kind = model.attention, (target or platforms.here()).kind
+    if asked == "auto" and kind != "gpu":  # "auto" would ask this process's devices
+        return (asked if target is None else "einsum" if kind == "cpu" else "xla"), ()
+    if asked not in ("auto", "cudnn"):
+        return asked, ()
+    reason = ""
+    if method.second_order(settings):
+        reason = f"it has no second derivative, which method '{method.name}' takes as it is set"
+    elif kind != "gpu":
+        reason = "no NVIDIA GPU is at hand"
+    elif target is None:
+        lengths = ((model.image_size // model.patch) ** 2 + 1, model.max_text)
+        # What one process cannot do, none does: they run one program.
+        reason = first_said(why_not_cudnn(model.heads, model.width, lengths, model.dtype))
+    elif model.dtype != "bfloat16":
+        reason = f"it does not compute in {model.dtype}"
+    if asked == "cudnn" and reason:
         raise UserError(f"engine.attention: 'cudnn' cannot be had ({reason}); use 'auto'")
-    chosen, reason = attention_of(config, platform)
-    if platform or chosen == config.engine.attention:
-        return ()
-    return (f"engine.attention: '{chosen}'" + (f", not 'cudnn': {reason}" if reason else ", which was tried here"),)
+    chosen = "xla" if reason else "cudnn"
+    if asked == chosen or target:
+        return chosen, ()
+    return chosen, (
+        f"engine.attention: '{chosen}'" + (f", not 'cudnn': {reason}" if reason else ", which was tried here"),
+    )
 
 
-def model_config(
-    config: ConfigDict, *, vocab: int | None = None, attention: str = "", platform: Platform | None = None
-) -> ModelConfig:
-    """The model section as `ModelConfig`; where it is for its shapes alone, naming an attention saves the trial."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    fields = {name: value for name, value in config.model.items() if name in names}
-    fields |= {
-        "attention": attention or attention_of(config, platform)[0],
-        "remat": remat_of(config) == "layer",
-        "dtype": compute_dtype(config, platform),
-    }
-    entry, settings = configuration.method_settings(config)
-    fields |= {"bottleneck": entry.adapters(settings)}
-    return ModelConfig(**fields | ({} if vocab is None else {"vocab": vocab}))
-
-
-def method_of(
-    config: ConfigDict, model: ServerModel, variants: tuple[str, ...], criterion: Criterion | None = None
-) -> Method:
-    """The method that the configuration names.
+def method_of(sections: Sections, model: ServerModel, criterion: Criterion | None = None) -> Method:
+    """The method that a configuration names.
 
     Args:
-      variants: what the run is to yield.
       criterion: of replacement, in the place of the configuration's.
     """
-    entry, settings = configuration.method_settings(config)
-    return entry.method(settings, MethodContext(model, variants, config.post_steps, criterion))
+    context = MethodContext(model, sections.variants, sections.engine.post_steps, criterion)
+    return sections.method.method(sections.method_settings, context)
 
 
 def finished_model(model: ServerModel) -> ServerModel:
@@ -225,42 +276,18 @@ def sample_loss(model: ServerModel) -> SampleLoss:
 MANY_CLIENTS = 300
 
 
-def host_bytes(config: ConfigDict, clients: int) -> int:
-    """How much memory personal blocks may take on the host before they go to disk.
-
-    By default half of what there is, and none for very many clients.
-    """
-    if config.engine.host_gigabytes:
-        return int(1e9 * config.engine.host_gigabytes)
-    return 0 if clients > MANY_CLIENTS else machine_memory() // 2
-
-
-def packed_of(config: ConfigDict, platform: Platform | None = None) -> bool:
-    """Whether texts share sequences, see `data.packing`."""
-    if config.engine.packing != "auto":
-        return config.engine.packing == "on"
-    return (platform or platforms.here()).accelerated
-
-
-def generator_of(config: ConfigDict, platform: Platform | None = None) -> str:
-    """JAX's name of the generator of dropout masks.
-
-    "auto" is a TPU's own generator on TPUs, where Threefry's arithmetic would be two thirds of what there is to compile
-    of a forward pass; elsewhere Threefry, whose masks are the same on every machine.
-    """
-    tpu = (platform or platforms.here()).kind == "tpu"
-    chosen = config.engine.dropout_bits
-    return "rbg" if chosen == "rbg" or (chosen == "auto" and tpu) else "threefry2x32"
-
-
-def engine_settings(config: ConfigDict, clients: int, platform: Platform | None = None) -> EngineSettings:
+def engine_settings(config: ConfigDict, clients: int, target: Platform | None = None) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
     On CPU: rows of one sample (wide rows lose to caches, and padding is work), batches of the cohort's size so
     that one program serves everything. On accelerators: rows of 32 samples or of as many tokens, packed, all clients in
-    one pass.
+    one pass. Dropout masks are of a TPU's own generator on TPUs, where Threefry's arithmetic would be two thirds of
+    what there is to compile of a forward pass; elsewhere of Threefry, whose masks are the same on every machine.
+    Personal blocks may take half of the host's memory before they go to disk, and none where clients are very many.
     """
-    cpu, optimizer = not (platform or platforms.here()).accelerated, config.optimizer
+    platform = target or platforms.here()
+    cpu, engine, optimizer = not platform.accelerated, config.engine, config.optimizer
+    bits, spare = engine.dropout_bits, 0 if clients > MANY_CLIENTS else machine_memory() // 2
     # All data in one place: as many iterations a round as the cohort's clients can take together.
     entry, settings = configuration.method_settings(config)
     cohort, pooled = (1, config.cohort_size) if entry.pooled else (config.cohort_size, 1)
@@ -274,13 +301,14 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
 
     twice = any(variant.endswith("+2p") for variant in configuration.variants_of(config))
     return EngineSettings(
+        rounds=config.rounds,
         cohort_size=cohort,
-        clients_at_once=min(clients, config.engine.clients_at_once or (cohort if cpu else clients)),
+        clients_at_once=min(clients, engine.clients_at_once or (cohort if cpu else clients)),
         batch=config.batch_size,
         local_steps=config.local_steps * pooled,
         post_steps=config.post_steps,
-        microbatch=config.engine.microbatch or (1 if cpu else min(32, config.batch_size)),
-        packed=packed_of(config, platform),
+        microbatch=engine.microbatch or (1 if cpu else min(32, config.batch_size)),
+        packed=engine.packing == "on" or (engine.packing == "auto" and not cpu),
         training=training,
         persist=optimizer.state == "persist",
         rate=rate,
@@ -291,9 +319,11 @@ def engine_settings(config: ConfigDict, clients: int, platform: Platform | None 
         seed=config.seed,
         screening=Screening(config.screening.max_norm, config.screening.on_broken == "stop"),
         privacy=Privacy(**config.privacy) if config.privacy.noise_multiplier else None,
-        window=max(1, config.engine.window),
-        generator=generator_of(config, platform),
+        window=max(1, engine.window),
+        generator="rbg" if bits == "rbg" or (bits == "auto" and platform.kind == "tpu") else "threefry2x32",
         in_pieces=bool(settings.get("distillation", {}).get("patience")),
+        host_bytes=int(1e9 * engine.host_gigabytes) if engine.host_gigabytes else spare,
+        mesh=MeshSettings(**config.mesh),
     )
 
 
@@ -312,21 +342,22 @@ def test_notes(federation: Federation, personal: Sequence[Mapping[str, np.ndarra
     return tuple(notes)
 
 
-def privacy_notes(config: ConfigDict, federation: Federation) -> tuple[str, ...]:
+def privacy_notes(sections: Sections) -> tuple[str, ...]:
     """What somebody who asked for privacy should know before the run.
 
     Raises:
       UserError: the accountant is not installed.
     """
-    if not config.privacy.noise_multiplier:
+    settings, clients = sections.engine, len(sections.federation.clients)
+    privacy, rounds = settings.privacy, settings.rounds
+    if privacy is None:
         return ()
-    privacy, clients = Privacy(**config.privacy), len(federation.clients)
-    found = epsilon(privacy, clients=clients, cohort=config.cohort_size, rounds=config.rounds)
+    found = epsilon(privacy, clients=clients, cohort=settings.cohort_size, rounds=rounds)
     notes = [
-        f"privacy: epsilon will be {found:.4g} at delta {privacy.delta:g} after {config.rounds} rounds, for one of"
+        f"privacy: epsilon will be {found:.4g} at delta {privacy.delta:g} after {rounds} rounds, for one of"
         f" {clients} clients; it covers the server's blocks alone"
     ]
-    if config.data.tokenizer == "train" and any("text" in task.modalities for task in federation.tasks):
+    if sections.data.tokenizer == "train" and any("text" in task.modalities for task in sections.tasks):
         notes.append(
             "privacy: the word pieces are made of all clients' texts, which epsilon does not cover; name a public"
             " data.tokenizer where that matters"

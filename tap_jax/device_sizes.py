@@ -10,21 +10,19 @@ Letters: M tokens of a row, D width, F inner width of feed-forward networks.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
-from tap_jax import assembly, blocks, platforms
-from tap_jax import config as configuration
-from tap_jax.config import ConfigDict
+from tap_jax import assembly, blocks
+from tap_jax.assembly import Sections
 from tap_jax.data.packing import SEQUENCE
 from tap_jax.engine.memory_plan import MemoryPlan, memory_plan
-from tap_jax.federation import Federation
+from tap_jax.engine.settings import EngineSettings
 from tap_jax.models.accounting import shapes
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
-from tap_jax.platforms import Platform
-from tap_jax.registry import METHODS
+from tap_jax.registry import MethodEntry
 from tap_jax.tasks import Task
 
 # Part of a device's memory that the estimate may fill: the compiler's own padding and fragmentation take the rest.
@@ -54,69 +52,63 @@ class Sizes:
     time: float
 
     @property
+    def fields(self) -> dict[str, int | str]:
+        """As fields of the configuration."""
+        return {
+            "engine.microbatch": self.microbatch,
+            "engine.clients_at_once": self.clients,
+            "engine.remat": self.remat,
+        }
+
+    @property
     def flags(self) -> str:
         """As arguments of the command line."""
-        return (
-            f"--config.engine.microbatch={self.microbatch} --config.engine.clients_at_once={self.clients}"
-            f" --config.engine.remat={self.remat}"
-        )
+        return " ".join(f"--config.{field}={value}" for field, value in self.fields.items())
 
 
-def sized(config: ConfigDict, federation: Federation, platform: Platform | None = None, devices: int = 1) -> ConfigDict:
-    """The configuration with the defaults of a device in the place of 0 and "auto"; itself where there are none.
+def sized(sections: Sections, devices: int = 1) -> Sections:
+    """The sections with the defaults of a device where they are `open`; themselves where there are none.
 
     On CPUs, and where a device's memory is not known, nothing is changed.
 
     Args:
-      federation: of the configuration.
-      platform: of the run's devices; default: of this process's.
       devices: how many share out the clients.
     """
-    platform = platform or platforms.here()
-    engine = config.engine
-    if not platform.accelerated or platform.memory is None:
-        return config
-    if engine.microbatch and engine.clients_at_once and engine.remat != "auto":
-        return config
-    found = next(iter(choices(config, federation, platform, devices)), None)
+    if not sections.open or not sections.platform.accelerated or sections.platform.memory is None:
+        return sections
+    found = next(iter(choices(sections, devices)), None)
     if found is None:  # nothing fits by the estimate: the smallest, and the compiler has the last word
-        found = min(_all(config, federation, platform, devices), key=lambda sizes: sizes.bytes)
-    return with_sizes(config, found)
+        found = min(_all(sections, devices), key=lambda sizes: sizes.bytes)
+    engine = dataclasses.replace(sections.engine, microbatch=found.microbatch, clients_at_once=found.clients)
+    model = dataclasses.replace(sections.model, remat=found.remat == LAYER)
+    return dataclasses.replace(sections, engine=engine, model=model, open=frozenset())
 
 
-def with_sizes(config: ConfigDict, sizes: Sizes) -> ConfigDict:
-    """The configuration with a choice in it."""
-    fields = {
-        "engine.microbatch": sizes.microbatch,
-        "engine.clients_at_once": sizes.clients,
-        "engine.remat": sizes.remat,
-    }
-    return configuration.override(config.copy_and_resolve_references(), fields)
-
-
-def choices(config: ConfigDict, federation: Federation, platform: Platform, devices: int = 1) -> list[Sizes]:
+def choices(sections: Sections, devices: int = 1) -> list[Sizes]:
     """What fits by the estimate, the fastest first. Settings that the configuration names are kept.
 
     Rows follow each other, whosever they are, so more clients at once save no time on one shard. As many as in a round
     come first there: the program of the rounds then serves after the last one, too. Where there are more shards, many
     clients are shared out more evenly than few.
     """
-    alone, cohort = shards_of(config, devices) == 1, min(config.cohort_size, len(federation.clients))
-    fits = [sizes for sizes in _all(config, federation, platform, devices) if sizes.bytes <= FILLED * platform.memory]
+    settings, most = sections.engine, FILLED * sections.platform.memory
+    alone, cohort = shards_of(settings, devices) == 1, min(settings.cohort_size, len(sections.federation.clients))
+    fits = [sizes for sizes in _all(sections, devices) if sizes.bytes <= most]
     return sorted(fits, key=lambda sizes: (sizes.time, alone and sizes.clients != cohort, -sizes.clients, sizes.bytes))
 
 
-def _all(config: ConfigDict, federation: Federation, platform: Platform, devices: int) -> Iterator[Sizes]:
-    engine, people = config.engine, len(federation.clients)
-    rows = [engine.microbatch] if engine.microbatch else [s for s in (32, 16, 8, 4, 2, 1) if s <= config.batch_size]
-    if engine.clients_at_once:
-        batches = [min(engine.clients_at_once, people)]
-    else:
-        shards = shards_of(config, devices)
+def _all(sections: Sections, devices: int) -> Iterator[Sizes]:
+    settings, people = sections.engine, len(sections.federation.clients)
+    rows, batches, words = [settings.microbatch], [settings.clients_at_once], [LAYER if sections.model.remat else KEPT]
+    if "microbatch" in sections.open:
+        rows = [s for s in (32, 16, 8, 4, 2, 1) if s <= settings.batch]
+    if "clients_at_once" in sections.open:
+        shards = shards_of(settings, devices)
         halves = (shards * math.ceil(people / (shards * 2**n)) for n in range(12))
-        batches = sorted({min(people, count) for count in (config.cohort_size, *halves)})
-    words = (KEPT, LAYER) if engine.remat == "auto" else (engine.remat,)
-    estimate = Estimate(config, federation, platform, devices)
+        batches = sorted({min(people, count) for count in (settings.cohort_size, *halves)})
+    if "remat" in sections.open:
+        words = [KEPT, LAYER]
+    estimate = Estimate(sections, devices)
     for clients in batches:
         for microbatch in rows:
             for remat in words:
@@ -124,66 +116,59 @@ def _all(config: ConfigDict, federation: Federation, platform: Platform, devices
 
 
 class Estimate:
-    """Bytes and relative time of choices, for one configuration on one kind of device.
+    """Bytes and relative time of choices, for one configuration on devices of its platform.
 
     What lies on a device: frozen weights, data, the blocks of the clients that train, their gradients, AdamW's moments
     and a teacher (`engine.memory_plan`); the residuals of one row (`row_bytes`), which the backward pass reads; and as
     much again of the row's blocks and their gradients.
     """
 
-    def __init__(self, config: ConfigDict, federation: Federation, platform: Platform, devices: int = 1):
-        self.config, self.platform, self.devices = config, platform, devices
-        self.packed = assembly.packed_of(config, platform)
-        self.people = len(federation.clients)
-        model = assembly.model_config(config, attention="einsum", platform=platform)
-        self.model = ServerModel(model, assembly.tasks_of(config, federation))
-        self.partition = self.model.partition(federation.task_mask).with_private(self.model.adapter_blocks)
+    def __init__(self, sections: Sections, devices: int = 1):
+        self.sections, self.devices = sections, devices
+        self.model = ServerModel(dataclasses.replace(sections.model, attention="einsum"), sections.tasks)
         self.fixed = functools.cache(self._fixed)
 
     def __call__(self, microbatch: int, clients: int, remat: str) -> Sizes:
         """One choice."""
-        c = self.model.config
-        rows = [row_tokens(c, task, microbatch, self.packed) for task in self.model.tasks]
+        c, settings, people = self.model.config, self.sections.engine, len(self.sections.federation.clients)
+        rows = [row_tokens(c, task, microbatch, settings.packed) for task in self.model.tasks]
         row = max(row_bytes(c, tokens, remat) for tokens in rows)
         plan = self.fixed(clients)
         memory = max(plan.on_device(phase) for phase in plan.phases) + int(RESIDUALS * row)
         tokens = max(map(sum, rows))
-        shards = shards_of(self.config, self.devices)
-        turns = -(-self.people // clients) * -(-clients // shards) * shards / self.people
-        rounds = 2 * self.config.rounds * self.config.local_steps * min(self.config.cohort_size, self.people)
-        last = post_trainings(self.config) * self.people * self.config.post_steps * turns
+        shards = shards_of(settings, self.devices)
+        turns = -(-people // clients) * -(-clients // shards) * shards / people
+        rounds = 2 * settings.rounds * settings.local_steps * min(settings.cohort_size, people)
+        last = post_trainings(self.sections.method, self.sections.variants) * people * settings.post_steps * turns
         busy = tokens / (tokens + ENOUGH)
         return Sizes(microbatch, clients, remat, memory, (rounds + last) * _SLOWER[remat] / busy)
 
     def _fixed(self, clients: int) -> MemoryPlan:
-        config = self.config
-        settings = assembly.engine_settings(config, self.people, self.platform)
-        settings = dataclasses.replace(settings, clients_at_once=clients)
+        settings = dataclasses.replace(self.sections.engine, clients_at_once=clients, host_bytes=0)
+        partition = self.model.partition(self.sections.federation.task_mask)
         frozen, trainable = shapes(self.model)
         kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, self.model.config.dtype), frozen)
-        variants = configuration.variants_of(config)
+        shards = shards_of(settings, self.devices)
         return memory_plan(
             self.model,
-            self.partition,
-            assembly.method_of(config, self.model, variants),
+            partition.with_private(self.model.adapter_blocks),
+            assembly.method_of(self.sections, self.model),
             settings,
             like=trainable,
             frozen=blocks.size_bytes(kept),
             data=DATA,
             made=True,
             after=True,
-            host_bytes=0,
-            shards=shards_of(config, self.devices),
-            parts=self.devices // shards_of(config, self.devices),
+            shards=shards,
+            parts=self.devices // shards,
         )
 
 
-def post_trainings(config: ConfigDict) -> int:
+def post_trainings(entry: MethodEntry, variants: Sequence[str]) -> int:
     """Local trainings of P iterations that a client takes after the last round; one of 2P counts as two.
 
     Those of the variants that the run yields and, where there are personal models, the teacher's.
     """
-    entry, variants = METHODS[config.method], configuration.variants_of(config)
     doubled = 2 * sum(variant.endswith("+2p") for variant in variants)
     if not entry.personal:
         return doubled + sum(variant.endswith("+post") for variant in variants)
@@ -192,13 +177,12 @@ def post_trainings(config: ConfigDict) -> int:
     return doubled + len(students) + 1
 
 
-def shards_of(config: ConfigDict, devices: int) -> int:
+def shards_of(settings: EngineSettings, devices: int) -> int:
     """How many shards `parallel.devices` makes of so many devices."""
-    if config.mesh.clients:
-        return config.mesh.clients
-    if config.mesh.data:
-        return max(1, devices // config.mesh.data)
-    return max(n for n in range(1, devices + 1) if devices % n == 0 and n <= config.cohort_size)
+    clients, data, _ = settings.mesh
+    if clients or data:
+        return clients or max(1, devices // data)
+    return max(n for n in range(1, devices + 1) if devices % n == 0 and n <= settings.cohort_size)
 
 
 def row_tokens(model: ModelConfig, task: Task, microbatch: int, packed: bool) -> tuple[int, int]:

@@ -17,18 +17,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 
 from tap_jax import assembly, device_sizes
-from tap_jax import config as configuration
+from tap_jax.assembly import Sections
 from tap_jax.blocks import PRIVATE, Blocks, Partition
-from tap_jax.config import ConfigDict
+from tap_jax.config import ConfigDict, validate
 from tap_jax.data import federated
 from tap_jax.data.federated import FederatedData
 from tap_jax.data.sampling import ClientData, hold_out
+from tap_jax.data.settings import DataSettings
 from tap_jax.engine import parallel, rounds
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.engine import Engine
 from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
-from tap_jax.evaluation.metrics import TextScorer, text_scorer
+from tap_jax.evaluation.metrics import MetricSettings, TextScorer, text_scorer
 from tap_jax.evaluation.scores import Row
 from tap_jax.federation import Federation
 from tap_jax.methods.base import Method, SplitRound, State
@@ -36,7 +37,6 @@ from tap_jax.methods.criteria import Criterion
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
 from tap_jax.platforms import platform_of
-from tap_jax.registry import METHODS
 from tap_jax.tasks import Task
 
 
@@ -58,7 +58,8 @@ class Experiment:
     """A configured run; all methods are functions of the state given.
 
     Attributes:
-      config, federation, model, data, method: what `build` made of the configuration.
+      config: as it was given. sections: what it was cut into.
+      federation, model, data, method: what `build` made of these.
       partition: blocks and who owns them.
       engine: the compiled side.
       variants: which results `finish` makes.
@@ -70,6 +71,7 @@ class Experiment:
     """
 
     config: ConfigDict
+    sections: Sections
     federation: Federation
     model: ServerModel
     data: FederatedData
@@ -102,7 +104,7 @@ class Experiment:
             self.initial_blocks,
             self.method,
             workdir=None if workdir is None else pathlib.Path(workdir),
-            host_bytes=assembly.host_bytes(self.config, len(self.federation.clients)),
+            host_bytes=self.sections.engine.host_bytes,
         )
 
     def round(self, state: State, clients: Sequence[int] | None = None) -> tuple[State, dict]:
@@ -136,7 +138,7 @@ class Experiment:
 
         The lines are those of `round`, which plays one round by itself whatever the window.
         """
-        return rounds.play_window(self.engine, self.method, state, self.config.rounds)
+        return rounds.play_window(self.engine, self.method, state, self.engine.settings.rounds)
 
     def finish(self, state: State) -> Finished:
         """Stage 2 and the other variants' last phases, over all clients in batches.
@@ -188,7 +190,7 @@ class Experiment:
     @functools.cached_property
     def scorer(self) -> TextScorer | None:
         """Scores generated text; None where no task generates any."""
-        return scorer_of(self.config, self.model.tasks)
+        return scorer_of(self.sections.metrics, self.model.tasks)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
@@ -242,7 +244,7 @@ class Experiment:
 
     @property
     def _server_variant(self) -> str:
-        return next(iter(METHODS[self.config.method].server), "server")
+        return next(iter(self.sections.method.server), "server")
 
     def in_order(self, rows: Sequence[Row]) -> list[Row]:
         """Rows by variant, client and task, in the order in which the configuration and the federation name them."""
@@ -291,7 +293,7 @@ def build(
       >>> [client.name for client in experiment.federation.clients], experiment.variants
       (['client0', 'client1'], ('tap',))
     """
-    configuration.validate(config)
+    validate(config)
     config = assembly.with_found(config)
     if jax.config.jax_enable_x64:
         raise UserError("jax_enable_x64: is on, and everything here is float32 or bfloat16; set it to False")
@@ -299,38 +301,37 @@ def build(
         raise UserError("criterion: replacement is TAP's; use it with method='tap' and no method of your own")
     if method and not variants:
         raise UserError("variants: missing; name what the method's finish yields, and what is the server's blocks")
-    federation = federation or assembly.federation_of(config)
-    tasks = assembly.tasks_of(config, federation)
-    variants = tuple(variants) if method else configuration.variants_of(config)
-    platform = platform_of(target[0]) if target else None
-    sized = device_sizes.sized(config, federation, platform, len(target or jax.devices()))
-    settings = assembly.engine_settings(sized, len(federation.clients), platform)
-    devices = parallel.devices(**config.mesh, cohort=settings.cohort_size, absent=target)
+    sections = assembly.cut(config, platform_of(target[0]) if target else None, federation)
+    sections = device_sizes.sized(sections, len(target or jax.devices()))
+    federation, tasks, settings = sections.federation, sections.tasks, sections.engine
+    devices = parallel.devices(*settings.mesh, cohort=settings.cohort_size, absent=target)
     # What cannot be had or does not fit is said before the data are read.
-    if config.metrics.bertscore_model != "auto" or config.metrics.device != "auto":
-        scorer_of(config, tasks)
-    notes = (*assembly.privacy_notes(config, federation), *assembly.attention_notes(config, platform))
-    pretrained = None if target else pretrained_weights(config, tasks)
-    data = federated.build(federation, tasks, assembly.data_settings(config))
+    if sections.metrics.bertscore_model != "auto" or sections.metrics.device != "auto":
+        scorer_of(sections.metrics, tasks)
+    notes = (*assembly.privacy_notes(sections), *sections.notes)
+    pretrained = None if target else pretrained_weights(sections)
+    data = federated.build(federation, tasks, sections.data)
     notes = (*notes, *data.notes, *assembly.test_notes(federation, data.personal_tests))
-    vocab = data.tokenizer.size if data.tokenizer and config.data.tokenizer == "train" else None
-    model = ServerModel(assembly.model_config(sized, vocab=vocab, platform=platform), tasks)
+    trained = data.tokenizer and sections.data.tokenizer == "train"  # it may have fewer word pieces than it could
+    vocab = data.tokenizer.size if trained else sections.model.vocab
+    model = ServerModel(dataclasses.replace(sections.model, vocab=vocab), tasks)
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
     partition = model.partition(federation.task_mask).with_private(model.adapter_blocks)
     made = jax.eval_shape if target else lambda function, *args: function(*args)
-    frozen, initial = made(model.init, jax.random.key(config.seed), pretrained)
-    if config.model.start_from and not target:
+    frozen, initial = made(model.init, jax.random.key(settings.seed), pretrained)
+    if sections.start_from and not target:
         from tap_jax.export.start import read_torch  # and with it PyTorch
 
-        start = read_torch(config.model.start_from, model, tokenizer=data.tokenizer)
+        start = read_torch(sections.start_from, model, tokenizer=data.tokenizer)
         frozen, initial, notes = {**frozen, **start.frozen}, {**initial, **start.blocks}, (*notes, *start.notes)
     if model.adapter_blocks:
-        own = made(model.init_adapters, jax.random.fold_in(jax.random.key(config.seed), 1))
+        own = made(model.init_adapters, jax.random.fold_in(jax.random.key(settings.seed), 1))
         initial = {**initial, **{PRIVATE + name: tree for name, tree in own.items()}}
     like = blocks_like(model)
-    clients, held_out = training_data(config, data)
+    clients, held_out = training_data(data, sections.data)
     finished = assembly.finished_model(model)
-    method = method or assembly.method_of(config, model, variants, criterion)
+    variants = tuple(variants) if method else sections.variants
+    method = method or assembly.method_of(sections, model, criterion)
     if settings.window > 1 and not isinstance(method.round, SplitRound):
         raise UserError("engine.window: the method's round is not a SplitRound, so no part of it can wait; use 0")
     engine = Engine(
@@ -350,6 +351,7 @@ def build(
     )
     return Experiment(
         config,
+        sections,
         federation,
         model,
         data,
@@ -362,11 +364,11 @@ def build(
     )
 
 
-def training_data(config: ConfigDict, data: FederatedData) -> tuple[tuple[ClientData, ...], tuple[ClientData, ...]]:
-    """(What each client trains on, what is held out of it); nothing is where `data.held_out` is 0."""
-    if not config.data.held_out:
+def training_data(data: FederatedData, settings: DataSettings) -> tuple[tuple[ClientData, ...], tuple[ClientData, ...]]:
+    """(What each client trains on, what is held out of it); nothing is where `held_out` is 0."""
+    if not settings.held_out:
         return data.clients, ()
-    cut = [hold_out(mine, config.data.held_out, config.seed, k) for k, mine in enumerate(data.clients)]
+    cut = [hold_out(mine, settings.held_out, settings.seed, k) for k, mine in enumerate(data.clients)]
     return tuple(zip(*cut, strict=True))
 
 
@@ -375,28 +377,27 @@ def blocks_like(model: ServerModel) -> Blocks:
     return jax.eval_shape(model.init, jax.random.key(0))[1]
 
 
-def pretrained_weights(config: ConfigDict, tasks: Sequence[Task]) -> Pretrained | None:
+def pretrained_weights(sections: Sections) -> Pretrained | None:
     """The weights that `model.weights` names, or None for random stand-ins.
 
     Raises:
       UserError: a checkpoint that cannot be read or does not fit, or word pieces that are not its own.
     """
-    if not config.model.weights:
+    if not sections.weights:
         return None
-    if config.data.tokenizer == "train" and any("text" in task.modalities for task in tasks):
+    if sections.data.tokenizer == "train" and any("text" in task.modalities for task in sections.tasks):
         raise UserError(
             "data.tokenizer: 'train' makes word pieces that model.weights do not know; name the checkpoint's tokenizer"
         )
-    folder = os.path.join(configuration.data_cache(config), "weights")
-    return checkpoints.load(config.model.weights, ServerModel(assembly.model_config(config), tasks), cache_dir=folder)
+    folder = os.path.join(sections.data.cache_dir, "weights")
+    return checkpoints.load(sections.weights, ServerModel(sections.model, sections.tasks), cache_dir=folder)
 
 
 _text_scorer = functools.cache(text_scorer)  # one BERT per process
 
 
-def scorer_of(config: ConfigDict, tasks: Sequence[Task]) -> TextScorer | None:
+def scorer_of(settings: MetricSettings, tasks: Sequence[Task]) -> TextScorer | None:
     """The scorer of generated text; None where no task generates any."""
     if all(task.kind != "text_generation" for task in tasks):
         return None
-    metrics = config.metrics
-    return _text_scorer(metrics.bertscore_model, metrics.bertscore_layer, device=metrics.device)
+    return _text_scorer(**settings._asdict())

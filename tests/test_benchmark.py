@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tap_jax.assembly import cut
 from tap_jax.cli.arguments import parse
 from tap_jax.cli.commands import COMMANDS
 from tap_jax.data.minibatches import Batch
@@ -19,7 +20,7 @@ from tap_jax.errors import UserError
 from tap_jax.planning import benchmark
 from tap_jax.planning.flops import Flops
 from tap_jax.planning.outline import outline
-from tap_jax.planning.step_cost import Cost, gradients_per_step, longest, steps_cost, task_costs
+from tap_jax.planning.step_cost import Cost, longest, steps_cost, task_costs
 from tap_jax.platforms import peak_tflops
 from tap_jax.tasks import find_task
 
@@ -101,9 +102,9 @@ def test_rounds_and_stage_2(tiny, monkeypatch):
 
 
 def test_methods_whose_steps_do_more(tiny):
-    assert gradients_per_step(tiny(THREE)) == 1
-    assert gradients_per_step(tiny(THREE, {"method": "per_fedavg"})) == 2
-    assert gradients_per_step(tiny(THREE, {"method": "per_fedavg", "per_fedavg.hessian": "exact"})) is None
+    assert cut(tiny(THREE)).gradients == 1
+    assert cut(tiny(THREE, {"method": "per_fedavg"})).gradients == 2
+    assert cut(tiny(THREE, {"method": "per_fedavg", "per_fedavg.hessian": "exact"})).gradients is None
     config = tiny(({"ag_news": 1.0},), {"method": "per_fedavg", "cohort_size": 1})
     line = benchmark.bench(config, steps=1, rounds=0)
     plain = benchmark.bench(tiny(({"ag_news": 1.0},), {"method": "fedavg", "cohort_size": 1}), steps=1)

@@ -40,7 +40,7 @@ def paper(request):
     """(name, text) of the paper's two settings."""
     gc.collect()  # what earlier tests left behind must not vanish in between
     before = len(jax.live_arrays())
-    text = describe(load_config(f"configs/{request.param}.py"))
+    text = describe(outline(load_config(f"configs/{request.param}.py")))
     assert len(jax.live_arrays()) == before
     return request.param, text
 
@@ -104,7 +104,8 @@ def test_models_that_the_paper_does_not_count(tiny, name, fields, shown):
     rows = ({"ag_news": 0.5}, {"fashion_mnist": 0.5, "ag_news": 0.5})
     fields = fields | {"model.name": name, "model.backbone_layers": (1, 2), "variants": ()}
     config = tiny(rows, fields | ({"model.position_grid": 2} if name == "vilt" else {}))
-    text, found = describe(config), outline(config)
+    found = outline(config)
+    text = describe(found)
     assert shown in text.splitlines()[2]
     for word in ("Table 7", "with TAP", "not stored", "qv_delta", "full weights"):
         assert word not in text
@@ -133,7 +134,7 @@ def test_memory_plan_of_a_federation_counted_by_hand(tiny):
     rows = ({"ag_news": 0.5}, {"cifar100": 0.5}, {"ag_news": 0.5, "cifar100": 0.5})
     config = tiny(rows, {"model.width": 64, "model.mlp": 128, "data.train_size": 500, "data.test_size": 100})
     found = outline(config)
-    text = describe(config)
+    text = describe(found)
     plan = {
         line.rsplit(None, 1)[0].strip(): number(line.rsplit(None, 1)[1])
         for line in section(text, "Memory per device")
@@ -160,12 +161,12 @@ def test_memory_plan_of_a_federation_counted_by_hand(tiny):
 def test_more_devices_share_the_cohort(tiny):
     rows = ({"ag_news": 0.5}, {"ag_news": 0.5})
     for clients, shown in ((1, "round, 2 clients"), (2, "round, 1 clients"), (16, "16 x cpu (mesh of 16 x 1)")):
-        assert shown in describe(tiny(rows, {"mesh.clients": clients}))  # 16: more than there are here
+        assert shown in describe(outline(tiny(rows, {"mesh.clients": clients})))  # 16: more than there are here
     for fields, shown in (
         ({"mesh.clients": 0, "mesh.data": 16}, "16 x cpu (mesh of 1 x 16)"),
         ({"mesh.clients": 4, "mesh.data": 4}, "16 x cpu (mesh of 4 x 4)"),
     ):
-        assert shown in describe(tiny(rows, fields))
+        assert shown in describe(outline(tiny(rows, fields)))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_a_run_has_the_devices_and_the_memory_that_are_described(tiny, fields, m
     devices = run.engine.devices
     assert (devices.shards, devices.parts) == mesh
     shown = f"{devices.size} x cpu" + (f" (mesh of {mesh[0]} x {mesh[1]})" if devices.size > 1 else "")
-    assert f"Memory per device in MiB, {shown}\n" in describe(config)
+    assert f"Memory per device in MiB, {shown}\n" in describe(outline(config))
     where, _, _, parameters, memory = headline(run)
     assert where == f"{shown}, float32"
     # The same but for the data, which now are known, and for weights of a vocabulary that is.
@@ -209,13 +210,13 @@ def test_an_evaluation_says_what_it_is(tiny):
 
 
 def test_unknown_sizes_are_said_to_be_unknown(tiny):
-    text = describe(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "data.root": "hub", "data.train_size": 0}))
+    text = describe(outline(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "data.root": "hub", "data.train_size": 0})))
     assert "Neither are the data" in text
     assert "an upper bound: the tokenizer is trained on the data" in text
 
 
 def test_local_needs_no_teacher_and_no_federated_blocks(tiny):
-    text = describe(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "method": "local"}))
+    text = describe(outline(tiny(({"ag_news": 1.0},), {"cohort_size": 1, "method": "local"})))
     assert "teacher" not in text
     assert "federated blocks" not in text
     assert "after the last, " not in text
@@ -234,10 +235,10 @@ def test_flops_of_a_sample_counted_by_hand(tiny):
     # Embeddings are frozen, and so are most of the layers' weights: there is one gradient, not two.
     backward = projection + layers * (frozen + 2 * adapters + 2 * attention) + mean + 2 * head
     values = [2 * forward, 2 * backward, 2 * (forward + backward)]
-    _, row, note = section(describe(config), "FLOPs per sample")
+    _, row, note = section(describe(outline(config)), "FLOPs per sample")
     assert row.split() == ["ag_news", *(f"{value / 1e9:,.4g}" for value in values)]
     assert f"A minibatch of 8: {8 * values[2] / 1e12:,.3g} to" in note
-    twice = describe(tiny(({"ag_news": 1.0},), {"method": "per_fedavg", "cohort_size": 1}))
+    twice = describe(outline(tiny(({"ag_news": 1.0},), {"method": "per_fedavg", "cohort_size": 1})))
     assert "as long as the model takes them, twice a step." in twice
 
 

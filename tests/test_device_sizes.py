@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 
 from tap_jax import device_sizes
-from tap_jax.config import load_config, table_federation
+from tap_jax.assembly import cut
+from tap_jax.config import load_config, variants_of
 from tap_jax.device_sizes import Estimate, choices, post_trainings, row_bytes, row_tokens, sized
 from tap_jax.models.layers import ModelConfig
 from tap_jax.platforms import GIB, Platform
+from tap_jax.registry import METHODS
 from tap_jax.tasks import find_task
 
 LARGE, MIDDLE, SMALL = (Platform("gpu", "one", memory=size * GIB) for size in (80, 40, 16))
@@ -17,34 +19,35 @@ ROWS = ({"ag_news": 0.25, "cifar100": 0.25},) * 4
 
 def test_cpus_and_unknown_devices_keep_their_defaults(tiny):
     config = tiny(ROWS, {"engine.microbatch": 0})
-    assert sized(config, table_federation(config), Platform("cpu", "cpu")) is config
-    assert sized(config, table_federation(config), Platform("gpu", "unheard of")) is config
+    for platform in (Platform("cpu", "cpu"), Platform("gpu", "unheard of")):
+        sections = cut(config, platform)
+        assert sections.open and sized(sections) is sections
 
 
 def test_larger_devices_have_larger_rows():
     config = load_config("configs/flava.py")
-    large, small = (sized(config, table_federation(config), platform) for platform in (LARGE, SMALL))
+    large, small = (sized(cut(config, platform)) for platform in (LARGE, SMALL))
     assert large.engine.microbatch == 32 and small.engine.microbatch <= large.engine.microbatch
-    assert config.engine.microbatch == 0  # the one given stays
+    assert not large.open and not small.open
 
 
 def test_one_program_serves_rounds_and_what_follows_where_there_is_one_shard():
-    config = load_config("configs/flava.py")
-    federation = table_federation(config)
-    assert sized(config, federation, LARGE).engine.clients_at_once == config.cohort_size == 2
-    assert sized(config, federation, LARGE, devices=2).engine.clients_at_once == len(federation.clients)
+    sections = cut(load_config("configs/flava.py"), LARGE)
+    assert sized(sections).engine.clients_at_once == sections.engine.cohort_size == 2
+    assert sized(sections, devices=2).engine.clients_at_once == len(sections.federation.clients)
 
 
 def test_what_is_named_is_kept():
     config = load_config("configs/flava.py", {"engine.microbatch": 4, "engine.clients_at_once": 3})
-    found = choices(config, table_federation(config), LARGE)
+    sections = cut(config, LARGE)
+    found = choices(sections)
     assert found and all((one.microbatch, one.clients) == (4, 3) for one in found)
-    assert sized(config, table_federation(config), LARGE).engine.microbatch == 4
+    assert sized(sections).engine.microbatch == 4
 
 
 def test_choices_fit_and_the_fastest_is_first():
     config = load_config("configs/vilt.py")
-    found = choices(config, table_federation(config), MIDDLE)
+    found = choices(cut(config, MIDDLE))
     assert all(one.bytes <= device_sizes.FILLED * MIDDLE.memory for one in found)
     assert [one.time for one in found] == sorted(one.time for one in found)
     assert "--config.engine.microbatch=" in found[0].flags
@@ -52,7 +55,7 @@ def test_choices_fit_and_the_fastest_is_first():
 
 def test_the_estimate_grows_with_rows_and_clients_and_shrinks_with_recomputing():
     config = load_config("configs/flava.py")
-    estimate = Estimate(config, table_federation(config), LARGE)
+    estimate = Estimate(cut(config, LARGE))
     one = estimate(8, 2, "none")
     assert estimate(16, 2, "none").bytes > one.bytes > estimate(8, 2, "layer").bytes
     assert estimate(8, 8, "none").bytes > one.bytes
@@ -82,22 +85,21 @@ def test_tokens_of_a_row():
 
 def test_trainings_after_the_last_round():
     """TAP: teacher, student, one without a teacher, 2P. FedAvg: P and 2P, and none for the server's blocks."""
-    tap = load_config("configs/flava.py")
-    assert post_trainings(tap) == 5
-    assert post_trainings(load_config("configs/flava.py", {"variants": ("tap", "fedavg+post")})) == 2
-    fedavg = {"method": "fedavg", "variants": ("fedavg", "fedavg+post", "fedavg+2p")}
-    assert post_trainings(load_config("configs/flava.py", fedavg)) == 3
-    assert post_trainings(load_config("configs/flava.py", {"method": "fedavg", "variants": ("fedavg",)})) == 0
+    tap, fedavg = METHODS["tap"], METHODS["fedavg"]
+    assert post_trainings(tap, variants_of(load_config("configs/flava.py"))) == 5
+    assert post_trainings(tap, ("tap", "fedavg+post")) == 2
+    assert post_trainings(fedavg, ("fedavg", "fedavg+post", "fedavg+2p")) == 3
+    assert post_trainings(fedavg, ("fedavg",)) == 0
 
 
 def test_longer_trainings_weigh_on_the_time():
     short = load_config("configs/flava.py", {"variants": ("tap",)})
     longer = load_config("configs/flava.py", {"variants": ("tap", "fedavg+2p")})
-    times = [Estimate(config, table_federation(config), LARGE)(8, 30, "none").time for config in (short, longer)]
+    times = [Estimate(cut(config, LARGE))(8, 30, "none").time for config in (short, longer)]
     assert times[1] - times[0] == pytest.approx(times[0] - _rounds_alone(short))
 
 
 def _rounds_alone(config):
     with_none = config.copy_and_resolve_references()
     with_none.post_steps = 0
-    return Estimate(with_none, table_federation(with_none), LARGE)(8, 30, "none").time
+    return Estimate(cut(with_none, LARGE))(8, 30, "none").time

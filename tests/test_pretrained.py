@@ -12,6 +12,7 @@ from tap_jax.config import config_hash, load_config, to_json
 from tap_jax.data.text import load_tokenizer
 from tap_jax.errors import UserError
 from tap_jax.planning.describe import describe
+from tap_jax.planning.outline import outline
 from tests.models import huggingface
 
 ROWS = ({"fashion_mnist": 0.5}, {"vqa": 0.5})
@@ -114,7 +115,7 @@ def test_the_paper_s_configs_name_their_checkpoints():
     for name, source in (("flava", "facebook/flava-full"), ("vilt", "dandelin/vilt-b32-mlm")):
         config = load_config(f"configs/{name}.py")
         assert config.model.weights == config.data.tokenizer == source
-        assert "avg total" in describe(config)
+        assert "avg total" in describe(outline(config))
         assert config_hash(config) != config_hash(load_config(f"configs/{name}.py", {"model.weights": ""}))
 
 

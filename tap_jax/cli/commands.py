@@ -58,9 +58,9 @@ def report(folders: Sequence[str], out: str) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # for shapes alone: accelerators are left to those who train
     from tap_jax.evaluation.report import write_report
-    from tap_jax.planning.outline import parameters
+    from tap_jax.planning.outline import outline
 
-    files = write_report(folders, out, parameters=parameters)
+    files = write_report(folders, out, parameters=lambda run: outline(run.config).table7())
     kinds = [f"{sum(name.startswith(f'{kind}/') for name in files)} {kind}" for kind in ("tables", "figures")]
     print(f"in {out}: report.md, report.html, {', '.join(kinds)}", flush=True)
 
@@ -113,9 +113,9 @@ def describe(config: ConfigDict, plans: int, target: str, fit: bool, minutes: in
     from tap_jax.planning.outline import outline
 
     if target:
-        print(useful(outline(config), plans, topology.platform(goal), topology.count(goal)), flush=True)
+        print(useful(outline(config, topology.platform(goal)), plans, topology.count(goal)), flush=True)
     else:
-        print(describe(config, plans=plans), end="", flush=True)
+        print(describe(outline(config), plans=plans), end="", flush=True)
 
 
 def _describe_target(config: ConfigDict, name: str, fit: bool, minutes: int) -> None:

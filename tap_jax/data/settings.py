@@ -24,6 +24,7 @@ class DataSettings:
         without names then has all in common, by shares.
       client_column: "column" only; says whose a row is.
       tasks: names of those to take where the data say who the clients are; () for all whose data are there.
+      held_out: part of each client's training samples that is left out of training.
       personal_test: cut each test set between the clients like its training set.
       on_bad_row: see `loading.load`. too_long: see `text.encode_examples`.
     """
@@ -46,6 +47,7 @@ class DataSettings:
     classes_per_client: int
     client_column: str
     tasks: tuple[str, ...]
+    held_out: float
     personal_test: bool
     on_bad_row: str
     too_long: str

@@ -69,7 +69,6 @@ def memory_plan(
     data: int | None,
     made: bool,
     after: bool,
-    host_bytes: int,
     shards: int = 1,
     parts: int = 1,
 ) -> MemoryPlan:
@@ -81,7 +80,6 @@ def memory_plan(
       like: shapes of every block by name; a private one is like its twin.
       frozen: bytes of Ŵ in the compute type. data: bytes of training and test sets at most; None: not known.
       made: the last phase makes models of the clients' own. after: it trains.
-      host_bytes: what personal blocks may take in memory.
       shards: D. parts: devices of a shard.
     """
     sizes = np.array([4 * blocks.count(like[name.removeprefix(PRIVATE)]) for name in partition.names])
@@ -119,7 +117,7 @@ def memory_plan(
     if settings.persist:
         trained = ("federated", *(method.client_models if mine == owned else ()))
         stored |= {f"AdamW's two moments of {name} blocks": 2 * owned for name in trained}
-    on_disk = sum(stored.values()) > host_bytes
+    on_disk = sum(stored.values()) > settings.host_bytes
     known = {} if data is None else {"training and test data, at most": data}
     # A teacher of two sets of adapters is about as large as both.
     share = min(1.0, settings.clients_at_once / len(partition.owned))

@@ -2,10 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tap_jax.engine.local_training import TrainingSettings
 from tap_jax.engine.privacy import Privacy
 from tap_jax.engine.screening import Screening
+
+
+class MeshSettings(NamedTuple):
+    """The mesh of devices that is asked for: the arguments of `parallel.devices`, which says what they mean."""
+
+    clients: int
+    data: int
+    parallel: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +22,7 @@ class EngineSettings:
     """How local training runs.
 
     Attributes:
+      rounds: T.
       cohort_size, clients_at_once: clients in a round, and at once in phases over all clients.
       batch: samples per iteration. local_steps: τ. post_steps: P.
       microbatch: samples of a row. packed: its texts share sequences, see `data.packing`.
@@ -27,9 +37,12 @@ class EngineSettings:
       scope: of a replacement, see `Partition.replaceable`.
       seed: of every draw.
       screening: of the clients' updates. privacy: of the aggregate; None: it is exact.
+      mesh: the devices that are asked for.
+      host_bytes: what personal blocks may take in memory on the host before they go to disk.
       window: rounds whose personal trainings are played together (`engine.windows`); 1: each round by itself.
     """
 
+    rounds: int
     cohort_size: int
     clients_at_once: int
     batch: int
@@ -50,6 +63,8 @@ class EngineSettings:
     window: int
     in_pieces: bool
     generator: str
+    mesh: MeshSettings
+    host_bytes: int
 
     def window_clients(self, clients: int) -> int:
         """How many of a federation's clients a window's personal training takes at once, at most."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.layouts import BASELINES, IMAGE_TASKS, MODELS, TEXT_TASKS, columns_of, text_metrics_of
@@ -18,7 +17,7 @@ from tap_jax.evaluation.significance import Sample, significantly_better
 
 GIB = 2**30
 FLOAT32 = 4  # bytes of a parameter
-Parameters = Callable[[ConfigDict], Mapping[str, float]]  # `tap_jax.models.accounting.table7` of a config
+Parameters = Callable[[FinishedRun], Mapping[str, float]]  # `tap_jax.models.accounting.table7` of its configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _counted(runs: Sequence[FinishedRun], parameters: Parameters) -> Mapping[str
     for run in runs:
         if run.method != "centralised":  # its one client has every task
             try:
-                return parameters(run.config)
+                return parameters(run)
             except UserError:
                 continue
     return {}

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,14 @@ PAPER_MODEL, PAPER_LAYER = "bert-base-uncased", 9
 PAPER_REPOS = (PAPER_MODEL, f"google-bert/{PAPER_MODEL}")  # the hub's old and new address of one model
 DEBIAN_WORDNET = Path("/usr/share/wordnet")  # where the package wordnet-base puts WordNet 3.0
 NETWORK_TIMEOUT = 3.0  # seconds to wait for the hub before giving up
+
+
+class MetricSettings(NamedTuple):
+    """Which BERT scores texts, and where it runs: the arguments of `text_scorer`, which says what they mean."""
+
+    bertscore_model: str
+    bertscore_layer: int
+    device: str
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:

@@ -28,7 +28,7 @@ def write_report(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *
     Args:
       folders: of finished runs, or folders that contain such.
       out: a new or empty folder, or an earlier report, which is replaced.
-      parameters: config -> the numbers of Table 7, from shapes alone.
+      parameters: run -> the numbers of Table 7, from shapes alone.
 
     Returns:
       The files' paths within `out`.

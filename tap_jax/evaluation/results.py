@@ -15,7 +15,7 @@ from tap_jax.whole_files import write_file
 
 def write_results(
     workdir: str | os.PathLike,
-    config: Any,
+    config: Mapping[str, Any],
     rows: Sequence[Row],
     replacements: Sequence[Mapping[str, Any]],
     timing: Mapping[str, Any],
@@ -30,7 +30,7 @@ def write_results(
 
     Args:
       workdir: made if it is not there.
-      config: mapping or ConfigDict.
+      config: nested, of plain values.
       rows: scores; a non-finite value is written as null, which reads as diverged.
       replacements: {"round", "client", "task", "variant"} of each Stage-1 replacement; without a variant, of TAP.
       timing: what took how long, by name.
@@ -55,8 +55,6 @@ def write_results(
 
 def _plain(value: Any) -> Any:
     """What strict JSON can hold: numpy becomes Python, infinities and NaN become strings, the unknown its str."""
-    if hasattr(value, "to_dict"):  # ConfigDict
-        value = value.to_dict()
     if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
         value = value.tolist()
     if isinstance(value, Mapping):

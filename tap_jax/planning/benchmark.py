@@ -15,7 +15,7 @@ import numpy as np
 
 from tap_jax import experiment
 from tap_jax.blocks import Params
-from tap_jax.config import ConfigDict
+from tap_jax.config import ConfigDict, method_settings
 from tap_jax.data.families import fields
 from tap_jax.data.minibatches import Batch, client_minibatches
 from tap_jax.data.sampling import sample_cohort
@@ -26,10 +26,9 @@ from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment
 from tap_jax.methods.base import State
 from tap_jax.planning.flops import Flops
-from tap_jax.planning.step_cost import gradients_per_step, steps_cost, task_costs
+from tap_jax.planning.step_cost import steps_cost, task_costs
 from tap_jax.planning.useful_share import Costs, Measure, Share
 from tap_jax.platforms import peak_tflops
-from tap_jax.registry import METHODS
 
 REPEATS = 5
 RIVALS = ("torch", "torch-fused")
@@ -61,7 +60,8 @@ def bench(
       UserError: what `experiment.build` objects to, or arguments that do not go together.
     """
     steps = steps or config.local_steps
-    _check(config, steps, rounds, against)
+    entry, settings = method_settings(config)
+    _check(steps, rounds, against, config.post_steps, entry.name, entry.gradients(settings))
     config = config.copy_and_resolve_references()
     # The phase after the rounds is timed: it takes all its steps however few samples a client has. Rounds need the
     # program for the configuration's own steps, which can stop earlier.
@@ -71,7 +71,7 @@ def bench(
     say("bench: reading data, building the model")
     run = experiment.build(config)
     engine = run.engine
-    clients = sample_cohort(config.seed, 0, len(run.federation.clients), engine.settings.cohort_size).tolist()
+    clients = sample_cohort(engine.settings.seed, 0, len(run.federation.clients), engine.settings.cohort_size).tolist()
     cohort, server = engine.cohort(clients, 0), engine.server_params(run.initial_blocks)
     todo = [_minibatches(run, client, steps) for client in clients]
 
@@ -103,7 +103,7 @@ def bench(
         "clients": len(clients),
         "steps": steps,
         "seconds": [_short(value) for value in times],
-        "batch_size": config.batch_size,
+        "batch_size": engine.settings.batch,
         "microbatch": engine.settings.microbatch,
         "packed": engine.settings.packed,
         "dtype": run.model.config.dtype,
@@ -116,17 +116,17 @@ def bench(
     }
 
 
-def _check(config: ConfigDict, steps: int, rounds: int, against: str) -> None:
+def _check(steps: int, rounds: int, against: str, post_steps: int, method: str, gradients: int | None) -> None:
     if steps < 0:
         raise UserError(f"steps: {steps}; use at least 1, or 0 for the configuration's local_steps")
     if rounds < 0:
         raise UserError(f"rounds: {rounds}; use at least 1, or 0 for none")
-    if rounds and steps > config.post_steps:
-        raise UserError(f"steps: {steps}; with rounds use at most post_steps = {config.post_steps}")
+    if rounds and steps > post_steps:
+        raise UserError(f"steps: {steps}; with rounds use at most post_steps = {post_steps}")
     if against and against not in RIVALS:
         raise UserError(f"against: unknown '{against}'; use one of {', '.join(RIVALS)}")
-    if against and gradients_per_step(config) != 1:
-        raise UserError(f"against: PyTorch has no steps of '{config.method}' here; use --config.method=tap")
+    if against and gradients != 1:
+        raise UserError(f"against: PyTorch has no steps of '{method}' here; use --config.method=tap")
     if against and jax.process_count() > 1:
         raise UserError("against: PyTorch trains in one process; drop --coordinator")
 
@@ -167,7 +167,7 @@ def _speed(
     run: Experiment, costs: Costs, todo: Sequence[Steps], widths: Mapping, seconds: float, steps: int
 ) -> dict[str, Any]:
     """tflops, mfu and what they are made of; of all devices together."""
-    gradients = gradients_per_step(run.config)
+    gradients = run.sections.gradients
     if gradients is None:
         return dict.fromkeys(("tflops", "mfu", "flops_per_client_step", "recomputed_flops_per_client_step"))
     # Where a step takes several gradients, each has a minibatch of its own; they are alike.
@@ -219,10 +219,10 @@ def _rounds(run: Experiment, rounds: int, say: Say) -> dict[str, Any]:
     del times[0]
     found = {
         "round_s": _short(statistics.median(times)),
-        "schedule_s": _short(statistics.mean(times) * run.config.rounds),
+        "schedule_s": _short(statistics.mean(times) * run.engine.settings.rounds),
         "round_seconds": [_short(value) for value in times],
     }
-    if METHODS[run.config.method].personal:
+    if run.sections.method.personal:
         say("bench: Stage 2 of one client of each pattern")
         found |= _stage2(run, state)
     return dict.fromkeys(ROUND_FIELDS) | found

@@ -8,33 +8,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tap_jax import assembly, blocks
-from tap_jax import config as configuration
-from tap_jax.config import ConfigDict
+from tap_jax import blocks
 from tap_jax.data import federated
 from tap_jax.device_sizes import sized
 from tap_jax.experiment import training_data
 from tap_jax.models.accounting import account, counted_in_paper, shapes
 from tap_jax.models.server_model import ServerModel
 from tap_jax.planning.headline import devices_named
-from tap_jax.planning.outline import Outline, block_sizes, outline
+from tap_jax.planning.outline import Outline, block_sizes
 from tap_jax.planning.planned_memory import MIB, data_bytes, mesh, plan
-from tap_jax.planning.step_cost import gradients_per_step, longest, task_flops
+from tap_jax.planning.step_cost import longest, task_flops
 from tap_jax.planning.useful_share import measure, report
-from tap_jax.platforms import Platform
-from tap_jax.registry import METHODS
 
 
-def describe(config: ConfigDict, *, plans: int = 0) -> str:
+def describe(found: Outline, *, plans: int = 0) -> str:
     """The text of `tap-jax describe`.
 
     Args:
+      found: of a configuration whose `mesh.clients` and `mesh.data` may ask for more devices than there are here.
       plans: rounds whose plans are drawn from the run's data, to measure the useful share of the arithmetic; 0: none,
         and no data are read.
-      config: of any kind that `experiment.build` takes. `mesh.clients` and `mesh.data` may ask for more devices than
-        there are here.
     """
-    found = outline(config)
     parts = [
         _head(found),
         *_clients(found),
@@ -51,17 +45,17 @@ def describe(config: ConfigDict, *, plans: int = 0) -> str:
 
 
 def _head(found: Outline) -> str:
-    config, federation = found.config, found.federation
-    cohort = assembly.engine_settings(config, len(federation.clients)).cohort_size
-    vocab = ", an upper bound: the tokenizer is trained on the data" if config.data.tokenizer == "train" else ""
+    sections, federation, settings = found.sections, found.federation, found.sections.engine
+    vocab = ", an upper bound: the tokenizer is trained on the data" if sections.data.tokenizer == "train" else ""
     lines = [
-        f"{config.model.name}, {config.method}: {config.rounds} rounds, {cohort} of {len(federation.clients)} clients"
-        f" in each ({len(found.patterns)} patterns); yields {', '.join(configuration.variants_of(config))}",
+        f"{sections.model.name}, {sections.method.name}: {settings.rounds} rounds, {settings.cohort_size} of"
+        f" {len(federation.clients)} clients in each ({len(found.patterns)} patterns); yields"
+        f" {', '.join(sections.variants)}",
         f"tasks: {', '.join(task.name for task in federation.tasks)}",
         _adapters(found.model),
     ]
     if any("text" in task.modalities for task in federation.tasks):
-        lines.append(f"vocabulary: {config.model.vocab:,}{vocab}")
+        lines.append(f"vocabulary: {sections.model.vocab:,}{vocab}")
     return "\n".join(lines)
 
 
@@ -181,7 +175,6 @@ def _map(found: Outline) -> str:
 def _memory(found: Outline) -> str:
     """What lies where, in MiB."""
     memory = plan(found)
-    settings = assembly.engine_settings(found.config, len(found.federation.clients))
     known = "" if data_bytes(found) else " and data"
     names = {"frozen weights": f"frozen weights ({found.model.config.dtype})"}
     rows = [(names.get(name, name), size) for name, size in memory.always.items()]
@@ -200,7 +193,7 @@ def _memory(found: Outline) -> str:
 
     return "\n".join(
         [
-            f"Memory per device in MiB, {devices_named(*mesh(found.config, settings))}",
+            f"Memory per device in MiB, {devices_named(*mesh(found.sections.engine))}",
             in_mib(rows),
             *(("On the host", in_mib(host)) if host else ()),
             *(
@@ -217,42 +210,41 @@ def _memory(found: Outline) -> str:
 
 def _flops(found: Outline) -> str:
     """What a local step does at most, without any data to know the lengths of texts."""
-    config, model = found.config, found.model
+    sections, model, batch = found.sections, found.model, found.sections.engine.batch
     costs = task_flops(model, {task.name: longest(model, task) for task in model.tasks})
     rows = [("task", "forward", "backward", "both")]
     for name, flops in costs.items():
         rows.append((name, *(f"{value / 1e9:,.4g}" for value in (flops.forward, flops.backward, flops.total))))
-    gradients = {1: "", 2: ", twice a step"}.get(gradients_per_step(config), f"; '{config.method}' does more in a step")
-    totals = [flops.total * config.batch_size / 1e12 for flops in costs.values()]
+    more = f"; '{sections.method.name}' does more in a step"
+    gradients = {1: "", 2: ", twice a step"}.get(sections.gradients, more)
+    totals = [flops.total * batch / 1e12 for flops in costs.values()]
     return (
         "FLOPs per sample in 10^9: products only, a multiply-add is 2, frozen weights have no gradient\n"
         + _columns(rows, left=(0,))
-        + f"\nFor texts and answers as long as the model takes them{gradients}. A minibatch of {config.batch_size}:"
+        + f"\nFor texts and answers as long as the model takes them{gradients}. A minibatch of {batch}:"
         f" {min(totals):,.3g} to {max(totals):,.3g} x 10^12."
     )
 
 
-def useful(found: Outline, plans: int, platform: Platform | None = None, devices: int = 1) -> str:
+def useful(found: Outline, plans: int, devices: int = 1) -> str:
     """How much of the arithmetic is for samples and tokens that are there.
 
     Args:
       plans: rounds whose plans are drawn.
-      platform: of the devices whose sizes of rows are taken where the configuration leaves them open; default: those
-        here. devices: how many there are.
+      devices: how many there are of those whose sizes of rows are taken where the configuration leaves them open.
 
     Raises:
       UserError: the data cannot be read.
     """
-    config, federation = found.config, found.federation
-    sizes = sized(config, federation, platform, devices)
-    data = federated.build(federation, found.model.tasks, assembly.data_settings(config))
+    sections, settings = found.sections, sized(found.sections, devices).engine
+    data = federated.build(found.federation, found.model.tasks, sections.data)
     shares = measure(
         found.model,
-        federation,
+        found.federation,
         data,
-        training_data(config, data)[0],
-        settings := assembly.engine_settings(sizes, len(federation.clients), platform),
-        personal=METHODS[config.method].personal,
+        training_data(data, sections.data)[0],
+        settings,
+        personal=sections.method.personal,
         plans=plans,
     )
     packed = ", packed" if settings.packed else ""

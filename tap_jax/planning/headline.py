@@ -11,18 +11,18 @@ from tap_jax.planning.planned_memory import MIB, plan_of
 
 def headline(run: Experiment) -> list[str]:
     """What a run is about to do, once it is built."""
-    config, partition, settings = run.config, run.partition, run.engine.settings
+    partition, settings = run.partition, run.engine.settings
     sizes = block_sizes(partition, run.engine.like)
     mine, server = partition.owned @ sizes, int(sizes[np.array(partition.sent)].sum())
-    pushed = f"{settings.local_steps} steps of up to {config.batch_size} samples"
+    pushed = f"{settings.local_steps} steps of up to {settings.batch} samples"
     memory = plan_of(run)
     device = max(memory.on_device(phase) for phase in memory.phases)
     whole = max(memory.together(phase) for phase in memory.phases)
     disk = f", {_size(sum(memory.disk.values()))} on disk" if memory.disk else ""
     return [
         _where(run),
-        f"{config.method}: {config.rounds} rounds, {settings.cohort_size} of {len(run.federation.clients)} clients in"
-        f" each, {pushed}; yields {', '.join(run.variants)}",
+        f"{run.sections.method.name}: {settings.rounds} rounds, {settings.cohort_size} of"
+        f" {len(run.federation.clients)} clients in each, {pushed}; yields {', '.join(run.variants)}",
         _what(run),
         f"parameters a client trains: {mine.mean():,.0f} on average ({mine.min():,} to {mine.max():,}); the server's"
         f" model: {server:,}; frozen, stored once: {blocks.count(run.engine.frozen):,}",
@@ -32,7 +32,7 @@ def headline(run: Experiment) -> list[str]:
 
 def evaluation_headline(run: Experiment) -> list[str]:
     """What an evaluation is about to do, once the run is built."""
-    return [_where(run), f"{run.config.method}: {run.config.rounds} rounds, finished", _what(run)]
+    return [_where(run), f"{run.sections.method.name}: {run.engine.settings.rounds} rounds, finished", _what(run)]
 
 
 def _where(run: Experiment) -> str:
@@ -42,7 +42,7 @@ def _where(run: Experiment) -> str:
 
 def _what(run: Experiment) -> str:
     samples = [client.samples for client in run.engine.data]
-    places = {(task.source and task.source.path) or run.config.data.root: None for task in run.federation.tasks}
+    places = {(task.source and task.source.path) or run.sections.data.root: None for task in run.federation.tasks}
     return (
         f"tasks: {', '.join(task.name for task in run.federation.tasks)}; data: {', '.join(places)},"
         f" {min(samples):,} to {max(samples):,} samples a client"

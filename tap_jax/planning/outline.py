@@ -8,12 +8,13 @@ import dataclasses
 import numpy as np
 
 from tap_jax import assembly, blocks
-from tap_jax import config as configuration
+from tap_jax.assembly import Sections
 from tap_jax.blocks import Partition
-from tap_jax.config import ConfigDict
+from tap_jax.config import ConfigDict, validate
 from tap_jax.federation import Federation
 from tap_jax.models.accounting import table7
 from tap_jax.models.server_model import ServerModel
+from tap_jax.platforms import Platform
 from tap_jax.tasks import Task
 
 
@@ -22,10 +23,11 @@ class Outline:
     """What a configuration amounts to before any data are read.
 
     Attributes:
+      sections: what the configuration was cut into.
       patterns: per row of the client table, the numbers of its clients; all of them own the same blocks.
     """
 
-    config: ConfigDict
+    sections: Sections
     federation: Federation
     model: ServerModel
     partition: Partition
@@ -41,30 +43,23 @@ class Outline:
         return table7(self.model, [self.tasks_of(k) for k in range(len(self.federation.clients))])
 
 
-def outline(config: ConfigDict) -> Outline:
+def outline(config: ConfigDict, target: Platform | None = None) -> Outline:
     """Everything of `experiment.build` that needs no data but, where these name the clients, their names.
+
+    Args:
+      target: the platform of devices that are not here; default: of this process's.
 
     Raises:
       UserError: whatever is wrong with the configuration.
     """
-    configuration.validate(config)
-    config = assembly.with_found(config)
-    federation = assembly.federation_of(config)
-    model = ServerModel(assembly.model_config(config, attention="einsum"), assembly.tasks_of(config, federation))
+    validate(config)
+    sections = assembly.cut(assembly.with_found(config), target, attention="einsum")
+    federation, model = sections.federation, ServerModel(sections.model, sections.tasks)
     patterns: dict[int, list[int]] = {}
     for number, client in enumerate(federation.clients):
         patterns.setdefault(client.pattern, []).append(number)
     partition = model.partition(federation.task_mask)
-    return Outline(config, federation, model, partition, tuple(map(tuple, patterns.values())))
-
-
-def parameters(config: ConfigDict) -> dict[str, float]:
-    """Table 7's parameters of a configuration, as `Outline.table7`.
-
-    Raises:
-      UserError: whatever is wrong with the configuration.
-    """
-    return outline(config).table7()
+    return Outline(sections, federation, model, partition, tuple(map(tuple, patterns.values())))
 
 
 def block_sizes(partition: Partition, like: blocks.Blocks) -> np.ndarray:

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from tap_jax import assembly
-from tap_jax import config as configuration
-from tap_jax.config import ConfigDict
 from tap_jax.data.minibatches import Batch
 from tap_jax.models.accounting import shapes
 from tap_jax.models.server_model import ServerModel
@@ -33,12 +31,6 @@ class Cost:
     def of(self, samples: int) -> Flops:
         """Of a minibatch with so many samples of one of the task's streams."""
         return self.once + self.per_sample * samples if samples else Flops()
-
-
-def gradients_per_step(config: ConfigDict) -> int | None:
-    """Gradients of the task losses that a local step takes; None where it computes more than those."""
-    entry, settings = configuration.method_settings(config)
-    return entry.gradients(settings)
 
 
 def longest(model: ServerModel, task: Task) -> Widths:

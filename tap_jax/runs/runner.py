@@ -236,7 +236,7 @@ def _play(
         reporter.say(f"privacy: epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g} for {privacy['covers']}")
     write_results(
         workdir,
-        config,
+        config.to_dict(),
         rows,
         replacements,
         timing,
@@ -349,7 +349,7 @@ def _evaluate(
         return rows
     write_results(
         workdir,
-        config,
+        config.to_dict(),
         rows,
         results["replacements"],
         results["timing"],

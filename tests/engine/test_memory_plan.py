@@ -70,7 +70,7 @@ def test_totals_add_up(tiny):
     host, finished = sum(plan.host.values()), sum(plan.finished.values())
     assert plan.together(ROUND) == 2 * one[ROUND] + host
     assert plan.together(LAST) == 2 * one[LAST] + host + finished and finished
-    text = describe(config)
+    text = describe(outline(config))
     assert f"{plan.together(ROUND) / planned_memory.MIB:,.1f}" in text.split("= round, the host and all 2 devices")[1]
 
 
@@ -81,7 +81,7 @@ def test_what_goes_to_disk_is_not_in_memory(tiny):
     assert len(disk.disk) == 3 and not memory.disk
     assert disk.host | disk.disk == memory.host
     assert memory.together(ROUND) - disk.together(ROUND) == sum(disk.disk.values())
-    text = describe(tiny(ROWS, fields | {"engine.host_gigabytes": 1e-9}))
+    text = describe(outline(tiny(ROWS, fields | {"engine.host_gigabytes": 1e-9})))
     assert "On disk, in the run's folder (engine.host_gigabytes)\n  personal blocks" in text
 
 
@@ -89,9 +89,10 @@ def test_where_blocks_go_by_default(tiny, monkeypatch):
     """To disk where they would take more than half of the machine, or a checkpoint would take longer than rounds."""
     config = tiny(ROWS)
     monkeypatch.setattr(assembly, "machine_memory", lambda: 1000)
-    assert [assembly.host_bytes(config, clients) for clients in (30, 300, 301, 3000)] == [500, 500, 0, 0]
+    found = [assembly.engine_settings(config, clients).host_bytes for clients in (30, 300, 301, 3000)]
+    assert found == [500, 500, 0, 0]
     config = tiny(ROWS, {"engine.host_gigabytes": 2.5})
-    assert assembly.host_bytes(config, 3000) == 2_500_000_000
+    assert assembly.engine_settings(config, 3000).host_bytes == 2_500_000_000
 
 
 def test_a_run_does_not_keep_the_blocks_that_it_began_with(tiny, tmp_path, monkeypatch):

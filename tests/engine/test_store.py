@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tap_jax import experiment as experiments
+from tap_jax.assembly import cut
 from tap_jax.blocks import Partition
 from tap_jax.config import to_json
 from tap_jax.engine import rounds
@@ -295,7 +296,7 @@ def experiment(tiny):
 
 
 def test_a_run_keeps_the_form_in_which_it_began(experiment, tiny, tmp_path):
-    roomy = dataclasses.replace(experiment, config=tiny(ROWS, {"variants": ("tap",)}))
+    roomy = dataclasses.replace(experiment, sections=cut(tiny(ROWS, {"variants": ("tap",)})))
     for first, second, stored in ((experiment, roomy, True), (roomy, experiment, False)):
         workdir = tmp_path / str(stored)
         # Nothing is kept of a start that never came to a checkpoint.

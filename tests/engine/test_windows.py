@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
+from tap_jax.assembly import cut
 from tap_jax.config import config_hash, default_config, override, validate
 from tap_jax.engine import windows
 from tap_jax.engine.checkpointing import Checkpoints
@@ -232,7 +233,8 @@ def test_checkpoints_are_of_the_ends_of_windows(experiment, tmp_path, monkeypatc
 
 
 def test_personal_blocks_in_a_store(tiny, experiment, expected, tmp_path):
-    stored = dataclasses.replace(experiment, config=tiny(ROWS, WINDOW_OF_3 | {"engine.host_gigabytes": 1e-9}))
+    sections = cut(tiny(ROWS, WINDOW_OF_3 | {"engine.host_gigabytes": 1e-9}))
+    stored = dataclasses.replace(experiment, sections=sections)
     state, lines = run(stored, tmp_path)
     lines = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
     same((state.replace(server=experiment.engine.server_blocks(state.server)), lines), expected)

@@ -217,12 +217,6 @@ def test_results_are_written_as_strict_json_with_a_report(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "results.json"]
 
 
-def test_config_dict_is_accepted(tmp_path):
-    config_dict = pytest.importorskip("ml_collections").ConfigDict
-    results.write_results(tmp_path, config_dict({"model": {"name": "mini"}, "rounds": 3}), [], [], {})
-    assert strict((tmp_path / "results.json").read_text())["config"] == {"model": {"name": "mini"}, "rounds": 3}
-
-
 @pytest.mark.parametrize("name", ["a_b_c", "*a*", "<script>alert(1)</script>", "a\n# b"])
 def test_the_title_names_the_folder_whatever_it_is_called(name, tmp_path):
     folder = tmp_path / name.replace("/", "")

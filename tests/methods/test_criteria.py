@@ -353,7 +353,7 @@ def plain_tap(experiment):
 
     config = experiment.config.copy_and_resolve_references()
     config.distillation.patience = 0
-    return assembly.method_of(config, experiment.model, experiment.variants)
+    return assembly.method_of(assembly.cut(config), experiment.model)
 
 
 class Silent:

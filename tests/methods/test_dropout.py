@@ -57,7 +57,7 @@ def test_the_teacher_of_stage_2_has_no_dropout_and_the_student_has():
     def run(key):
         outputs, latents, _ = assembly.sample_loss(model)(frozen, student, NEWS, BATCH, key)
         extra = functools.partial(
-            assembly.method_of(config, model, ("tap",)).rule.extra_loss, row_of(frozen, key), outputs, latents
+            assembly.method_of(assembly.cut(config), model).rule.extra_loss, row_of(frozen, key), outputs, latents
         )
         teachers = [model.apply(frozen, teacher, NEWS, BATCH, key=used) for used in (None, key)]
         divergences = [distillation_loss(NEWS.kind, guide, outputs, BATCH) for guide in teachers]
@@ -137,11 +137,11 @@ def test_a_row_has_a_mask_of_its_own(tiny):
 
 def test_masks_come_from_the_device_s_generator_on_tpus_alone():
     config = default_config()
-    found = {kind: assembly.generator_of(config, Platform(kind, kind)) for kind in ("cpu", "gpu", "tpu")}
+    found = {kind: assembly.engine_settings(config, 2, Platform(kind, "")).generator for kind in ("cpu", "gpu", "tpu")}
     assert found == {"cpu": "threefry2x32", "gpu": "threefry2x32", "tpu": "rbg"}
     for chosen, generator in (("threefry", "threefry2x32"), ("rbg", "rbg")):
         config.engine.dropout_bits = chosen
-        assert assembly.generator_of(config, Platform("tpu", "tpu")) == generator
+        assert assembly.engine_settings(config, 2, Platform("tpu", "")).generator == generator
 
 
 def test_a_run_notes_that_it_goes_on_with_other_masks(tiny):

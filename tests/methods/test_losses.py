@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tap_jax.assembly import method_of
+from tap_jax.assembly import cut, method_of
 from tap_jax.config import default_config
 from tap_jax.methods.base import Row
 from tap_jax.methods.losses import distillation_loss, task_loss
@@ -78,7 +78,7 @@ def test_the_configuration_says_how_a_teacher_teaches():
     config.distillation.update(temperature=2.0, temperature_power=1.0, image_loss="mse")
     config.distillation.weights.update(text_classification=3.0, image_generation=5.0)
 
-    extra_loss = method_of(config, model, ("tap",)).rule.extra_loss
+    extra_loss = method_of(cut(config), model).rule.extra_loss
 
     def kl(teacher, student):
         log_t, log_s = (torch.log_softmax(z / 2, -1) for z in (teacher, student))

@@ -38,7 +38,7 @@ def single(tiny, listed):
     experiment, found = listed[0], {}
     for margin in MARGINS[:2]:
         config = tiny(ROWS, SETTINGS | {"margins": margin})
-        method = assembly.method_of(config, experiment.model, ("tap",))
+        method = assembly.method_of(assembly.cut(config), experiment.model)
         found[margin] = play(dataclasses.replace(experiment, config=config, method=method, variants=("tap",)))
     return found
 

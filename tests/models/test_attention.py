@@ -91,28 +91,30 @@ def test_auto_on_a_gpu(tiny, monkeypatch, reason, chosen):
         return reason
 
     config = tiny(ROWS, {"compute_dtype": "bfloat16"})
-    assert assembly.model_config(config).attention == "auto" and not assembly.attention_notes(config), "on a CPU"
+    found = assembly.cut(config)
+    assert found.model.attention == "auto" and not found.notes, "on a CPU"
     assert not tried
     monkeypatch.setattr(assembly, "why_not_cudnn", trial)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    model = assembly.model_config(config)
-    assert model.attention == chosen
+    found = assembly.cut(config)
+    assert found.model.attention == chosen
     assert tried == [(2, 8, (5, 16), "bfloat16")]
-    (note,) = assembly.attention_notes(config)
+    (note,) = found.notes
     assert f"engine.attention: '{chosen}'" in note and reason in note
     for given in ("einsum", "xla", *["cudnn"] * (not reason)):
         config.engine.attention = given
-        assert assembly.model_config(config).attention == given and not assembly.attention_notes(config)
+        found = assembly.cut(config)
+        assert found.model.attention == given and not found.notes
 
 
 def test_cudnn_that_cannot_be_had_is_the_users_error(tiny, monkeypatch):
     config = tiny(ROWS, {"compute_dtype": "bfloat16", "engine.attention": "cudnn"})
     with pytest.raises(UserError, match="engine.attention: 'cudnn' cannot be had .no NVIDIA GPU .*use 'auto'"):
-        assembly.attention_notes(config)
+        assembly.cut(config)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(assembly, "why_not_cudnn", lambda *args: "it is old")
     with pytest.raises(UserError, match="cannot be had .it is old."):
-        assembly.attention_notes(config)
+        assembly.cut(config)
 
 
 def test_second_derivatives_are_xlas(tiny, monkeypatch):
@@ -120,6 +122,6 @@ def test_second_derivatives_are_xlas(tiny, monkeypatch):
     config = tiny(ROWS, fields | {"per_fedavg.hessian": "exact"})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(assembly, "why_not_cudnn", lambda *args: "")
-    assert assembly.model_config(config).attention == "xla"
+    assert assembly.cut(config).model.attention == "xla"
     config.per_fedavg.hessian = "none"
-    assert assembly.model_config(config).attention == "cudnn"
+    assert assembly.cut(config).model.attention == "cudnn"

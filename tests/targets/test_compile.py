@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from tap_jax import platforms
+from tap_jax.assembly import cut
+from tap_jax.config import override
 from tap_jax.planning.targets import fit, report, roofline
 from tap_jax.planning.targets.compile import Built, Found, compile_program, refused_bytes
 from tap_jax.platforms import GIB, Platform
@@ -89,5 +91,6 @@ def test_fit_takes_those_that_are_smaller(tiny):
     assert fit.smaller(sizes, sizes[0], 14 * GIB, 10 * GIB) == sizes[2:]
     assert fit.smaller(sizes, sizes[0], 0, 10 * GIB) == sizes[1:]
     config = tiny(({"ag_news": 0.5},) * 2)
-    assert fit.with_sizes(config, dataclasses.replace(sizes[0], microbatch=4)).engine.microbatch == 4
-    assert config.engine.microbatch == 8
+    small = dataclasses.replace(sizes[0], microbatch=4, clients=2)
+    assert cut(override(config, small.fields)).open == frozenset()
+    assert (config.engine.microbatch, config.engine.clients_at_once, config.engine.remat) == (4, 2, "none")

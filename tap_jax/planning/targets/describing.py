@@ -78,4 +78,5 @@ def about(run: Experiment, target: Target) -> tuple[str, ...]:
 def sizes(send: Callable[[Any], None], config: ConfigDict, target: Target) -> None:
     """Sends what fits by the estimate, the fastest first (`device_sizes.choices`)."""
     found = devices(target)
-    send(device_sizes.choices(config, assembly.federation_of(config), platform_of(found[0]), len(found)))
+    sections = assembly.cut(config, platform_of(found[0]), attention="einsum")
+    send(device_sizes.choices(sections, len(found)))

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from tap_jax.config import ConfigDict
-from tap_jax.device_sizes import Sizes, with_sizes
+from tap_jax.config import ConfigDict, override
+from tap_jax.device_sizes import Sizes
 from tap_jax.errors import UserError
 from tap_jax.planning.targets.compile import Found, gib
 from tap_jax.planning.targets.programs import STAGE2, TRAINING
@@ -30,7 +30,7 @@ def fit(
         choice = left[0]
         say(f"trying {choice.flags} (estimated {gib(choice.bytes)} GiB)")
         built, found = compile_all(
-            with_sizes(config, choice),
+            override(config.copy_and_resolve_references(), choice.fields),
             target,
             minutes=minutes,
             say=say,

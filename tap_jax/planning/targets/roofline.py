@@ -7,7 +7,6 @@ import dataclasses
 
 from tap_jax.device_sizes import post_trainings
 from tap_jax.experiment import Experiment
-from tap_jax.planning.step_cost import gradients_per_step
 from tap_jax.planning.useful_share import Share, measure
 from tap_jax.platforms import Platform
 
@@ -48,7 +47,7 @@ def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
 
     Prediction is not counted, and nothing is where a method does more in a step than gradients of the task losses.
     """
-    gradients = gradients_per_step(run.config)
+    gradients = run.sections.gradients
     if gradients is None:
         return {}
     personal = bool(run.method.personal_variants)
@@ -72,8 +71,8 @@ def calls(run: Experiment) -> dict[str, float]:
     """Phase -> how often a run trains so."""
     settings, personal = run.engine.settings, run.method.personal_variants
     models = 1 + len(personal) if personal else max(1, len(run.method.client_models))
-    last = post_trainings(run.config) if settings.post_steps else 0
-    return {"training": run.config.rounds * models, "stage 2": _passes(run) * last}
+    last = post_trainings(run.sections.method, run.sections.variants) if settings.post_steps else 0
+    return {"training": settings.rounds * models, "stage 2": _passes(run) * last}
 
 
 def _passes(run: Experiment) -> int:
