@@ -78,7 +78,7 @@ def one(config: str, name: str, args: argparse.Namespace, known: list[Found], ke
     flags = ""
     if args.fit:
         choice, _, _ = fit.fit(run, target, **limits)
-        run, flags = fit.with_sizes(run, choice), choice.flags
+        run, flags = load_config(config, fields | choice.fields), choice.flags
     compiled = [program for program in known if not program.problem]
 
     def after(program: Found) -> bool:
