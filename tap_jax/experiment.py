@@ -58,7 +58,7 @@ class Experiment:
     """A configured run; all methods are functions of the state given.
 
     Attributes:
-      config: as it was given. sections: what it was cut into.
+      config: complete, see `assembly.with_found`. sections: what it was cut into.
       federation, model, data, method: what `build` made of these.
       partition: blocks and who owns them.
       engine: the compiled side.

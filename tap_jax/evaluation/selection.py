@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tap_jax import config as configuration
+from tap_jax.config import NEUTRAL_FIELDS, margin_label
+from tap_jax.config.fields import flat
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.scores import Row, Summary, summarise
 from tap_jax.registry import METHODS
@@ -91,12 +92,11 @@ def comparisons(runs: Sequence[FinishedRun]) -> list[Comparison]:
 
 
 def _identity(run: FinishedRun) -> dict[str, Any]:
-    flat = _flat(run.config.to_dict())
     free = (*_SHARED, *(name for names in _fields_of_methods().values() for name in names))
     return {
         field: value
-        for field, value in flat.items()
-        if field not in configuration.NEUTRAL_FIELDS and not any(_within(field, own) for own in free)
+        for field, value in flat(run.config).items()
+        if field not in NEUTRAL_FIELDS and not any(_within(field, own) for own in free)
     }
 
 
@@ -140,8 +140,10 @@ def _reads(run: FinishedRun, method: str) -> bool:
 
 def _settings(run: FinishedRun, method: str) -> dict[str, Any]:
     """What only this method reads, margins as one value whichever way they were written."""
-    flat = _flat({**run.config.to_dict(), "margins": tuple(sorted(run.margins.items()))})
-    return {field: flat[field] for field in flat if any(_within(field, name) for name in _fields_of_methods()[method])}
+    found = flat({**run.config, "margins": tuple(sorted(run.margins.items()))})
+    return {
+        field: found[field] for field in found if any(_within(field, name) for name in _fields_of_methods()[method])
+    }
 
 
 def _usual(runs: Sequence[FinishedRun], method: str) -> dict[str, Any]:
@@ -152,10 +154,10 @@ def _usual(runs: Sequence[FinishedRun], method: str) -> dict[str, Any]:
 
 def _renamed(run: FinishedRun, variant: str, differing: Sequence[str]) -> str:
     """The variant of a run with unusual settings: it must not be averaged with the usual ones."""
-    settings = _flat(run.config.to_dict())
+    settings = flat(run.config)
     others = ", ".join(f"{field}={_shown(settings[field])}" for field in differing if field != "margins")
     if "margins" in differing and "@" not in variant:
-        variant = f"{variant}@{configuration.margin_label(run.margins)}"
+        variant = f"{variant}@{margin_label(run.margins)}"
     return f"{variant} ({others})" if others else variant
 
 
@@ -165,13 +167,6 @@ def _differing(run: FinishedRun, usual: Mapping[str, Any], method: str) -> list[
 
 def _within(field: str, name: str) -> bool:
     return field == name or field.startswith(f"{name}.")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _shown(value: Any) -> str:

@@ -44,7 +44,7 @@ def compile_all(
     found = {one.name: one for one in known}
     built = None
     while built is None or len(found) < len(built.names):
-        with _Child(_serve, config, target, tuple(found), only) as child:
+        with _Child("serve", config, target, tuple(found), only) as child:
             built = child.receive(BUILDING)
             if built is None:
                 raise UserError(
@@ -72,7 +72,7 @@ def chosen_sizes(config: ConfigDict, target: Target) -> list[Any]:
     Raises:
       UserError: as `compile_all`.
     """
-    with _Child(_sizes, config, target) as child:
+    with _Child("sizes", config, target) as child:
         found = child.receive(BUILDING)
     if found is None:
         raise UserError("target: the process that looks for sizes ended; name them: engine.microbatch and the like")
@@ -80,14 +80,14 @@ def chosen_sizes(config: ConfigDict, target: Target) -> list[Any]:
 
 
 class _Child:
-    """A forked process that sends things, and is ended with the block."""
+    """A forked process in which a function of `describing` sends things; it is ended with the block."""
 
-    def __init__(self, function: Callable, *args: Any):
+    def __init__(self, function: str, config: ConfigDict, target: Target, *args: Any):
         context = multiprocessing.get_context("fork")
         self._mine, theirs = context.Pipe(duplex=False)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._process = context.Process(target=_run, args=(theirs, function, *args), daemon=True)
+        self._process = context.Process(target=_run, args=(theirs, function, config, target, *args), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -122,29 +122,18 @@ class _Child:
         return found
 
 
-def _run(connection: Any, function: Callable, *args: Any) -> None:
+def _run(connection: Any, function: str, config: ConfigDict, target: Target, *args: Any) -> None:
     """In the child: what compilers print goes nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if not os.environ.get("TAP_JAX_COMPILER_OUTPUT"):
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
     try:
-        function(connection, *args)
+        os.environ.update(environment(target))
+        from tap_jax.planning.targets import describing  # and with it JAX
+
+        getattr(describing, function)(connection.send, config, target, *args)
     except UserError as error:
         connection.send(error)
     finally:
         connection.close()
-
-
-def _serve(connection: Any, config: ConfigDict, target: Target, done: tuple[str, ...], only: Callable) -> None:
-    os.environ.update(environment(target))
-    from tap_jax.planning.targets import describing
-
-    describing.serve(connection.send, config, target, done, only)
-
-
-def _sizes(connection: Any, config: ConfigDict, target: Target) -> None:
-    os.environ.update(environment(target))
-    from tap_jax.planning.targets import describing
-
-    describing.sizes(connection.send, config, target)
