@@ -68,8 +68,21 @@ def program():
 def test_computations_and_loops(program):
     assert program.entry == "main"
     assert [loop.name for loop in program.loops] == ["r.3", "k.3", "w.4"]
-    assert [loop.trips for loop in program.loops] == [None, 3, None]
+    assert [program.trips(loop) for loop in program.loops] == [None, 3, None]
     assert program.looped == {"rows_body", "rows_condition", "layers_body", "steps_body", "add"}
+
+
+def test_a_loop_whose_condition_compares_with_a_constant():
+    """As compilers for TPUs leave it, without known_trip_count."""
+    condition = "%turn = s32[] get-tuple-element(%p.2), index=0\n  %n = s32[]{:T(128)} constant(3)\n"
+    known = TEXT.replace("TRIPS", "").replace(
+        "ROOT %c.2 = pred[] constant(false)",
+        condition + "  ROOT %c.2 = pred[]{:T(512)} compare(%turn, %n), direction=LT, metadata={}",
+    )
+    found = hlo.Program(known)
+    assert [found.trips(loop) for loop in found.loops] == [3, 3, 3] and hlo.row_loops(found) == 0
+    data = hlo.Program(known.replace("%n = s32[]{:T(128)} constant(3)", "%n = s32[] get-tuple-element(%p.2), index=1"))
+    assert [data.trips(loop) for loop in data.loops] == [None] * 3
 
 
 def test_collectives_by_where_they_are(program):

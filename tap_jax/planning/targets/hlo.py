@@ -62,12 +62,6 @@ class Instruction:
         found = re.search(r'custom_call_target="([^"]*)"', self.text)
         return found[1] if found else ""
 
-    @property
-    def trips(self) -> int | None:
-        """Of a loop: how often it runs, where the compiler knows."""
-        found = re.search(r'known_trip_count"?:?\s*[={]\s*\{?"?n"?:\s*"?(\d+)', self.text)
-        return int(found[1]) if found else None
-
 
 class Program:
     """The computations of a module, by name.
@@ -118,6 +112,22 @@ class Program:
         """All of them."""
         return [one for _, one in self if one.operation == "while"]
 
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs, where the program tells.
+
+        It may stand with the loop, as known_trip_count. In programs for TPUs it does not; there the condition compares
+        the number of the turn with a constant.
+        """
+        if found := re.search(r'known_trip_count"?:?\s*[={]\s*\{?"?n"?:\s*"?(\d+)', loop.text):
+            return int(found[1])
+        for scope in (self.computations.get(name, {}) for name in loop.called):
+            for one in scope.values():
+                if one.operation == "compare" and one.text.startswith("ROOT ") and "direction=LT" in one.text:
+                    limit = scope.get(one.operands[1])
+                    found = limit and re.search(r"constant\((\d+)\)", limit.text)
+                    return int(found[1]) if found else None
+        return None
+
     def body(self, loop: Instruction) -> set[str]:
         """The computations that a loop runs."""
         return self.reached(*loop.called)
@@ -157,7 +167,7 @@ def row_loops(program: Program) -> int:
     """
     return sum(
         any(loop.name in program.computations[name] for name in program.looped)
-        and loop.trips is None
+        and program.trips(loop) is None
         and any(
             one.operation in _PRODUCTS or (one.operation == "custom-call" and _GEMM.search(one.target))
             for name in program.body(loop)
@@ -195,7 +205,7 @@ def float32_residuals(program: Program, layers: int, elements: int) -> list[str]
     """
     found = set()
     for loop in program.loops:
-        if loop.trips in (None, layers):
+        if program.trips(loop) in (None, layers):
             found |= {
                 f"{shape} ({loop.name})"
                 for shape in loop.shapes
