@@ -63,6 +63,11 @@ class Sections:
     notes: tuple[str, ...]
 
     @property
+    def post_periods(self) -> tuple[int, ...]:
+        """Lengths of what a client trains after the last round, see `MethodEntry.post_periods`."""
+        return self.method.post_periods(self.variants)
+
+    @property
     def gradients(self) -> int | None:
         """Gradients of the task losses that a local step takes; None where it computes more than those."""
         return self.method.gradients(self.method_settings)
@@ -291,6 +296,7 @@ def engine_settings(config: ConfigDict, clients: int, target: Platform | None = 
     # All data in one place: as many iterations a round as the cohort's clients can take together.
     entry, settings = configuration.method_settings(config)
     cohort, pooled = (1, config.cohort_size) if entry.pooled else (config.cohort_size, 1)
+    periods = entry.post_periods(configuration.variants_of(config))
     training = TrainingSettings(clip_norm=optimizer.clip_norm, weight_decay=optimizer.weight_decay)
 
     def rate(round_: int) -> float:
@@ -299,7 +305,6 @@ def engine_settings(config: ConfigDict, clients: int, target: Platform | None = 
         first = optimizer.learning_rate_initial
         return first + done * (optimizer.learning_rate - first)
 
-    twice = any(variant.endswith("+2p") for variant in configuration.variants_of(config))
     return EngineSettings(
         rounds=config.rounds,
         cohort_size=cohort,
@@ -313,7 +318,7 @@ def engine_settings(config: ConfigDict, clients: int, target: Platform | None = 
         persist=optimizer.state == "persist",
         rate=rate,
         post_rate=optimizer.post_learning_rate,
-        longest=max(config.local_steps * pooled, config.post_steps * (1 + twice)),
+        longest=max(config.local_steps * pooled, config.post_steps * max((1, *periods))),
         aggregation=config.aggregation,
         scope=config.replacement.scope,
         seed=config.seed,

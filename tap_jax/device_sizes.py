@@ -10,7 +10,7 @@ Letters: M tokens of a row, D width, F inner width of feed-forward networks.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 
@@ -22,7 +22,6 @@ from tap_jax.engine.settings import EngineSettings
 from tap_jax.models.accounting import shapes
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel, to_compute_dtype
-from tap_jax.registry import MethodEntry
 from tap_jax.tasks import Task
 
 # Part of a device's memory that the estimate may fill: the compiler's own padding and fragmentation take the rest.
@@ -139,7 +138,7 @@ class Estimate:
         shards = shards_of(settings, self.devices)
         turns = -(-people // clients) * -(-clients // shards) * shards / people
         rounds = 2 * settings.rounds * settings.local_steps * min(settings.cohort_size, people)
-        last = post_trainings(self.sections.method, self.sections.variants) * people * settings.post_steps * turns
+        last = sum(self.sections.post_periods) * people * settings.post_steps * turns
         busy = tokens / (tokens + ENOUGH)
         return Sizes(microbatch, clients, remat, memory, (rounds + last) * _SLOWER[remat] / busy)
 
@@ -162,19 +161,6 @@ class Estimate:
             shards=shards,
             parts=self.devices // shards,
         )
-
-
-def post_trainings(entry: MethodEntry, variants: Sequence[str]) -> int:
-    """Local trainings of P iterations that a client takes after the last round; one of 2P counts as two.
-
-    Those of the variants that the run yields and, where there are personal models, the teacher's.
-    """
-    doubled = 2 * sum(variant.endswith("+2p") for variant in variants)
-    if not entry.personal:
-        return doubled + sum(variant.endswith("+post") for variant in variants)
-    untrained = {*entry.server, *entry.untrained}  # "+post" is the teacher as it is
-    students = [v for v in variants if v not in untrained and not v.endswith(("+post", "+2p"))]
-    return doubled + len(students) + 1
 
 
 def shards_of(settings: EngineSettings, devices: int) -> int:

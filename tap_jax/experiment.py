@@ -37,6 +37,7 @@ from tap_jax.methods.criteria import Criterion
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
 from tap_jax.platforms import platform_of
+from tap_jax.registry import METHODS
 from tap_jax.tasks import Task
 
 
@@ -244,7 +245,7 @@ class Experiment:
 
     @property
     def _server_variant(self) -> str:
-        return next(iter(self.sections.method.server), "server")
+        return next((v.name for v in self.sections.method.variants if v.of_server), "server")
 
     def in_order(self, rows: Sequence[Row]) -> list[Row]:
         """Rows by variant, client and task, in the order in which the configuration and the federation name them."""
@@ -297,7 +298,7 @@ def build(
     config = assembly.with_found(config)
     if jax.config.jax_enable_x64:
         raise UserError("jax_enable_x64: is on, and everything here is float32 or bfloat16; set it to False")
-    if criterion and (method or config.method != "tap"):
+    if criterion and (method or not METHODS[config.method].reads_field("replacement")):
         raise UserError("criterion: replacement is TAP's; use it with method='tap' and no method of your own")
     if method and not variants:
         raise UserError("variants: missing; name what the method's finish yields, and what is the server's blocks")

@@ -7,12 +7,38 @@ one's own is registered in a file of one's own (`--register=FILE`), with `make` 
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tap_jax.errors import UserError
 
 Settings = Mapping[str, Any]  # the sections and fields that `MethodEntry.reads` names, as plain values
+SERVER = "server"  # `Variant.model` of W̃, the server's blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A result that a run can yield.
+
+    Attributes:
+      name: in `config.variants`, in results and reports.
+      model: which model it is made of, as the last round leaves it: `SERVER`, or a client's by its name in `State`.
+      periods: how long a client then trains it, in units of P iterations: 0, 1 or 2.
+    """
+
+    name: str
+    model: str = SERVER
+    periods: int = 0
+
+    @property
+    def of_server(self) -> bool:
+        """Whether it is the server's blocks as they are, so that no client has a model of its own."""
+        return self.model == SERVER and not self.periods
+
+
+def federated_variants(name: str) -> tuple[Variant, Variant, Variant]:
+    """NAME is the server's blocks, NAME+post what clients make of them in P iterations, NAME+2p in 2P."""
+    return Variant(name), Variant(f"{name}+post", periods=1), Variant(f"{name}+2p", periods=2)
 
 
 def one_gradient(settings: Settings) -> int | None:
@@ -31,9 +57,8 @@ class MethodEntry:
 
     Attributes:
       name: value of `config.method`.
-      variants: names of what one run can yield; the first is the default.
-      server: those of them that are the server's blocks as they are, so that no client has a model of its own.
-      untrained: those of them that nothing is trained for after the last round, beside the server's.
+      variants: what one run can yield; the first is the default, and has another for each further entry of `margins`.
+      always: those of them that every run trains, since others learn from them.
       make: (settings, `methods.base.MethodContext`) -> `Method`; a function, or "module:function".
       section: fields of `config.<name>`, which the method alone reads, and their defaults.
       choices: field of the section -> the words that it takes.
@@ -48,9 +73,8 @@ class MethodEntry:
     """
 
     name: str
-    variants: tuple[str, ...]
-    server: tuple[str, ...] = ()
-    untrained: tuple[str, ...] = ()
+    variants: tuple[Variant, ...]
+    always: tuple[str, ...] = ()
     make: str | Callable[[Settings, Any], Any] = ""
     section: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -62,6 +86,26 @@ class MethodEntry:
     routed: bool = False
     adapters: Callable[[Settings], int] = lambda settings: 0
     second_order: Callable[[Settings], bool] = lambda settings: False
+
+    @property
+    def default(self) -> str:
+        """The variant that a run yields where the configuration names none."""
+        return self.variants[0].name
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name, "NAME@LABEL" where it is of a further entry of `margins`."""
+        return next(variant for variant in self.variants if variant.name == name.partition("@")[0])
+
+    def post_periods(self, variants: Sequence[str]) -> tuple[int, ...]:
+        """Lengths of what a client trains after the last round of a run that yields `variants`, and for those.
+
+        They are in units of P iterations; 0 of a model that is left as it is.
+        """
+        return tuple(self.variant(name).periods for name in dict.fromkeys((*variants, *self.always)))
+
+    def reads_field(self, field: str) -> bool:
+        """Whether the method reads a field of the configuration that not all methods read."""
+        return any(field == name or field.startswith(f"{name}.") for name in self.reads)
 
     def method(self, settings: Settings, context: Any) -> Any:
         """The `Method`, of `settings` in a `MethodContext`."""
@@ -79,19 +123,20 @@ def register_method(entry: MethodEntry) -> MethodEntry:
     """Adds a method to the registry `METHODS`, so that `config.method` can name it.
 
     Raises:
-      UserError: the name is taken by another method, or a variant is named twice or as the server's only.
+      UserError: the name is taken by another method, or the variants are none, no `Variant`s or not named once each.
     """
     if entry.name in METHODS:
         raise UserError(f"method {entry.name}: already registered; choose another name")
-    if not entry.variants or len({*entry.variants}) < len(entry.variants) or {*entry.server} - {*entry.variants}:
-        raise UserError(f"method {entry.name}: variants {entry.variants}, of the server {entry.server}; name each once")
+    names = {variant.name for variant in entry.variants if isinstance(variant, Variant)}
+    if not names or len(names) < len(entry.variants) or {*entry.always} - names:
+        raise UserError(f"method {entry.name}: variants {entry.variants}; give each once, as a `registry.Variant`")
     METHODS[entry.name] = entry
     return entry
 
 
 def server_variants() -> tuple[str, ...]:
     """The variants of all methods that are the server's blocks."""
-    return tuple(name for entry in METHODS.values() for name in entry.server)
+    return tuple(variant.name for entry in METHODS.values() for variant in entry.variants if variant.of_server)
 
 
 for _entry in (
@@ -99,24 +144,24 @@ for _entry in (
     # all; tap-stage2: no replacement in Stage 1.
     MethodEntry(
         "tap",
-        ("tap", "tap-no-kd", "tap-stage1", "tap-stage2", "local", "fedavg", "fedavg+post", "fedavg+2p"),
-        server=("fedavg",),
-        untrained=("tap-stage1", "local"),
+        (
+            Variant("tap", "personal", 1),
+            Variant("tap-no-kd", "personal", 1),
+            Variant("tap-stage1", "personal"),
+            Variant("tap-stage2", "local", 1),
+            Variant("local", "local"),
+            *federated_variants("fedavg"),
+        ),
+        always=("fedavg+post",),
         make="tap_jax.methods.tap:configured",
         reads=("margins", "replacement", "distillation"),
         personal=True,
     ),
-    MethodEntry(
-        "fedavg",
-        ("fedavg", "fedavg+post", "fedavg+2p"),
-        server=("fedavg",),
-        make="tap_jax.methods.fedavg:configured",
-    ),
-    MethodEntry("local", ("local",), make="tap_jax.methods.local:configured", sends=False),
+    MethodEntry("fedavg", federated_variants("fedavg"), make="tap_jax.methods.fedavg:configured"),
+    MethodEntry("local", (Variant("local", "local"),), make="tap_jax.methods.local:configured", sends=False),
     MethodEntry(
         "per_fedavg",
-        ("per-fedavg", "per-fedavg+post"),
-        server=("per-fedavg",),
+        federated_variants("per-fedavg")[:2],
         make="tap_jax.methods.per_fedavg:configured",
         section={
             "inner_scale": 1.0,  # inner rate / outer rate; Table 21 has one schedule for both
@@ -129,8 +174,7 @@ for _entry in (
     ),
     MethodEntry(
         "disentafl",
-        ("disentafl", "disentafl+post", "disentafl+2p"),
-        server=("disentafl",),
+        federated_variants("disentafl"),
         make="tap_jax.methods.disentafl:configured",
         section={"weight": 0.5},  # of the disentanglement loss
         reads=("disentafl",),
@@ -139,7 +183,7 @@ for _entry in (
     ),
     MethodEntry(
         "feddat",
-        ("feddat", "feddat+post"),
+        (Variant("feddat", "private"), Variant("feddat+post", "private", 1)),
         make="tap_jax.methods.feddat:configured",
         section={
             "bottleneck": 32,  # inner width of the adapters; 16 for ViLT
@@ -151,8 +195,7 @@ for _entry in (
     ),
     MethodEntry(
         "centralised",
-        ("centralised",),
-        server=("centralised",),
+        (Variant("centralised"),),
         make="tap_jax.methods.fedavg:centralised",
         sends=False,
         pooled=True,

@@ -330,10 +330,10 @@ def test_a_missing_field_is_named():
 
 
 def test_margins_are_a_number_or_one_per_kind():
-    assert margins_of(load_config(VILT))["tap"]["text_generation"] == 0.02
+    assert margins_of(load_config(VILT))[""]["text_generation"] == 0.02
     config = load_config(FLAVA, {"margins": 0})
     validate(config)
-    assert margins_of(config) == {"tap": dict.fromkeys(KINDS, 0.0)}
+    assert margins_of(config) == {"": dict.fromkeys(KINDS, 0.0)}
     assert config_hash(config) == config_hash(load_config(FLAVA, {"margins": 0.0}))
     with pytest.raises(UserError, match="margins: -1; use finite numbers of at least 0"):
         load_config(FLAVA, {"margins": -1})
@@ -344,10 +344,10 @@ def test_a_list_of_margins_makes_a_variant_of_each():
     config = load_config(FLAVA, {"margins": [table22, (0.01, 0.04), 0.05], "variants": ("tap", "local")})
     found = margins_of(config)
     assert variants_of(config) == ("tap", "local", "tap@0.01-0.04", "tap@0.05")
-    assert found["tap"] == table22 and found["tap@0.05"] == dict.fromkeys(KINDS, 0.05)
+    assert found[""] == table22 and found["@0.05"] == dict.fromkeys(KINDS, 0.05)
     # Tables 11 to 13: the lower one for image generation and text classification.
-    low = {kind for kind, margin in found["tap@0.01-0.04"].items() if margin == 0.01}
-    assert low == {"image_generation", "text_classification"} and set(found["tap@0.01-0.04"].values()) == {0.01, 0.04}
+    low = {kind for kind, margin in found["@0.01-0.04"].items() if margin == 0.01}
+    assert low == {"image_generation", "text_classification"} and set(found["@0.01-0.04"].values()) == {0.01, 0.04}
     again = from_json(to_json(config))
     validate(again)
     assert margins_of(again) == found and config_hash(again) == config_hash(config)
@@ -360,8 +360,8 @@ def test_variants_of_different_margins_have_different_names():
     other = one | dict(text_classification=0.01, text_generation=0.02)
     entries = [0.5, one, other, (0.01, 0.02), (0.02, 0.02), 1e-5, 0.1000001, 0.1, 1e6]
     names = list(margins_of(load_config(FLAVA, {"margins": entries})))
-    assert names[1:4] == ["tap@0.02-0.01", "tap@0.01-0.02-0.01-0.02", "tap@0.01-0.02"]
-    assert names[4:] == ["tap@0.02", "tap@1e-05", "tap@0.1000001", "tap@0.1", "tap@1000000"]
+    assert names[1:4] == ["@0.02-0.01", "@0.01-0.02-0.01-0.02", "@0.01-0.02"]
+    assert names[4:] == ["@0.02", "@1e-05", "@0.1000001", "@0.1", "@1000000"]
     with pytest.raises(UserError, match="is there twice"):
         load_config(FLAVA, {"margins": [0.5, one, (0.02, 0.01)]})
 

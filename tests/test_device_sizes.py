@@ -7,7 +7,7 @@ import pytest
 from tap_jax import device_sizes
 from tap_jax.assembly import cut
 from tap_jax.config import load_config, variants_of
-from tap_jax.device_sizes import Estimate, choices, post_trainings, row_bytes, row_tokens, sized
+from tap_jax.device_sizes import Estimate, choices, row_bytes, row_tokens, sized
 from tap_jax.models.layers import ModelConfig
 from tap_jax.platforms import GIB, Platform
 from tap_jax.registry import METHODS
@@ -86,10 +86,11 @@ def test_tokens_of_a_row():
 def test_trainings_after_the_last_round():
     """TAP: teacher, student, one without a teacher, 2P. FedAvg: P and 2P, and none for the server's blocks."""
     tap, fedavg = METHODS["tap"], METHODS["fedavg"]
-    assert post_trainings(tap, variants_of(load_config("configs/flava.py"))) == 5
-    assert post_trainings(tap, ("tap", "fedavg+post")) == 2
-    assert post_trainings(fedavg, ("fedavg", "fedavg+post", "fedavg+2p")) == 3
-    assert post_trainings(fedavg, ("fedavg",)) == 0
+    assert sum(tap.post_periods(variants_of(load_config("configs/flava.py")))) == 5
+    assert tap.post_periods(("tap", "fedavg+post")) == tap.post_periods(("tap",)) == (1, 1)
+    assert tap.post_periods(("tap-stage1", "tap-stage2", "local", "tap@0.5")) == (0, 1, 0, 1, 1)
+    assert fedavg.post_periods(("fedavg", "fedavg+post", "fedavg+2p")) == (0, 1, 2)
+    assert fedavg.post_periods(("fedavg",)) == (0,)
 
 
 def test_longer_trainings_weigh_on_the_time():

@@ -40,9 +40,11 @@ def is_natural(config: ConfigDict) -> bool:
 
 
 def variants_of(config: ConfigDict) -> tuple[str, ...]:
-    """The results a run is to make: `config.variants` or the method itself, and one for each further margin."""
-    chosen = tuple(config.variants) or METHODS[config.method].variants[:1]
-    return chosen + tuple(margins_of(config))[1:] if config.method == "tap" else chosen
+    """The results a run is to make: `config.variants` or the method's default, and one for each further margin."""
+    entry = METHODS[config.method]
+    chosen = tuple(config.variants) or (entry.default,)
+    further = list(margins_of(config))[1:] if entry.reads_field("margins") else ()
+    return chosen + tuple(entry.default + suffix for suffix in further)
 
 
 def method_settings(config: ConfigDict) -> tuple[MethodEntry, Settings]:
@@ -68,7 +70,7 @@ def data_cache(config: ConfigDict) -> str:
 
 
 def margins_of(config: ConfigDict) -> dict[str, dict[str, float]]:
-    """Variant -> task kind -> m: "tap" first, and "tap@LABEL" for each further entry of a list.
+    """Suffix of a variant's name -> task kind -> m: "" first, and "@LABEL" for each further entry of a list.
 
     LABEL is `margin_label` of the entry.
 
@@ -80,10 +82,10 @@ def margins_of(config: ConfigDict) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for entry in entries:
         by_kind = _by_kind(entry)
-        name = f"tap@{margin_label(by_kind)}" if found else "tap"
-        if name in found:
+        suffix = f"@{margin_label(by_kind)}" if found else ""
+        if suffix in found:
             raise UserError(f"margins: {entry} is there twice; drop one")
-        found[name] = by_kind
+        found[suffix] = by_kind
     return found
 
 

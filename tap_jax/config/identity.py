@@ -49,9 +49,8 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
     fields = {field: cast(field, value, standard[field]) for field, value in fields.items() if field in standard}
     fields |= tasks
     fields.pop("margins", None)
-    for variant, margins in margins_of(config).items():
-        extra = variant.removeprefix("tap")
-        fields |= {f"margins{extra}.{kind}": margin for kind, margin in margins.items()}
+    for suffix, margins in margins_of(config).items():
+        fields |= {f"margins{suffix}.{kind}": margin for kind, margin in margins.items()}
     fields["variants"] = tuple(sorted(variants_of(config)))
     # A task registered later adds an empty folder, which changes nothing.
     return {field: value for field, value in fields.items() if not (field.startswith("data.folders.") and not value)}

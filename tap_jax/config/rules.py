@@ -71,7 +71,7 @@ def _check_tasks(config: ConfigDict) -> None:
 
 def _check_outcome(config: ConfigDict) -> None:
     """What the run is to yield and to write."""
-    known = METHODS[config.method].variants
+    known = [variant.name for variant in METHODS[config.method].variants]
     for variant in config.variants:
         if variant not in known:
             raise UserError(
@@ -119,7 +119,7 @@ def _check_method(config: ConfigDict) -> None:
         ("replacement.criterion", config.replacement.criterion in ("held_out", "representation")),
         ("distillation.patience", config.distillation.patience > 0),
     ):
-        if config.method == "tap" and wanted and not config.data.held_out:
+        if METHODS[config.method].reads_field(field) and wanted and not config.data.held_out:
             raise UserError(f"data.held_out: 0, but {field} looks at held-out samples; use a part such as 0.1")
 
 

@@ -134,7 +134,7 @@ def _read(id_: str, folder: Path) -> FinishedRun:
         raise broken("replacements")
     try:
         config = configuration.from_json(json.dumps(stored["config"]))
-        margins = configuration.margins_of(config)["tap"]
+        margins = configuration.margins_of(config)[""]
         hash_ = stored.get("config_hash") or configuration.config_hash(config)
     except UserError as error:
         raise UserError(

@@ -19,7 +19,7 @@ def _fields_of_methods() -> dict[str, tuple[str, ...]]:
 
     A variant belongs to the method with whose first one its name begins.
     """
-    return {entry.variants[0]: entry.reads for entry in METHODS.values() if entry.reads}
+    return {entry.default: entry.reads for entry in METHODS.values() if entry.reads}
 
 
 Key = tuple[str, str]  # (backbone, variant)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from tap_jax.blocks import Params
 from tap_jax.methods.base import PLAIN, Cohort, FinishedBlocks, LocalRule, Method, MethodContext, State
-from tap_jax.registry import Settings
+from tap_jax.registry import Settings, federated_variants
 
 
 def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
@@ -33,14 +33,14 @@ def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:
     """FedAvg as a method: no client models beside the server's.
 
     Args:
-      name: of its variants NAME (the server's blocks), NAME+post and NAME+2p.
+      name: of its variants, `registry.federated_variants`.
       rule: how clients train, in the rounds and after them.
     """
 
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, FinishedBlocks]]:
-        for variant, twice in ((f"{name}+post", False), (f"{name}+2p", True)):
-            if variant in variants:
-                yield variant, cohort.unload(post_trained(cohort, state, twice=twice))
+        for variant in federated_variants(name):
+            if variant.periods and variant.name in variants:
+                yield variant.name, cohort.unload(post_trained(cohort, state, twice=variant.periods == 2))
 
     return Method((), federated_round, finish, rule)
 

@@ -125,14 +125,15 @@ def tap(
 
     Args:
       tasks: of the federation, O of them.
-      margins: variant -> m [O], in the loss's units (Table 22): "tap" and any number of "tap@LABEL".
+      margins: "" for the variant "tap", and "@LABEL" for any number of further ones -> m [O], in the loss's units
+        (Table 22).
       variants: what the run is to yield; "local" and "tap-stage2" need a model that never communicates, trained on the
         same rounds.
       patience: when to stop distilling before P iterations are over; None: never.
       forward: `ServerModel.forward`, by which the teacher computes.
       distillation: how it teaches.
     """
-    personal_models = {MODEL + variant.removeprefix("tap"): variant for variant in margins}
+    personal_models = {MODEL + suffix: f"tap{suffix}" for suffix in margins}
     last = list(personal_models)[-1]
     with_local = bool({"local", "tap-stage2"} & set(variants))
 
@@ -146,7 +147,7 @@ def tap(
         """Equations 3 and 4 for one personal model -> (X, R)."""
         losses = trained.losses
         h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[model], cohort.clients)
-        margin = margins[personal_models[model]]
+        margin = margins[model.removeprefix(MODEL)]
         if replacement.relative:
             margin = relative_margin(margin, h_l, take_rows(state.local_loss, cohort.clients))
         personal = cohort.load(state.client_models[model])
@@ -229,8 +230,8 @@ def configured(settings: Settings, context: MethodContext) -> Method:
     """TAP of a configuration."""
     stage1, stage2 = settings["replacement"], settings["distillation"]
     margins = {
-        variant: np.array([by_kind[task.kind] for task in context.model.tasks], np.float32)
-        for variant, by_kind in settings["margins"].items()
+        suffix: np.array([by_kind[task.kind] for task in context.model.tasks], np.float32)
+        for suffix, by_kind in settings["margins"].items()
     }
     return tap(
         context.model.tasks,

@@ -222,13 +222,13 @@ def _rounds(run: Experiment, rounds: int, say: Say) -> dict[str, Any]:
         "schedule_s": _short(statistics.mean(times) * run.engine.settings.rounds),
         "round_seconds": [_short(value) for value in times],
     }
-    if run.sections.method.personal:
+    if (entry := run.sections.method).personal:
         say("bench: Stage 2 of one client of each pattern")
-        found |= _stage2(run, state)
+        found |= _stage2(run, state, entry.default)
     return dict.fromkeys(ROUND_FIELDS) | found
 
 
-def _stage2(run: Experiment, state: State) -> dict[str, Any]:
+def _stage2(run: Experiment, state: State, variant: str) -> dict[str, Any]:
     everyone = run.federation.clients
     first: dict[int, int] = {}
     for number, client in enumerate(everyone):
@@ -237,7 +237,7 @@ def _stage2(run: Experiment, state: State) -> dict[str, Any]:
     for part in (chosen[start : start + size] for start in range(0, len(chosen), size)):
         cohort = run.engine.cohort(part, int(state.round), state.moments)
         started = time.perf_counter()
-        next(iter(run.method.finish(cohort, state, ("tap",))))  # the models come to the host: nothing is left to wait
+        next(iter(run.method.finish(cohort, state, (variant,))))  # the models come to the host: nothing is left to wait
         seconds += time.perf_counter() - started
     each = seconds / len(chosen)
     return {"stage2_s_per_client": _short(each), "stage2_s": _short(each * len(everyone)), "stage2_clients": chosen}

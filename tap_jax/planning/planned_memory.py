@@ -89,6 +89,7 @@ def _plan(
         method,
         settings,
         made=any(variant not in server_variants() for variant in variants),
-        after=any(variant not in (*server_variants(), "local") for variant in variants),
+        # FedDAT's models are put together on the devices even where nothing is trained.
+        after=any(found.sections.post_periods) or bool(found.model.adapter_blocks),
         **sizes,
     )

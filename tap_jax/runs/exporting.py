@@ -23,7 +23,7 @@ from tap_jax.experiment import Experiment, build
 from tap_jax.export.staging import check_free
 from tap_jax.federation import Federation
 from tap_jax.models.server_model import ServerModel
-from tap_jax.registry import server_variants
+from tap_jax.registry import METHODS, server_variants
 from tap_jax.runs import run_folder
 from tap_jax.runs.runner import stored_model
 
@@ -80,8 +80,9 @@ def export_client(
     _one_of("format", format, FORMATS)
     _one_of("model", model, MODELS)
     config = _finished(workdir)
-    if model != "personal" and config.method == "local":
-        raise UserError(f"model: a run of method=local trains no {model} model; use model=personal")
+    entry = METHODS[config.method]
+    if model != "personal" and not (entry.sends or entry.pooled):
+        raise UserError(f"model: a run of method={entry.name} trains no {model} model; use model=personal")
     federation = federation_of(config)
     run_folder.check_clients(workdir, federation)
     label, client = client, None if client is None else federation.number_of(client)

@@ -35,7 +35,7 @@ from tap_jax.evaluation.samples import write_samples
 from tap_jax.evaluation.scores import summarise
 from tap_jax.experiment import Experiment, build
 from tap_jax.methods.base import State
-from tap_jax.registry import server_variants
+from tap_jax.registry import METHODS, server_variants
 from tap_jax.runs import run_folder, writers
 from tap_jax.runs.writers import Guarded, Writer
 
@@ -193,9 +193,9 @@ def _play(
     give_back_memory()  # the last checkpoint's copies
     _announce(experiment, reporter)
     rows: list[Row] = []
-    stage2, since = 0.0, trained
+    entry, stage2, since = METHODS[config.method], 0.0, trained
     for cohort, variant, mine in experiment.finish_in_batches(state, reporter.doing):
-        if variant == "tap":  # the first of a pass: teacher and student have trained since the one before (Table 7)
+        if entry.personal and variant == entry.default:  # the first of a pass, after its teacher's training (Table 7)
             stage2 += time.monotonic() - since
         for client, found in mine.items() if writes else ():
             write_model(workdir / "models", variant, client, found, config.rounds, name_of(experiment, client))

@@ -106,8 +106,7 @@ def test_own_method_by_name(tiny, handed, monkeypatch):
     rows, names = ROWS, handed.variants
     entry = registry.MethodEntry(
         "fedprox",
-        names,
-        server=names[:1],
+        registry.federated_variants("fedprox")[:2],
         section={"strength": 0.1},
         reads=("fedprox",),
         make=lambda settings, context: fedprox(settings["fedprox"]["strength"]),

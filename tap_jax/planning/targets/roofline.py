@@ -5,7 +5,6 @@ An estimate, for comparing settings and targets. No device has run anything.
 
 import dataclasses
 
-from tap_jax.device_sizes import post_trainings
 from tap_jax.experiment import Experiment
 from tap_jax.planning.useful_share import Share, measure
 from tap_jax.platforms import Platform
@@ -71,7 +70,7 @@ def calls(run: Experiment) -> dict[str, float]:
     """Phase -> how often a run trains so."""
     settings, personal = run.engine.settings, run.method.personal_variants
     models = 1 + len(personal) if personal else max(1, len(run.method.client_models))
-    last = post_trainings(run.sections.method, run.sections.variants) if settings.post_steps else 0
+    last = sum(run.sections.post_periods) if settings.post_steps else 0
     return {"training": settings.rounds * models, "stage 2": _passes(run) * last}
 
 
