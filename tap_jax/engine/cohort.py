@@ -5,11 +5,10 @@ Plans are drawn on the host; everything else a cohort returns stays on the devic
 Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
 """
 
-import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +16,18 @@ import numpy as np
 from jax import Array
 
 from tap_jax import blocks
-from tap_jax.blocks import Blocks, Partition
-from tap_jax.data.families import Family
-from tap_jax.data.packing import RowShape
-from tap_jax.data.sampling import PHASES, ClientData, Plan, capacities, draw_plan, share_out
+from tap_jax.blocks import Blocks
+from tap_jax.data.sampling import PHASES, ClientData, Plan, draw_plan, share_out
 from tap_jax.engine import packed, parallel
+from tap_jax.engine.compiled import Compiled, PhaseInputs
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.packed import Layout, Packed, flatten_layouts
-from tap_jax.engine.parallel import CLIENTS, SHARED, Devices
+from tap_jax.engine.parallel import CLIENTS, SHARED
 from tap_jax.engine.programs import abstract
 from tap_jax.engine.screening import Verdicts
-from tap_jax.engine.settings import EngineSettings
+from tap_jax.errors import UserError
 from tap_jax.methods.base import ClientModels, LocalRule, put_models
 from tap_jax.tasks import Task
-
-if TYPE_CHECKING:
-    from tap_jax.engine.engine import Engine
 
 # Phase -> the phase with whose optimizer states it goes on, where they persist; the others go on with their own.
 CONTINUES = {"post": "federated", "distil": "personal"}
@@ -41,26 +36,12 @@ CONTINUES = {"post": "federated", "distil": "personal"}
 TEACHER_RESERVED = 2**28
 
 
-class PhaseInputs(NamedTuple):
-    """What a local training of a cohort is given.
-
-    Attributes:
-      plan: dealt out to the E devices of every shard, leaves [D, E, ...]; numpy.
-      rate: float32 [D, K], numpy.
-      key: of (seed, round, phase), [D, K].
-    """
-
-    plan: Plan
-    rate: np.ndarray
-    key: Array
-
-
 class Cohort:
     """See `methods.base.Cohort`; made by `Engine.cohort` and `Engine.client_batches`."""
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: Compiled,
         clients: Sequence[int],
         round_: int | Sequence[int],
         *,
@@ -74,7 +55,7 @@ class Cohort:
         self.shape = engine.shape_of(size)
         table = parallel.deal(
             clients,
-            [engine._work[k] for k in clients],
+            [engine.work[k] for k in clients],
             shards=engine.devices.shards,
             positions=self.shape.positions,
         )
@@ -97,7 +78,7 @@ class Cohort:
 
     def broadcast(self, server: Packed) -> Packed:
         """W̃[i] for every client, [D, G, n]."""
-        return self.engine._broadcast(server, self.layout)
+        return self.engine.broadcast(server, self.layout)
 
     def load(
         self,
@@ -173,22 +154,18 @@ class Cohort:
         table = np.where(left_out, -1, self.table)
 
         def one(clients, rounds, minibatch):
-            return draw_plan(
+            return self._draw(
                 engine.data,
                 clients,
-                engine.families,
-                seed=settings.seed,
-                round_=rounds,
+                rounds,
                 phase=phase,
                 batch=settings.batch,
-                shapes=engine.shapes,
                 steps=steps,
                 capacities=self.shape.rows,
-                starts=engine.starts,
                 length=max(settings.longest, steps),
                 epochs=None if post else 1,
                 minibatch=minibatch,
-                first_clients=engine._with_statistics,
+                first_clients=engine.with_statistics,
             )
 
         shards = []
@@ -196,6 +173,12 @@ class Cohort:
             drawn = [one(clients, rounds, minibatch) for minibatch in range(engine.rule.minibatches_per_step)]
             shards.append(drawn[0].replace(rows=jax.tree.map(lambda *x: np.stack(x), *(plan.rows for plan in drawn))))
         return jax.tree.map(lambda *x: np.stack(x), *shards)
+
+    def _draw(self, data: Sequence[ClientData], clients: np.ndarray, rounds: np.ndarray, **how: Any) -> Plan:
+        """The plan of one shard; `how`: the arguments of `draw_plan` in which phases differ."""
+        engine = self.engine
+        fixed = dict(seed=engine.settings.seed, round_=rounds, shapes=engine.shapes, starts=engine.starts)
+        return draw_plan(data, clients, engine.families, **fixed, **how)
 
     def train(
         self,
@@ -230,7 +213,7 @@ class Cohort:
 
     def inputs(
         self, phase: str, *, post: bool = False, twice: bool = False, idle: np.ndarray | None = None
-    ) -> "PhaseInputs":
+    ) -> PhaseInputs:
         """A local training of this (seed, round, phase); its plan is drawn now, unless it has been."""
         settings = self.engine.settings
         if phase not in PHASES:
@@ -241,7 +224,7 @@ class Cohort:
         key = jnp.stack([jax.random.fold_in(jax.random.fold_in(seed, t), number) for t in rounds.tolist()])[place]
         rates = [settings.post_rate if post else settings.rate(t) for t in rounds.tolist()]
         rate = np.array(rates, np.float32)[place]
-        drawn = self.engine._drawn.pop((self.round, phase, self.given), None)
+        drawn = self.engine.drawn_ahead.pop((self.round, phase, self.given), None)
         if drawn and not post and idle is None:
             plan = drawn.result()
         else:
@@ -289,7 +272,7 @@ class Cohort:
           takes_teacher: whether it will be given a teacher.
         """
         for args in self.training(takes_teacher=takes_teacher).values():
-            self.engine._train.prepare(*args)
+            self.engine.train_program.prepare(*args)
 
     def training(self, *, takes_teacher: bool = True) -> dict[tuple[bool, bool], tuple]:
         """What `train` is given, as shapes: (with a place for a teacher, with optimizer states) -> arguments.
@@ -350,14 +333,14 @@ class Cohort:
                 raise ValueError("privacy is accounted for one aggregation a round; this is a second one")
             key = jax.random.fold_in(jax.random.key(self.engine.settings.seed), self.round)
             key = self.engine.devices.put(jax.random.fold_in(key, PHASES.index("noise")), SHARED)
-        server, found = self.engine._aggregate(server, params, self.flat_layout, weights, losses, key)
+        server, found = self.engine.aggregate(server, params, self.flat_layout, weights, losses, key)
         self.verdicts.append(found)
         return server
 
     def replace(self, personal: Packed, federated: Packed, indicator: Array) -> Packed:
         """Equation 4; `indicator` bool [P, O]. `personal` is consumed."""
-        allowed = self.engine._replaceable[np.maximum(self.clients, 0)]
-        return self.engine._replace(personal, federated, self.flat_layout, indicator, allowed)
+        allowed = self.engine.replaceable[np.maximum(self.clients, 0)]
+        return self.engine.replace(personal, federated, self.flat_layout, indicator, allowed)
 
     @functools.cached_property
     def held_out_plan(self) -> Plan:
@@ -366,55 +349,45 @@ class Cohort:
         Raises:
           UserError: nothing is held out.
         """
-        return self.engine.probes.held_out_plan(self)
+        held = self.engine.held_out
+        if not any(mine.streams for mine in held):
+            raise UserError("data.held_out: 0 leaves nothing to look at; hold out a part such as 0.1")
+        batch = max(mine.samples for mine in held)
+        rows = self.engine.capacities(held, self.positions, batch)
+        return self._minibatch(held, "held_out", np.zeros_like(self.rounds), batch, rows)
+
+    def _minibatch(self, data: Sequence[ClientData], phase: str, rounds: np.ndarray, batch: int, rows: Mapping) -> Plan:
+        """One minibatch of every client, on the devices; `rows`: `Compiled.capacities`."""
+        shards = [
+            self._draw(data, clients, of, phase=phase, batch=batch, capacities=rows, steps=1, epochs=None)
+            for clients, of in zip(self.table, rounds, strict=True)
+        ]
+        shards = [plan.replace(rows=jax.tree.map(lambda leaf: leaf[None], plan.rows)) for plan in shards]
+        return self.engine.placed(jax.tree.map(lambda *x: np.stack(x), *shards))
 
     def held_out_loss(self, params: Packed) -> Array:
         """See `methods.base.Cohort`."""
-        return self.engine.probes.held_out_loss(self, params)
-
-    def task_gradient(self, params: Packed, task: Task) -> Packed:
-        """See `methods.base.Cohort`."""
-        return self.engine.probes.task_gradient(self, params, task)
+        return self.engine.probes.mean_loss(*self._probed((params,), self.held_out_plan))
 
     def similarity(self, params: Packed, other: Packed) -> Array:
         """See `methods.base.Cohort`."""
-        return self.engine.probes.similarity(self, params, other)
+        return self.engine.probes.mean_cosine(*self._probed((params, other), self.held_out_plan))
+
+    def task_gradient(self, params: Packed, task: Task) -> Packed:
+        """See `methods.base.Cohort`."""
+        names = {stream.name for stream in task.streams}
+        data = [mine.only(names) for mine in self.engine.data]
+        plan = self._minibatch(data, "probe", self.rounds, self.engine.settings.batch, self.shape.rows)
+        return self.engine.probes.gradient(*self._probed(params, plan))
 
     def inner(self, params: Packed, other: Packed) -> Array:
         """See `methods.base.Cohort`."""
-        return self.engine.probes.inner(self, params, other)
+        return self.engine.probes.inner(params, other, self.flat_layout)
+
+    def _probed(self, models: Packed | tuple[Packed, ...], plan: Plan) -> tuple:
+        return self.engine.frozen, self.engine.arrays, models, self.layout, plan
 
 
 def reserves_teacher(rule: LocalRule, params: int) -> bool:
     """`Cohort.reserves_teacher`, for parameters of so many bytes on a device."""
     return rule.takes_teacher and (not rule.teacher_optional or params <= TEACHER_RESERVED)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Static capacities of a shard: positions K, shape class -> slots G, family -> rows N of each shape."""
-
-    positions: int
-    slots: Mapping[str, int]
-    rows: Mapping[str, tuple[int, ...]]
-
-
-def shape_of(
-    data: Sequence[ClientData],
-    families: Sequence[Family],
-    shapes: Mapping[str, Sequence[RowShape]],
-    partition: Partition,
-    settings: EngineSettings,
-    devices: Devices,
-    clients: int,
-) -> Shape:
-    """Capacities for any so many of the federation's clients at once.
-
-    Args:
-      data: of all clients.
-      shapes: family -> shapes of its rows.
-      clients: how many train together.
-    """
-    positions = -(-clients // devices.shards)
-    rows = capacities(data, families, shapes, positions=positions, batch=settings.batch, multiple=devices.parts)
-    return Shape(positions, packed.capacities(partition, partition.owned, positions), rows)

@@ -61,3 +61,18 @@ def replace(personal: Packed, federated: Packed, layout: Layout, indicator: Arra
     chosen = chosen_blocks(indicator, replaceable)
     out = packed.replace(flat(personal), flat(federated), layout, chosen)
     return jax.tree.map(lambda new, old: new.reshape(old.shape), out, dict(personal))
+
+
+def regroup(out: Packed | None, params: Packed, index: Packed) -> Packed:
+    """The slots of parameters [D, G, n] in the places where those of another cohort [D, H, n] want them.
+
+    Args:
+      out: [D, H, n], keeps what is not wanted from this params; None: that is 0.
+      index: shape class -> int32 [D, H], slots among all D·G, -1 where nothing is wanted.
+    """
+    found = {}
+    for group, rows in flat(params).items():
+        wanted = rows[jnp.maximum(index[group], 0)]
+        rest = jnp.zeros_like(wanted) if out is None else out[group]
+        found[group] = jnp.where((index[group] >= 0)[..., None], wanted, rest)
+    return found

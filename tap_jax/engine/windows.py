@@ -15,20 +15,16 @@ Letters: D shards, K positions of a shard, P = D·K positions, O tasks, G slots 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.engine.packed import Packed, flat
+from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.engine import Engine
 from tap_jax.engine.parallel import CLIENTS
 from tap_jax.methods.base import SplitRound, State, Trained
-
-if TYPE_CHECKING:
-    from tap_jax.engine.cohort import Cohort
-    from tap_jax.engine.engine import Engine
 
 # Rounds that wait for the devices at once. The host draws the next one's plans meanwhile, and a run that is to stop
 # does so soon.
@@ -56,13 +52,13 @@ def waves(drawn: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
 
 
 def play_parts(
-    engine: "Engine",
+    engine: Engine,
     round_: SplitRound,
     state: State,
     drawn: Sequence[Sequence[int]],
-    played: Callable[["Cohort", State], State],
+    played: Callable[[Cohort, State], State],
     stop: Callable[[], bool],
-) -> tuple[State, list[tuple["Cohort", dict[str, Any]]]] | None:
+) -> tuple[State, list[tuple[Cohort, dict[str, Any]]]] | None:
     """The rounds of a window.
 
     Args:
@@ -104,41 +100,26 @@ def play_parts(
     return state, [(cohort, _of_round(cohort, found)) for cohort in cohorts]
 
 
-def regroup(out: Packed | None, params: Packed, index: Packed) -> Packed:
-    """The slots of parameters [D, G, n] in the places where those of another cohort [D, H, n] want them.
-
-    Args:
-      out: [D, H, n], keeps what is not wanted from this params; None: that is 0.
-      index: shape class -> int32 [D, H], slots among all D·G, -1 where nothing is wanted.
-    """
-    found = {}
-    for group, rows in flat(params).items():
-        wanted = rows[jnp.maximum(index[group], 0)]
-        rest = jnp.zeros_like(wanted) if out is None else out[group]
-        found[group] = jnp.where((index[group] >= 0)[..., None], wanted, rest)
-    return found
-
-
-def _places(one: "Cohort", other: "Cohort") -> np.ndarray:
+def _places(one: Cohort, other: Cohort) -> np.ndarray:
     """int [2, n], the positions in one and in the other of every client and round that are in both."""
     at = {pair: position for position, pair in enumerate(_pairs(one))}
     found = [(at[pair], p) for p, pair in enumerate(_pairs(other)) if pair[0] >= 0 and pair in at]
     return np.array(found, int).reshape(-1, 2).T
 
 
-def _pairs(cohort: "Cohort") -> list[tuple[int, int]]:
+def _pairs(cohort: Cohort) -> list[tuple[int, int]]:
     """(client, round) at every position."""
     return list(zip(cohort.clients.tolist(), cohort.rounds.reshape(-1).tolist(), strict=True))
 
 
-def _together(engine: "Engine", wave: "Cohort", cohorts: Sequence["Cohort"], kept: list[Trained | None]) -> Trained:
+def _together(engine: Engine, wave: Cohort, cohorts: Sequence[Cohort], kept: list[Trained | None]) -> Trained:
     """What the clients of a wave have trained in their rounds; takes it out of `kept`, which has None of others."""
     params, losses = None, None
     for n, cohort in enumerate(cohorts):
         if kept[n] is None:
             continue
         index = engine.devices.put(_index(wave, cohort), CLIENTS)
-        params = engine._regroup(params, kept[n].federated, index)
+        params = engine.regroup(params, kept[n].federated, index)
         mine, theirs = _places(cohort, wave)
 
         def exchanged(rest: np.ndarray, table: Array, mine=mine, theirs=theirs) -> np.ndarray:
@@ -152,8 +133,8 @@ def _together(engine: "Engine", wave: "Cohort", cohorts: Sequence["Cohort"], kep
     return Trained(params, engine.devices.put(losses, engine.shared.spec))
 
 
-def _index(wave: "Cohort", cohort: "Cohort") -> dict[str, np.ndarray]:
-    """`regroup`'s, from a round's cohort to a wave."""
+def _index(wave: Cohort, cohort: Cohort) -> dict[str, np.ndarray]:
+    """`exchange.regroup`'s, from a round's cohort to a wave."""
     source = np.full(len(wave.clients) + 1, -1)
     mine, theirs = _places(cohort, wave)
     source[theirs] = mine
@@ -168,7 +149,7 @@ def _index(wave: "Cohort", cohort: "Cohort") -> dict[str, np.ndarray]:
     return index
 
 
-def _of_round(cohort: "Cohort", found: Sequence[tuple["Cohort", dict[str, Any]]]) -> dict[str, Any]:
+def _of_round(cohort: Cohort, found: Sequence[tuple[Cohort, dict[str, Any]]]) -> dict[str, Any]:
     """The metrics of a round's clients, from those of the waves."""
     places = [_places(wave, cohort) for wave, _ in found]
 

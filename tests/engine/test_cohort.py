@@ -97,7 +97,7 @@ def test_one_program_and_only_useful_rows(counted):
 
     assert dict(counter.traced) == traced
     engine = experiment.engine
-    assert engine._train.traces == 1
+    assert engine.train_program.traces == 1
 
 
 def test_a_small_client_stops_earlier(counted):
@@ -242,12 +242,12 @@ def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):
     experiment = experiments.build(tiny(rows, SETTINGS | fields))
     state, drawn = experiment.init(), []
     for _ in range(4):
-        waiting = dict(experiment.engine._drawn)
+        waiting = dict(experiment.engine.drawn_ahead)
         state, line = experiment.round(state)
         for (round_, phase, clients), plan in waiting.items():
             expected = experiment.engine.cohort(clients, round_).plan(phase, post=False)
             jax.tree.map(np.testing.assert_array_equal, plan.result(), expected)
-            assert clients == tuple(line["clients"]) and plan not in experiment.engine._drawn.values()
+            assert clients == tuple(line["clients"]) and plan not in experiment.engine.drawn_ahead.values()
             drawn.append(round_)
     assert drawn == [2, 3]
 
@@ -256,10 +256,10 @@ def test_no_place_for_a_teacher_where_blocks_are_large(tiny, monkeypatch):
     """Phases without one then have a program of their own; the numbers stay."""
     experiment = experiments.build(tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), {"rounds": 2, "post_steps": 2}))
     kept = play(experiment)
-    assert experiment.engine._train.traces == 1
+    assert experiment.engine.train_program.traces == 1
     monkeypatch.setattr(cohorts, "TEACHER_RESERVED", 0)
     played, finished = play(experiment)
-    assert experiment.engine._train.traces == 2
+    assert experiment.engine.train_program.traces == 2
     for (state, line), (expected, expected_line) in zip(played, kept[0], strict=True):
         losses, expected_losses = line.pop("losses"), expected_line.pop("losses")
         assert line == expected_line
@@ -280,7 +280,7 @@ def test_a_program_for_each_way_of_training_is_made_ready(counted, monkeypatch, 
     engine, prepared = experiment.engine, []
     monkeypatch.setattr(cohorts, "TEACHER_RESERVED", 0)
     monkeypatch.setattr(engine, "rule", LocalRule(takes_teacher=takes_teacher, teacher_optional=teacher_optional))
-    monkeypatch.setattr(engine._train, "prepare", lambda *args: prepared.append(args[4]))
+    monkeypatch.setattr(engine.train_program, "prepare", lambda *args: prepared.append(args[4]))
     cohort = engine.cohort([0, 1], 0)
     cohort.prepare()
     assert len(prepared) == aids

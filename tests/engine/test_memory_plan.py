@@ -36,13 +36,13 @@ def test_what_is_described_is_there(tiny, monkeypatch):
     tests, state = run.evaluator.arrays, run.init()
     plan = planned_memory.plan(outline(config))
     data = sum(leaf.nbytes for leaf in jax.tree.leaves((run.engine.arrays, tests)))
-    found, train = {}, run.engine._train
+    found, train = {}, run.engine.train_program
 
     def looked_at(*args):
         found.setdefault(len(found), array_bytes() - before)
         return train(*args)
 
-    monkeypatch.setattr(run.engine, "_train", looked_at)
+    monkeypatch.setattr(run.engine, "train_program", looked_at)
     for clients in ((0, 1), (1, 2)):
         state, _ = run.round(state, clients)
     # The second training of a round is that of the personal blocks, beside the federated ones.

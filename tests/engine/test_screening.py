@@ -167,7 +167,7 @@ def test_a_run_goes_on_without_the_update_and_tells(tiny, monkeypatch, tmp_path)
     assert "Updates dropped before aggregation: 2 of 8" in (tmp_path / "drop" / "report.md").read_text()
 
     strict = experiments.build(tiny(ROWS, FIELDS | {"screening.on_broken": "stop"}))
-    strict.engine._train = experiment.engine._train  # training knows of no screening: compiled once
+    strict.engine.train_program = experiment.engine.train_program  # training knows of no screening: compiled once
     with pytest.raises(UserError, match=r"screening.on_broken: .*round 2 .*client 1 \(blocks not finite\).*'drop'"):
         train(strict, tmp_path / "stop")
     assert Checkpoints(tmp_path / "stop" / "checkpoints").steps()[-1] == 1

@@ -109,13 +109,13 @@ def test_waves():
 
 
 def test_as_one_round_after_the_other(experiment, expected, monkeypatch):
-    trained, train = [], experiment.engine._train
+    trained, train = [], experiment.engine.train_program
 
     def counted(*args):
         trained.append(int((np.asarray(args[6].clients) >= 0).sum()))
         return train(*args)
 
-    monkeypatch.setattr(experiment.engine, "_train", counted)
+    monkeypatch.setattr(experiment.engine, "train_program", counted)
     same(play(experiment), expected)
     drawn = [line["clients"] for line in expected[1]]
     assert any(len(windows.waves(part)) > 1 for part in (drawn[:3], drawn[3:])), "a client comes twice in a window"
@@ -133,7 +133,7 @@ def test_two_programs_for_everything(experiment, monkeypatch):
         raise AssertionError("not made ready")
 
     experiment.prepare()
-    monkeypatch.setattr(experiment.engine._train, "_jitted", compile_now)
+    monkeypatch.setattr(experiment.engine.train_program, "_jitted", compile_now)
     play(experiment)
 
 
@@ -245,7 +245,7 @@ def test_broken_updates_stop_the_run(tiny, experiment):
     built = experiments.build(
         tiny(ROWS, WINDOW_OF_3 | {"screening.on_broken": "stop", "screening.max_norm": 1e-9, "margins": 0.01})
     )
-    built.engine._train = experiment.engine._train  # screening is of the aggregate's program
+    built.engine.train_program = experiment.engine.train_program  # screening is of the aggregate's program
     with pytest.raises(UserError, match="screening.on_broken: 'stop', and round 1 has a broken update: client "):
         built.window(built.init())
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tap_jax import experiment as experiments
 from tap_jax.data.sampling import share_out
-from tap_jax.engine.cohort import PhaseInputs
+from tap_jax.engine.compiled import PhaseInputs
 from tap_jax.export import folder as folders
 from tap_jax.export import torch_model
 from tap_jax.export.naming import to_torch

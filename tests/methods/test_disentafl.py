@@ -64,7 +64,7 @@ def test_the_comparison_notices(experiment, run, fault):
 
 def test_clients_with_one_group_train_as_in_fedavg(experiment, run, tiny):
     """Client 0's rows are worth no collecting; others' latents do not touch it."""
-    assert experiment.engine._with_statistics == {1, 2, 3}
+    assert experiment.engine.with_statistics == {1, 2, 3}
     trained = []
     for clients in ([0, 1, 3], [0]):
         cohort = experiment.engine.cohort(clients, 0)

@@ -56,7 +56,7 @@ def _training(run: Experiment, cohort: Cohort, name: str, phase: str, *, takes_t
     for (with_teacher, remember), args in cohort.training(takes_teacher=takes_teacher).items():
         extra = ", with a teacher" * with_teacher + ", with optimizer states" * remember
         title = f"{name}: local training of {len(cohort.given)} clients{extra}"
-        found.append(RunProgram(title, phase, lambda args=args: run.engine._train.lower(*args), bodies))
+        found.append(RunProgram(title, phase, lambda args=args: run.engine.train_program.lower(*args), bodies))
     return found
 
 
@@ -71,13 +71,13 @@ def _exchange(run: Experiment, cohort: Cohort) -> list[RunProgram]:
     losses = abstract(Losses(zeros, zeros, zeros.astype(jnp.int32)), engine.shared)
     key = abstract(jax.random.key(0), engine.devices.sharding(SHARED)) if engine.settings.privacy else None
     found = {
-        "broadcast": lambda: engine._broadcast.lower(server, shards),
-        "aggregate": lambda: engine._aggregate.lower(server, params, layout, weights, losses, key),
+        "broadcast": lambda: engine.broadcast.lower(server, shards),
+        "aggregate": lambda: engine.aggregate.lower(server, params, layout, weights, losses, key),
     }
     if run.method.personal_variants:
         indicator = jax.ShapeDtypeStruct((positions, tasks), bool)
-        allowed = engine._replaceable[np.maximum(cohort.clients, 0)]
-        found["replace"] = lambda: engine._replace.lower(params, params, layout, indicator, allowed)
+        allowed = engine.replaceable[np.maximum(cohort.clients, 0)]
+        found["replace"] = lambda: engine.replace.lower(params, params, layout, indicator, allowed)
     return [RunProgram(name, EXCHANGE, lower) for name, lower in found.items()]
 
 

@@ -1,0 +1,239 @@
+"""The compiled side of a run: what does not change from round to round (model, data on the device, programs).
+
+It knows of no cohort; `engine.Engine` makes these of it.
+
+Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from tap_jax import blocks
+from tap_jax.blocks import Blocks, Partition, Tree
+from tap_jax.data.device_data import stored
+from tap_jax.data.families import families, offsets
+from tap_jax.data.sampling import ClientData, Plan, capacities, row_shapes, share_out
+from tap_jax.engine import exchange, packed
+from tap_jax.engine.local_training import Losses, local_training
+from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
+from tap_jax.engine.packed import Layout, Packed
+from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED, Devices
+from tap_jax.engine.privacy import expected_owners
+from tap_jax.engine.probes import Probes
+from tap_jax.engine.programs import Program
+from tap_jax.engine.settings import EngineSettings
+from tap_jax.methods.base import LocalRule
+from tap_jax.tasks import Task
+
+
+class BlockTables(NamedTuple):
+    """What a model's blocks are like: shapes by name, and family -> what a forward pass takes of them."""
+
+    model: Any
+    like: Blocks
+    tables: Mapping[str, Mapping[str, Part]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static capacities of a shard: positions K, shape class -> slots G, family -> rows N of each shape."""
+
+    positions: int
+    slots: Mapping[str, int]
+    rows: Mapping[str, tuple[int, ...]]
+
+
+class PhaseInputs(NamedTuple):
+    """What a local training of a cohort is given.
+
+    Attributes:
+      plan: dealt out to the E devices of every shard, leaves [D, E, ...]; numpy.
+      rate: float32 [D, K], numpy.
+      key: of (seed, round, phase), [D, K].
+    """
+
+    plan: Plan
+    rate: np.ndarray
+    key: Array
+
+
+class Compiled:
+    """The compiled side of a run.
+
+    Args:
+      model: `models.ServerModel` (or anything with its `roles`, `blocks_of`, `streams`, `tasks`).
+      partition: the federation's blocks.
+      frozen: Ŵ, host or device arrays; one copy is put on every device.
+      arrays: task -> training set (`data.text.TaskArrays`).
+      data: one `ClientData` per client. held_out: likewise, samples left out of training.
+      sample_loss: see `objective`. rule: how clients train.
+      like: shapes of every block by name, private ones too.
+      finished: what the blocks of finished models are of, see `BlockTables`; default: of `model`.
+      devices: where everything runs.
+      labels: what files and reports call each client; default: its number.
+    """
+
+    def __init__(
+        self,
+        model,
+        partition: Partition,
+        *,
+        frozen: Tree,
+        arrays: Mapping,
+        like: Blocks,
+        finished: tuple[Any, Blocks] | None = None,
+        data: Sequence[ClientData],
+        held_out: Sequence[ClientData] = (),
+        sample_loss: SampleLoss,
+        rule: LocalRule,
+        settings: EngineSettings,
+        devices: Devices,
+        labels: Sequence[int | str] = (),
+    ):
+        self.model, self.partition, self.settings, self.devices = model, partition, settings, devices
+        self.data, self.held_out, self.rule = tuple(data), tuple(held_out), rule
+        self.labels = tuple(labels) or tuple(range(len(self.data)))
+        self.tasks: tuple[Task, ...] = model.tasks
+        self.shared, self.by_client, self.by_row = map(devices.sharding, (SHARED, CLIENTS, ROWS))
+        self.frozen = devices.put(frozen, SHARED)
+        self.families = families(self.tasks, arrays)
+        self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
+        self.shapes = row_shapes(
+            self.families,
+            arrays,
+            packed=settings.packed,
+            microbatch=settings.microbatch,
+            batch=settings.batch,
+            image_tokens=model.config.image_tokens,
+        )
+        self.arrays = devices.put(stored(self.families, arrays), SHARED)
+        self.server_layout = packed.server_layout(partition)
+        self.like = like
+        self.moments_like = {
+            name: jax.ShapeDtypeStruct((1 + 2 * blocks.count(tree),), np.float32) for name, tree in self.like.items()
+        }
+        self.finished = self._tabled(*(finished or (model, like)))
+        tables = self._tabled(model, like).tables
+        self.objective = Objective(
+            sample_loss,
+            self.tasks,
+            self.families,
+            tables,
+            self.shapes,
+            rule,
+            devices.sum_axis,
+            settings.generator,
+        )
+        self.probes = Probes(self.objective, model, devices, len(partition.names))
+        mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
+        self.with_statistics = frozenset(k for k, found in enumerate(mine) if rule.needs_statistics(found))
+        self._blank: dict[tuple, Packed] = {}
+        self.begins: str | None = None  # phase of the first training of the cohort before
+        self.drawn_ahead: dict[tuple, concurrent.futures.Future] = {}
+        self.replaceable = partition.replaceable(settings.scope)
+        self.sends = sends(model, partition, self.data)
+        self.work = [
+            sum(-(-min(settings.batch, len(ids)) // settings.microbatch) for ids in client.streams.values())
+            for client in self.data
+        ]
+        self.shape_of: Callable[[int], Shape] = functools.cache(self._shape)
+        # (frozen, data, params, moments, teacher, layout, plan, rate, key); the parameters are donated. The moments are
+        # not: two phases may start from the same ones.
+        specs = (SHARED, SHARED, CLIENTS, CLIENTS, CLIENTS, CLIENTS, ROWS, CLIENTS, CLIENTS)
+        self.train_program = Program(
+            functools.partial(exchange.train, devices.over(local_training(self.objective, settings.training), specs)),
+            platform=devices.platform,
+            donate_argnums=(2,),
+            out_shardings=(self.by_client, self.by_client, self.shared),
+        )
+        self.broadcast = jax.jit(
+            lambda server, layout: packed.broadcast(server, self.server_layout, layout), out_shardings=self.by_client
+        )
+        expected = expected_owners(partition.owned, partition.sent, settings.cohort_size)
+        aggregate = functools.partial(
+            exchange.aggregate, settings.screening, settings.privacy, expected, self.server_layout
+        )
+        self.aggregate = jax.jit(aggregate, out_shardings=self.shared)
+        self.regroup = jax.jit(exchange.regroup, donate_argnums=(0,), out_shardings=self.by_client)
+        self.replace = jax.jit(exchange.replace, donate_argnums=(0,), out_shardings=self.by_client)
+
+    def _tabled(self, model, like: Blocks) -> BlockTables:
+        tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
+        return BlockTables(model, like, tables)
+
+    def _shape(self, clients: int) -> Shape:
+        """Capacities for any so many of the federation's clients at once."""
+        positions = -(-clients // self.devices.shards)
+        slots = packed.capacities(self.partition, self.partition.owned, positions)
+        return Shape(positions, slots, self.capacities(self.data, positions, self.settings.batch))
+
+    def capacities(self, data: Sequence[ClientData], positions: int, batch: int) -> dict[str, tuple[int, ...]]:
+        """Family -> rows N of each shape that a minibatch of any `positions` clients can need on a shard."""
+        multiple = self.devices.parts
+        return capacities(data, self.families, self.shapes, positions=positions, batch=batch, multiple=multiple)
+
+    @property
+    def numerics(self) -> str:
+        """What the platform decides where the configuration leaves it open, and numbers follow from."""
+        texts = ", packed" if self.settings.packed else ""
+        masks = "" if self.settings.generator == "threefry2x32" else f", dropout by {self.settings.generator}"
+        return f"{self.model.config.dtype}, rows of {self.settings.microbatch}{texts}{masks}"
+
+    def train(
+        self, params: Packed, moments: Packed | None, teacher: Any, layout: Layout, inputs: PhaseInputs
+    ) -> tuple[Packed, Packed | None, Losses]:
+        """Local training -> (params, moments, `Losses` [P, O]); the parameters are consumed."""
+        rate, key = self.devices.put((inputs.rate, inputs.key), CLIENTS)
+        plan = self.devices.put(inputs.plan, ROWS)
+        return self.train_program(self.frozen, self.arrays, params, moments, teacher, layout, plan, rate, key)
+
+    def blank_params(self, shapes: Packed) -> Packed:
+        """Stands in for a teacher where there is none; never read, made once per shape."""
+        key = tuple((group, shape.shape) for group, shape in shapes.items())
+        if key not in self._blank:
+            zeros = {group: np.zeros(shape.shape, shape.dtype) for group, shape in shapes.items()}
+            self._blank[key] = self.devices.put(zeros, CLIENTS)
+        return self._blank[key]
+
+    def placed(self, plan: Plan) -> Plan:
+        """A plan of all shards, leaves [D, ...], on the devices that run its rows, leaves [D, E, ...]."""
+        return self.devices.put(share_out(plan, self.devices.parts), ROWS)
+
+    def server_params(self, server: Blocks) -> Packed:
+        """The server's blocks by name -> on the device."""
+        return self.devices.put(packed.pack(self.partition, self.server_layout, [server], self.like), SHARED)
+
+    def server_shapes(self) -> Packed:
+        """The shapes of `server_params`."""
+        members, names = packed.members(self.partition), self.partition.names
+        sizes = {group: (len(found), blocks.count(self.like[names[found[0]]])) for group, found in members.items()}
+        shapes = {group: jax.ShapeDtypeStruct(size, np.float32) for group, size in sizes.items()}
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.shared), shapes)
+
+    def server_blocks(self, server: Packed) -> Blocks:
+        """The inverse of `server_params`, on the host."""
+        return packed.unpack(self.partition, self.server_layout, server, self.like)[0]
+
+
+def sends(model, partition: Partition, data: Sequence[ClientData]) -> np.ndarray:
+    """bool [K, R]: the blocks that a client sends, those on the paths of the streams that it has samples of.
+
+    A client owns the blocks of all domains of its tasks, and so can predict for all of them. The experts of a domain
+    that it has no sample of are as it received them, but for weight decay: in the mean over those that did train them
+    they would count as clients that learned nothing.
+
+    Args:
+      data: of all clients.
+    """
+    touches = np.zeros((len(model.streams), len(partition.names)), bool)
+    for s, stream in enumerate(model.streams):
+        touches[s] = np.isin(partition.names, model.blocks_of(stream))
+    has = np.array([[stream.name in mine.streams for stream in model.streams] for mine in data])
+    return partition.owned & partition.sent & blocks.ownership(has, touches)
