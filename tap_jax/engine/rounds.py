@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -21,10 +21,8 @@ from tap_jax.engine.privacy import epsilon
 from tap_jax.engine.screening import describe, dropped, norms
 from tap_jax.engine.windows import play_parts
 from tap_jax.errors import Preempted, UserError
-from tap_jax.methods.base import Method, SplitRound, State, put_rows
+from tap_jax.methods.base import Method, RoundMetrics, SplitRound, State, put_rows
 from tap_jax.whole_files import write_file
-
-LOSSES = {"federated_loss": "federated", "personal_loss": "personal", "local_loss": "local"}
 
 
 def initial_state(
@@ -159,10 +157,10 @@ def _kept(cohort: Cohort, state: State) -> State:
     return state.replace(moments=cohort.moments())
 
 
-def _noted(state: State, cohort: Cohort, metrics: Mapping) -> State:
+def _noted(state: State, cohort: Cohort, metrics: RoundMetrics) -> State:
     """The state with a round's tasks in `seen` and `heard`; of a method without a federated loss all count as heard."""
-    seen = np.asarray(metrics["seen"])
-    heard = seen & np.isfinite(metrics["federated_loss"]) if "federated_loss" in metrics else seen
+    seen = np.asarray(metrics.seen)
+    heard = seen if metrics.federated_loss is None else seen & np.isfinite(metrics.federated_loss)
     return state.replace(
         seen=put_rows(state.seen, cohort.clients, seen, where=seen),
         heard=put_rows(state.heard, cohort.clients, heard, where=heard),
@@ -177,8 +175,8 @@ def _check_clients(clients: Sequence[int], most: int, total: int) -> None:
         )
 
 
-def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict:
-    metrics, settings = jax.device_get(dict(metrics)), engine.settings
+def _line(engine: Engine, cohort: Cohort, round_: int, metrics: RoundMetrics) -> dict:
+    metrics, settings = jax.device_get(metrics), engine.settings
     names = [task.name for task in engine.tasks]
     real = [position for position, client in enumerate(cohort.clients) if client >= 0]
     real.sort(key=lambda position: cohort.clients[position])
@@ -189,21 +187,22 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: Mapping) -> dict
             str(label[p]): {
                 name: float(table[p, o]) if np.isfinite(table[p, o]) else None
                 for o, name in enumerate(names)
-                if metrics["seen"][p, o]
+                if metrics.seen[p, o]
             }
             for p in real
         }
 
+    losses = {"federated": metrics.federated_loss, "personal": metrics.personal_loss, "local": metrics.local_loss}
     line = {
         "round": round_,
         "clients": [label[p] for p in real],
         "learning_rate": float(settings.rate(round_)),
-        "losses": {model: by_client(metrics[key]) for key, model in LOSSES.items() if key in metrics},
+        "losses": {model: by_client(table) for model, table in losses.items() if table is not None},
     }
-    if "replaced" in metrics:
+    if metrics.replaced is not None:
         line["replacements"] = [
             {"round": round_, "client": label[p], "task": names[o], "variant": variant}
-            for variant, replaced in metrics["replaced"].items()
+            for variant, replaced in metrics.replaced.items()
             for p in real
             for o in np.flatnonzero(replaced[p])
         ]

@@ -15,7 +15,6 @@ Letters: D shards, K positions of a shard, P = D·K positions, O tasks, G slots 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from jax import Array
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.parallel import CLIENTS
-from tap_jax.methods.base import SplitRound, State, Trained
+from tap_jax.methods.base import RoundMetrics, SplitRound, State, Trained
 
 # Rounds that wait for the devices at once. The host draws the next one's plans meanwhile, and a run that is to stop
 # does so soon.
@@ -58,7 +57,7 @@ def play_parts(
     drawn: Sequence[Sequence[int]],
     played: Callable[[Cohort, State], State],
     stop: Callable[[], bool],
-) -> tuple[State, list[tuple[Cohort, dict[str, Any]]]] | None:
+) -> tuple[State, list[tuple[Cohort, RoundMetrics]]] | None:
     """The rounds of a window.
 
     Args:
@@ -67,7 +66,7 @@ def play_parts(
       stop: asked before every part but the first.
 
     Returns:
-      The state after the window, and of every round the cohort and its metrics, tables [P, O]; or None where `stop`
+      The state after the window, and of every round the cohort and its metrics; or None where `stop`
       said yes.
     """
     first, cohorts, kept = int(state.round), [], []
@@ -149,7 +148,7 @@ def _index(wave: Cohort, cohort: Cohort) -> dict[str, np.ndarray]:
     return index
 
 
-def _of_round(cohort: Cohort, found: Sequence[tuple[Cohort, dict[str, Any]]]) -> dict[str, Any]:
+def _of_round(cohort: Cohort, found: Sequence[tuple[Cohort, RoundMetrics]]) -> RoundMetrics:
     """The metrics of a round's clients, from those of the waves."""
     places = [_places(wave, cohort) for wave, _ in found]
 

@@ -289,6 +289,23 @@ class Cohort(Protocol):
         """Inner products of two models per client and block, float32 [P, R]."""
 
 
+class RoundMetrics(NamedTuple):
+    """What a method tells of a round of a cohort, on the devices or the host.
+
+    Attributes:
+      seen: bool [P, O], tasks that were in a minibatch.
+      federated_loss, personal_loss, local_loss: float32 [P, O], mean training losses of the method's models; None of
+        those that it does not have.
+      replaced: variant -> bool [P, O], where personal blocks gave way to federated ones; None where none ever do.
+    """
+
+    seen: Array
+    federated_loss: Array | None = None
+    personal_loss: Array | None = None
+    local_loss: Array | None = None
+    replaced: Mapping[str, Array] | None = None
+
+
 class Trained(NamedTuple):
     """What a round's federated part hands to its personal part.
 
@@ -312,15 +329,15 @@ class SplitRound:
     Attributes:
       federated: (cohort, state) -> (state, `Trained`). The state's round and server's blocks are new; of all else, the
         method may read only what the personal part does not write.
-      personal: (cohort, state, `Trained`) -> (state, metrics). The cohort's clients may be of different rounds. It
-        writes clients' models and rows of the state's tables; it neither reads nor writes the server's blocks or the
-        round. Metrics are those of `Method.round`. Who calls it keeps no reference to its `Trained`.
+      personal: (cohort, state, `Trained`) -> (state, `RoundMetrics`). The cohort's clients may be of different rounds.
+        It writes clients' models and rows of the state's tables; it neither reads nor writes the server's blocks or the
+        round. Who calls it keeps no reference to its `Trained`.
     """
 
     federated: Callable[[Cohort, State], tuple[State, Trained]]
-    personal: Callable[[Cohort, State, Trained], tuple[State, dict[str, Any]]]
+    personal: Callable[[Cohort, State, Trained], tuple[State, RoundMetrics]]
 
-    def __call__(self, cohort: Cohort, state: State) -> tuple[State, dict[str, Any]]:
+    def __call__(self, cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
         """The whole round."""
         state, *trained = self.federated(cohort, state)
         return self.personal(cohort, state, trained.pop())  # popped: no name here keeps W̃[i] while X trains
@@ -348,9 +365,7 @@ class Method:
 
     Attributes:
       client_models: names of the models of each client that the state must carry.
-      round: (cohort, state) -> (state, metrics). Metrics are tables [P, O]: "seen", and of "federated_loss",
-        "personal_loss" and "local_loss" those that the method has; "replaced" maps variants to such tables. A
-        `SplitRound` where a part of it may be deferred.
+      round: (cohort, state) -> (state, `RoundMetrics`); a `SplitRound` where a part of it may be deferred.
       finish: (cohort, state, variants) yields (variant, client -> blocks), for one pass over some clients after the
         last round. It leaves out variants whose models are the server's blocks.
       rule: how clients train locally.
@@ -358,7 +373,7 @@ class Method:
     """
 
     client_models: tuple[str, ...]
-    round: Callable[[Cohort, State], tuple[State, dict[str, Any]]]
+    round: Callable[[Cohort, State], tuple[State, RoundMetrics]]
     finish: Callable[[Cohort, State, Sequence[str]], Iterator[tuple[str, FinishedBlocks]]]
     rule: LocalRule = PLAIN
     personal_variants: Mapping[str, str] = dataclasses.field(default_factory=dict)

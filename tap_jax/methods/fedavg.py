@@ -10,17 +10,17 @@ centralised run is this one with a single client that has everybody's data and t
 from collections.abc import Iterator, Sequence
 
 from tap_jax.blocks import Params
-from tap_jax.methods.base import PLAIN, Cohort, FinishedBlocks, LocalRule, Method, MethodContext, State
+from tap_jax.methods.base import PLAIN, Cohort, FinishedBlocks, LocalRule, Method, MethodContext, RoundMetrics, State
 from tap_jax.registry import Settings, federated_variants
 
 
-def federated_round(cohort: Cohort, state: State) -> tuple[State, dict]:
+def federated_round(cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
     """One round of FedAvg: returns the state with the server's new blocks and the loss of the seen tasks."""
     federated, losses = cohort.train(cohort.broadcast(state.server), "federated")
     return state.replace(
         round=state.round + 1,
         server=cohort.aggregate(state.server, federated, losses),
-    ), {"federated_loss": losses.mean(), "seen": losses.seen}
+    ), RoundMetrics(losses.seen, federated_loss=losses.mean())
 
 
 def post_trained(cohort: Cohort, state: State, *, twice: bool = False) -> Params:

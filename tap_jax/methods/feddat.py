@@ -33,6 +33,7 @@ from tap_jax.methods.base import (
     LocalRule,
     Method,
     MethodContext,
+    RoundMetrics,
     Row,
     State,
     StepLosses,
@@ -135,14 +136,14 @@ def feddat(
         params = cohort.load(state.client_models[MODEL], cohort.broadcast(state.server))
         return params, cohort.broadcast(state.server)  # once more: training consumes its parameters
 
-    def feddat_round(cohort: Cohort, state: State) -> tuple[State, dict]:
+    def feddat_round(cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
         params, received = start(cohort, state)
         params, losses = cohort.train(params, "federated", teacher=received)
         return state.replace(
             round=state.round + 1,
             server=cohort.aggregate(state.server, params, losses),
             client_models={**state.client_models, MODEL: cohort.put(state.client_models[MODEL], params)},
-        ), {"federated_loss": losses.mean(), "seen": losses.seen}
+        ), RoundMetrics(losses.seen, federated_loss=losses.mean())
 
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, FinishedBlocks]]:
         params, received = start(cohort, state)

@@ -7,21 +7,21 @@ So every method spends the same local iterations; sampling all clients every rou
 
 from collections.abc import Iterator, Sequence
 
-from tap_jax.methods.base import Cohort, FinishedBlocks, Method, MethodContext, State
+from tap_jax.methods.base import Cohort, FinishedBlocks, Method, MethodContext, RoundMetrics, State
 from tap_jax.registry import Settings
 
 MODEL = "local"
 
 
-def train_local(cohort: Cohort, state: State) -> tuple[State, dict]:
+def train_local(cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
     """The cohort's local models go on for τ iterations; the round counter is left alone."""
     params, losses = cohort.train(cohort.load(state.client_models[MODEL]), "local")
     models = cohort.put(state.client_models[MODEL], params)
     state = state.replace(client_models={**state.client_models, MODEL: models})
-    return state, {"local_loss": losses.mean(), "seen": losses.seen}
+    return state, RoundMetrics(losses.seen, local_loss=losses.mean())
 
 
-def local_round(cohort: Cohort, state: State) -> tuple[State, dict]:
+def local_round(cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
     """One round of Local."""
     state, metrics = train_local(cohort, state)
     return state.replace(round=state.round + 1), metrics

@@ -33,6 +33,7 @@ from tap_jax.methods.base import (
     LocalRule,
     Method,
     MethodContext,
+    RoundMetrics,
     Row,
     SplitRound,
     State,
@@ -173,25 +174,25 @@ def tap(
             replacements={**state.replacements, model: put_rows(state.replacements[model], cohort.clients, count)},
         ), own.mean()
 
-    def train_all_personal(cohort: Cohort, state: State, trained: Trained) -> tuple[State, dict]:
+    def train_all_personal(cohort: Cohort, state: State, trained: Trained) -> tuple[State, RoundMetrics]:
         """X[i] of every client, of all margins, given W̃[i] after its local training."""
         losses, after = trained.losses, state
-        metrics = {"federated_loss": losses.mean(), "seen": losses.seen, "replaced": {}}
+        replaced, personal_loss, local_loss = {}, None, None
         for model, variant in personal_models.items():
             params, indicator = replace_blocks(cohort, after, model, trained)
             if model == last:
                 del trained  # W̃[i] need not be kept while the last X trains
             after, mean = train_personal(cohort, after, model, params, indicator)
-            metrics["replaced"][variant] = indicator
+            replaced[variant] = indicator
             if model == MODEL:
-                metrics["personal_loss"] = mean
+                personal_loss = mean
         after = after.replace(
             local_loss=put_rows(state.local_loss, cohort.clients, losses.mean(replacement.history), losses.seen),
         )
         if with_local:
             after, more = local.train_local(cohort, after)
-            metrics["local_loss"] = more["local_loss"]
-        return after, metrics
+            local_loss = more.local_loss
+        return after, RoundMetrics(losses.seen, losses.mean(), personal_loss, local_loss, replaced)
 
     def finish(cohort: Cohort, state: State, variants: Sequence[str]) -> Iterator[tuple[str, FinishedBlocks]]:
         teacher = post_trained(cohort, state)

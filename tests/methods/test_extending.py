@@ -10,7 +10,7 @@ import pytest
 import tap_jax
 from tap_jax import registry
 from tap_jax.errors import UserError
-from tap_jax.methods.base import LocalRule, Method
+from tap_jax.methods.base import LocalRule, Method, RoundMetrics
 from tests.methods.oracles import FedAvg
 from tests.trajectories import agree
 
@@ -71,7 +71,7 @@ def fedprox(strength):
         trained, losses = train(cohort, state.server, "federated")
         server = cohort.aggregate(state.server, trained, losses)
         state = state.replace(round=state.round + 1, server=server)
-        return state, {"federated_loss": losses.mean(), "seen": losses.seen}
+        return state, RoundMetrics(losses.seen, federated_loss=losses.mean())
 
     def finish(cohort, state, variants):
         if "fedprox+post" in variants:  # "fedprox" itself is the server's blocks
