@@ -8,15 +8,15 @@ import pytest
 from tap_jax import experiment as experiments
 from tap_jax.assembly import engine_settings
 from tap_jax.cli.main import main
-from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, Sequences, padded
 from tap_jax.data.sampling import Rows, Table
+from tap_jax.data.task_groups import TaskGroup
 from tap_jax.data.text import TaskArrays
 from tap_jax.planning.useful_share import Costs, Measure, TaskCost, measure, report
 from tap_jax.tasks import find_task
 
 GEN = find_task("common_gen")
-FAMILY = Family((GEN,))
+GROUP = TaskGroup((GEN,))
 
 
 class HandMade:
@@ -54,8 +54,8 @@ def one_row(shape, samples):
 
 def test_a_padded_row_counted_by_hand():
     (shape,) = padded(3)
-    found = Measure(HandMade(), [FAMILY], {FAMILY.name: (shape,)}, {"common_gen": arrays([4, 8, 2], [6, 1, 3])})
-    ((name, share),) = found._rows(FAMILY, shape, one_row(shape, [0, 2]))
+    found = Measure(HandMade(), [GROUP], {GROUP.name: (shape,)}, {"common_gen": arrays([4, 8, 2], [6, 1, 3])})
+    ((name, share),) = found._rows(GROUP, shape, one_row(shape, [0, 2]))
     assert name == "common_gen"
     # Two of three places are taken, by texts of 4 and 2 of 8 tokens and answers of 6 and 3 of 6.
     assert share.useful == 2 * 100 + (40 + 16) + (20 + 4) + 5 * 9
@@ -66,8 +66,8 @@ def test_a_padded_row_counted_by_hand():
 
 def test_a_packed_row_counted_by_hand():
     shape = RowShape(4, Sequences(1, 16), Sequences(2, 6), cost=16)
-    found = Measure(HandMade(), [FAMILY], {FAMILY.name: (shape,)}, {"common_gen": arrays([4, 8, 2], [6, 1, 3])})
-    ((_, share),) = found._rows(FAMILY, shape, one_row(shape, [0, 1, 2]))
+    found = Measure(HandMade(), [GROUP], {GROUP.name: (shape,)}, {"common_gen": arrays([4, 8, 2], [6, 1, 3])})
+    ((_, share),) = found._rows(GROUP, shape, one_row(shape, [0, 1, 2]))
     assert share.useful == 3 * 100 + (40 + 16) + (80 + 64) + (20 + 4) + 5 * 10
     assert share.computed == 4 * 100 + 160 + 256 + 60
     assert share.lost == {"rows": 100, "texts": 416 - 224, "answers": 60 - 50}
@@ -97,10 +97,10 @@ def test_costs_of_any_length_follow_from_three(built, gradient):
 
 def test_a_packed_row_costs_what_its_sequences_cost(built, gradient):
     _, run = built
-    for family in run.engine.families:
-        task = family.tasks[0]
+    for group in run.engine.task_groups:
+        task = group.tasks[0]
         cost = gradient.task(task)
-        for shape in run.engine.shapes[family.name]:
+        for shape in run.engine.shapes[group.name]:
             expected = shape.samples * cost.sample
             for sequences, one in ((shape.texts, cost.texts), (shape.answers, cost.answers)):
                 if sequences:

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tap_jax.data.families import Family, fields
 from tap_jax.data.images import MEAN, STD
 from tap_jax.data.packing import RowShape, Sequences
+from tap_jax.data.task_groups import TaskGroup, fields
 from tap_jax.data.text import PAD, TaskArrays
 
 
-def stored(families: Sequence[Family], arrays: Mapping[str, TaskArrays]) -> dict[str, dict[str, np.ndarray]]:
-    """Family name -> field -> the family's samples, task after task, to be put on the devices."""
+def stored(task_groups: Sequence[TaskGroup], arrays: Mapping[str, TaskArrays]) -> dict[str, dict[str, np.ndarray]]:
+    """Task group -> field -> the group's samples, task after task, to be put on the devices."""
     out = {}
-    for family in families:
-        parts = [fields(arrays[task.name]) for task in family.tasks]
-        out[family.name] = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+    for group in task_groups:
+        parts = [fields(arrays[task.name]) for task in group.tasks]
+        out[group.name] = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
     return out
 
 
@@ -31,7 +31,7 @@ def cut(
     text_at: Array | None = None,
     answer_at: Array | None = None,
 ) -> dict[str, Array]:
-    """The samples `ids` [S] of a family; images as float32 [S, 64, 64, 3] in standardised units.
+    """The samples `ids` [S] of a task group; images as float32 [S, 64, 64, 3] in standardised units.
 
     In a packed row "samples" is `ids`. Texts are "tokens" [B, T] with "text_segments", the sample that each token is of
     (-1: of none), and "text_positions", its place in that sample's text. Of answers, "answers" [B, T] are the tokens

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from tap_jax.data.families import Family, fields
 from tap_jax.data.packing import padded
 from tap_jax.data.sampling import ClientData, draw_plan
+from tap_jax.data.task_groups import TaskGroup, fields
 from tap_jax.data.text import TaskArrays
 from tap_jax.tasks import Stream
 
@@ -37,7 +37,7 @@ class Batch:
 def client_minibatches(
     data: Sequence[ClientData],
     client: int,
-    families: Sequence[Family],
+    task_groups: Sequence[TaskGroup],
     arrays: Mapping[str, TaskArrays],
     *,
     seed: int,
@@ -57,26 +57,26 @@ def client_minibatches(
     plan = draw_plan(
         data,
         np.array([client]),
-        families,
+        task_groups,
         seed=seed,
         round_=round_,
         phase=phase,
         batch=batch,
-        shapes={family.name: padded(batch) for family in families},  # all samples of a stream in one row
+        shapes={group.name: padded(batch) for group in task_groups},  # all samples of a stream in one row
         steps=steps,
-        capacities={family.name: (len(family.streams),) for family in families},
-        starts={task.name: 0 for family in families for task in family.tasks},
+        capacities={group.name: (len(group.streams),) for group in task_groups},
+        starts={task.name: 0 for group in task_groups for task in group.tasks},
         epochs=epochs,
         minibatch=minibatch,
     )
     found: list[list[Batch]] = []
     for step in np.flatnonzero(plan.active[:, 0]):
         found.append([])
-        for family in families:
-            (rows,) = plan.rows[family.name]
+        for group in task_groups:
+            (rows,) = plan.rows[group.name]
             for number in range(rows.count[step]):
                 row = jax.tree.map(lambda leaf, at=(step, number): leaf[at], rows.table)
-                stream, real = family.streams[row.variant], row.weights > 0
+                stream, real = group.streams[row.stream], row.weights > 0
                 of = fields(arrays[stream.task.name])
                 samples = {name: array[row.ids[real]] for name, array in of.items()}
                 found[-1].append(Batch(stream, samples, float(row.weights.sum()), float(row.share)))

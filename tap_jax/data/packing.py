@@ -90,7 +90,7 @@ def packed(
     alone for so many tokens; but for no more than the samples of a minibatch need.
 
     Args:
-      texts, answers: of the family's training samples.
+      texts, answers: of the group's training samples.
       microbatch: samples of a row, as it is configured.
       batch: samples of a client's minibatch, at most.
       image_tokens: T of an image; 0 where the tasks have none.
@@ -112,7 +112,7 @@ def packed(
             count = math.ceil(ROOM * expected * texts.mean / width) if width else 0
         else:
             count = max(1, round(expected * texts.mean / width))
-            # Twice as many as of mean length: a stream of the family may have shorter ones.
+            # Twice as many as of mean length: a stream of the task group may have shorter ones.
             room = min(batch, math.ceil(2 * count * width / texts.mean))
             expected = min(batch, count * width / texts.mean)
         answer_count = max(1, math.ceil(ROOM * expected * answers.mean / answer_width)) if answer_width else 0
@@ -228,8 +228,8 @@ def rows_needed(shapes: Sequence[RowShape], sizes: Sequence[int], batch: int) ->
     """Rows of each shape that one minibatch of a client can need.
 
     Args:
-      shapes: of one family.
-      sizes: samples that the client has of each of the family's streams.
+      shapes: of one task group.
+      sizes: samples that the client has of each of the group's streams.
       batch: samples of the minibatch.
     """
     room = shapes[0].always
@@ -253,8 +253,8 @@ def capacities(
     """Rows of each shape that one step of any `positions` clients can need: a `multiple`, and at least that.
 
     Args:
-      clients: per client the samples that it has of each of the family's streams.
-      shapes: of the family.
+      clients: per client the samples that it has of each of the group's streams.
+      shapes: of the task group.
       batch: samples of a client's minibatch.
     """
     needed = np.sort([rows_needed(shapes, sizes, batch) for sizes in clients], axis=0)[-positions:].sum(0)

@@ -16,8 +16,8 @@ import numpy as np
 from flax import struct
 
 from tap_jax.data import packing
-from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, pack
+from tap_jax.data.task_groups import TaskGroup
 from tap_jax.data.text import TaskArrays
 
 # Draws are seeded by a phase's place: add at the end. "unused" keeps the places of those behind it.
@@ -55,21 +55,21 @@ class ClientData:
 
 
 class Table(struct.PyTreeNode):
-    """Rows of one shape and family, per step; entries past the real ones are padding of weight 0.
+    """Rows of one shape and task group, per step; entries past the real ones are padding of weight 0.
 
     Attributes:
       client: int32 [τ, N], position in the cohort shard.
-      variant: int32 [τ, N], which of the family's streams all samples of the row are of.
-      ids: int32 [τ, N, S], samples of the family's arrays.
+      stream: int32 [τ, N], which of the group's streams all samples of the row are of.
+      ids: int32 [τ, N, S], samples of the group's arrays.
       weights: float32 [τ, N, S]; over one client's minibatch and task they add up to 1.
       share: float32 [τ, N], λ_o: the task's share of the client's minibatch.
-      part: int32 [τ, N], number of the row among those of its client, family and step (for dropout keys).
+      part: int32 [τ, N], number of the row among those of its client, task group and step (for dropout keys).
       text_at, answer_at: int32 [τ, N, S], where in the row's sequences a sample's text and answer begin, see
         `packing.Filled`; behind the end where there is no sample. None where the shape has no such sequences.
     """
 
     client: np.ndarray
-    variant: np.ndarray
+    stream: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
     share: np.ndarray
@@ -96,7 +96,7 @@ class Plan(struct.PyTreeNode):
     """A phase of local training for one cohort shard.
 
     Attributes:
-      rows: family name -> `Rows` of each shape, largest first.
+      rows: task group -> `Rows` of each shape, largest first.
       clients: int32 [K], client numbers (-1: no client at this position).
       active: bool [τ, K], client k takes a step.
       first: int32, the step to begin with.
@@ -152,7 +152,7 @@ def minibatches(
 
 
 def row_shapes(
-    families: Sequence[Family],
+    task_groups: Sequence[TaskGroup],
     arrays: Mapping[str, TaskArrays],
     *,
     packed: bool,
@@ -161,7 +161,7 @@ def row_shapes(
     image_tokens: int,
     answers: bool = True,
 ) -> dict[str, tuple[RowShape, ...]]:
-    """Family name -> shapes of its rows, largest first.
+    """Task group -> shapes of its rows, largest first.
 
     Args:
       arrays: task -> the split whose lengths decide.
@@ -170,41 +170,41 @@ def row_shapes(
       answers: there is room for answers where the tasks have them.
     """
 
-    def one(family: Family) -> tuple[RowShape, ...]:
+    def one(group: TaskGroup) -> tuple[RowShape, ...]:
         if not packed:
             return packing.padded(microbatch)
-        splits = [arrays[task.name] for task in family.tasks]
+        splits = [arrays[task.name] for task in group.tasks]
         lengths = [split.answer_lengths for split in splits if answers and split.answer_lengths is not None]
         return packing.packed(
             packing.widths([split.text_lengths for split in splits]),
             packing.widths(lengths),
             microbatch=microbatch,
             batch=batch,
-            image_tokens=image_tokens if "image" in family.tasks[0].modalities else 0,
+            image_tokens=image_tokens if "image" in group.tasks[0].modalities else 0,
         )
 
-    return {family.name: one(family) for family in families}
+    return {group.name: one(group) for group in task_groups}
 
 
 def capacities(
     data: Sequence[ClientData],
-    families: Sequence[Family],
+    task_groups: Sequence[TaskGroup],
     shapes: Mapping[str, Sequence[RowShape]],
     *,
     positions: int,
     batch: int,
     multiple: int = 1,
 ) -> dict[str, tuple[int, ...]]:
-    """Family name -> N of each shape: rows that one step of any `positions` clients can need (`packing.capacities`)."""
+    """Task group -> N of each shape: rows that one step of any `positions` clients can need (`packing.capacities`)."""
     return {
-        family.name: packing.capacities(
-            [[len(mine.streams[s.name]) for s in family.streams if s.name in mine.streams] for mine in data],
-            shapes[family.name],
+        group.name: packing.capacities(
+            [[len(mine.streams[s.name]) for s in group.streams if s.name in mine.streams] for mine in data],
+            shapes[group.name],
             positions=positions,
             batch=batch,
             multiple=multiple,
         )
-        for family in families
+        for group in task_groups
     }
 
 
@@ -241,7 +241,7 @@ def share_out(plan: Plan, parts: int) -> Plan:
 def draw_plan(
     data: Sequence[ClientData],
     clients: np.ndarray,
-    families: Sequence[Family],
+    task_groups: Sequence[TaskGroup],
     *,
     seed: int,
     round_: int | Sequence[int] | np.ndarray,
@@ -261,14 +261,14 @@ def draw_plan(
     Args:
       data: of all clients of the federation.
       clients: int [K], client numbers, -1 for an empty position.
-      families: of all tasks of the federation, in order.
+      task_groups: of all tasks of the federation, in order.
       seed, round_, phase: with the client's number and `minibatch` they determine its minibatches; see `generator`. The
         round may be given for every position, [K].
       batch: samples of a client's minibatch.
-      shapes: family name -> shapes of its rows.
+      shapes: task group -> shapes of its rows.
       steps: at most so many are taken; fewer where `epochs`, passes over a client's samples, are over before.
-      capacities: family name -> N of each shape, a multiple of the devices of the shard.
-      starts: task name -> where its samples start in its family's arrays.
+      capacities: task group -> N of each shape, a multiple of the devices of the shard.
+      starts: task name -> where its samples start in its group's arrays.
       length: τ of the arrays (>= steps), so that phases of different length share one program.
       epochs: see `minibatches`.
       minibatch: its number, where a step takes several independent ones.
@@ -276,8 +276,8 @@ def draw_plan(
     """
     length, rounds = steps if length is None else length, np.broadcast_to(round_, len(clients))
     rows = {
-        family.name: tuple(map(_empty, shapes[family.name], capacities[family.name], itertools.repeat(length)))
-        for family in families
+        group.name: tuple(map(_empty, shapes[group.name], capacities[group.name], itertools.repeat(length)))
+        for group in task_groups
     }
     active = np.zeros((length, len(clients)), bool)
     order = sorted(range(len(clients)), key=lambda position: clients[position] not in first_clients)
@@ -293,9 +293,9 @@ def draw_plan(
         drawn = minibatches(rng, mine.samples, batch=batch, steps=steps, epochs=epochs)
         for step, chosen in enumerate(drawn):
             active[step, position] = True
-            for family in families:
-                found = rows[family.name]
-                _add_rows(found, shapes[family.name], family, starts, pool, position, step, chosen)
+            for group in task_groups:
+                found = rows[group.name]
+                _add_rows(found, shapes[group.name], group, starts, pool, position, step, chosen)
                 if client in first_clients:
                     for one in found:
                         one.with_statistics[step] = one.count[step]
@@ -327,7 +327,7 @@ def _empty(shape: RowShape, rows: int, length: int) -> Rows:
 
     table = Table(
         client=whole(np.int32),
-        variant=whole(np.int32),
+        stream=whole(np.int32),
         ids=whole(np.int32, shape.samples),
         weights=whole(np.float32, shape.samples),
         share=whole(np.float32),
@@ -341,7 +341,7 @@ def _empty(shape: RowShape, rows: int, length: int) -> Rows:
 def _add_rows(
     rows: Sequence[Rows],
     shapes: Sequence[RowShape],
-    family: Family,
+    group: TaskGroup,
     starts: Mapping[str, int],
     pool: _Pool,
     position: int,
@@ -351,17 +351,17 @@ def _add_rows(
     part = 0
     owner = pool.owner[chosen]
     of = {name: chosen[owner == number] for number, name in enumerate(pool.streams)}
-    for task in family.tasks:
+    for task in group.tasks:
         by_domain = [(stream, of[stream.name]) for stream in task.streams if stream.name in of]
         size = sum(len(samples) for _, samples in by_domain)
         total = sum(pool.tokens[samples].sum(dtype=np.float64) for _, samples in by_domain)
         for stream, samples in by_domain:
-            variant = family.streams.index(stream)
+            number = group.streams.index(stream)
             for filled in pack(shapes, len(samples), pool.text_tokens[samples], pool.tokens[samples]):
                 row, found = samples[filled.samples], rows[filled.size]
                 table, n = found.table, found.count[step]
                 table.client[step, n] = position
-                table.variant[step, n] = variant
+                table.stream[step, n] = number
                 table.ids[step, n, : len(row)] = starts[task.name] + pool.ids[row]
                 table.weights[step, n, : len(row)] = pool.tokens[row] / total
                 table.share[step, n] = size / len(chosen)

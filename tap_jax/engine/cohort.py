@@ -121,7 +121,9 @@ class Cohort:
 
     def _exchange(self, models: ClientModels, params: Packed, like: Blocks) -> ClientModels:
         members, names = packed.members(self.engine.partition), self.engine.partition.names
-        params = {group: matrix for group, matrix in params.items() if names[members[group][0]] in like}
+        params = {
+            shape_class: matrix for shape_class, matrix in params.items() if names[members[shape_class][0]] in like
+        }
         if isinstance(models, tuple):  # in memory, where every process has all clients'
             return put_models(models, self._all(params, like))
         return put_models(models, self._by_client(self.engine.devices.fetch_shards(params), like))
@@ -178,7 +180,7 @@ class Cohort:
         """The plan of one shard; `how`: the arguments of `draw_plan` in which phases differ."""
         engine = self.engine
         fixed = dict(seed=engine.settings.seed, round_=rounds, shapes=engine.shapes, starts=engine.starts)
-        return draw_plan(data, clients, engine.families, **fixed, **how)
+        return draw_plan(data, clients, engine.task_groups, **fixed, **how)
 
     def train(
         self,
@@ -305,8 +307,8 @@ class Cohort:
         """The shapes of the cohort's parameters, of blocks or of what else has a vector per block."""
         like = self.engine.like if like is None else like
         shards, groups = len(self.table), packed.members(self.engine.partition)
-        names = {group: self.engine.partition.names[members[0]] for group, members in groups.items()}
-        sizes = {group: blocks.count(like[name]) for group, name in names.items() if name in like}
+        names = {shape_class: self.engine.partition.names[members[0]] for shape_class, members in groups.items()}
+        sizes = {shape_class: blocks.count(like[name]) for shape_class, name in names.items() if name in like}
         zero = {g: jax.ShapeDtypeStruct((shards, self.shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
         return abstract(zero, self.engine.by_client)
 

@@ -18,8 +18,8 @@ from jax import Array
 from tap_jax import blocks
 from tap_jax.blocks import Blocks, Partition, Tree
 from tap_jax.data.device_data import stored
-from tap_jax.data.families import families, offsets
 from tap_jax.data.sampling import ClientData, Plan, capacities, row_shapes, share_out
+from tap_jax.data.task_groups import offsets, task_groups
 from tap_jax.engine import exchange, packed
 from tap_jax.engine.local_training import Losses, local_training
 from tap_jax.engine.objective import Objective, Part, SampleLoss, part_table
@@ -34,7 +34,7 @@ from tap_jax.tasks import Task
 
 
 class BlockTables(NamedTuple):
-    """What a model's blocks are like: shapes by name, and family -> what a forward pass takes of them."""
+    """What a model's blocks are like: shapes by name, and task group -> what a forward pass takes of them."""
 
     model: Any
     like: Blocks
@@ -43,7 +43,7 @@ class BlockTables(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static capacities of a shard: positions K, shape class -> slots G, family -> rows N of each shape."""
+    """Static capacities of a shard: positions K, shape class -> slots G, task group -> rows N of each shape."""
 
     positions: int
     slots: Mapping[str, int]
@@ -103,17 +103,17 @@ class Compiled:
         self.tasks: tuple[Task, ...] = model.tasks
         self.shared, self.by_client, self.by_row = map(devices.sharding, (SHARED, CLIENTS, ROWS))
         self.frozen = devices.put(frozen, SHARED)
-        self.families = families(self.tasks, arrays)
-        self.starts = {name: at for family in self.families for name, at in offsets(family, arrays).items()}
+        self.task_groups = task_groups(self.tasks, arrays)
+        self.starts = {name: at for group in self.task_groups for name, at in offsets(group, arrays).items()}
         self.shapes = row_shapes(
-            self.families,
+            self.task_groups,
             arrays,
             packed=settings.packed,
             microbatch=settings.microbatch,
             batch=settings.batch,
             image_tokens=model.config.image_tokens,
         )
-        self.arrays = devices.put(stored(self.families, arrays), SHARED)
+        self.arrays = devices.put(stored(self.task_groups, arrays), SHARED)
         self.server_layout = packed.server_layout(partition)
         self.like = like
         self.moments_like = {
@@ -124,7 +124,7 @@ class Compiled:
         self.objective = Objective(
             sample_loss,
             self.tasks,
-            self.families,
+            self.task_groups,
             tables,
             self.shapes,
             rule,
@@ -165,7 +165,7 @@ class Compiled:
         self.replace = jax.jit(exchange.replace, donate_argnums=(0,), out_shardings=self.by_client)
 
     def _tabled(self, model, like: Blocks) -> BlockTables:
-        tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.families}
+        tables = {f.name: part_table(f, model.roles, self.partition, like) for f in self.task_groups}
         return BlockTables(model, like, tables)
 
     def _shape(self, clients: int) -> Shape:
@@ -175,9 +175,9 @@ class Compiled:
         return Shape(positions, slots, self.capacities(self.data, positions, self.settings.batch))
 
     def capacities(self, data: Sequence[ClientData], positions: int, batch: int) -> dict[str, tuple[int, ...]]:
-        """Family -> rows N of each shape that a minibatch of any `positions` clients can need on a shard."""
+        """Task group -> rows N of each shape that a minibatch of any `positions` clients can need on a shard."""
         multiple = self.devices.parts
-        return capacities(data, self.families, self.shapes, positions=positions, batch=batch, multiple=multiple)
+        return capacities(data, self.task_groups, self.shapes, positions=positions, batch=batch, multiple=multiple)
 
     @property
     def numerics(self) -> str:
@@ -196,9 +196,9 @@ class Compiled:
 
     def blank_params(self, shapes: Packed) -> Packed:
         """Stands in for a teacher where there is none; never read, made once per shape."""
-        key = tuple((group, shape.shape) for group, shape in shapes.items())
+        key = tuple((shape_class, shape.shape) for shape_class, shape in shapes.items())
         if key not in self._blank:
-            zeros = {group: np.zeros(shape.shape, shape.dtype) for group, shape in shapes.items()}
+            zeros = {shape_class: np.zeros(shape.shape, shape.dtype) for shape_class, shape in shapes.items()}
             self._blank[key] = self.devices.put(zeros, CLIENTS)
         return self._blank[key]
 
@@ -213,8 +213,11 @@ class Compiled:
     def server_shapes(self) -> Packed:
         """The shapes of `server_params`."""
         members, names = packed.members(self.partition), self.partition.names
-        sizes = {group: (len(found), blocks.count(self.like[names[found[0]]])) for group, found in members.items()}
-        shapes = {group: jax.ShapeDtypeStruct(size, np.float32) for group, size in sizes.items()}
+        sizes = {
+            shape_class: (len(found), blocks.count(self.like[names[found[0]]]))
+            for shape_class, found in members.items()
+        }
+        shapes = {shape_class: jax.ShapeDtypeStruct(size, np.float32) for shape_class, size in sizes.items()}
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.shared), shapes)
 
     def server_blocks(self, server: Packed) -> Blocks:

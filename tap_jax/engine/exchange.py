@@ -71,8 +71,8 @@ def regroup(out: Packed | None, params: Packed, index: Packed) -> Packed:
       index: shape class -> int32 [D, H], slots among all D·G, -1 where nothing is wanted.
     """
     found = {}
-    for group, rows in flat(params).items():
-        wanted = rows[jnp.maximum(index[group], 0)]
-        rest = jnp.zeros_like(wanted) if out is None else out[group]
-        found[group] = jnp.where((index[group] >= 0)[..., None], wanted, rest)
+    for shape_class, rows in flat(params).items():
+        wanted = rows[jnp.maximum(index[shape_class], 0)]
+        rest = jnp.zeros_like(wanted) if out is None else out[shape_class]
+        found[shape_class] = jnp.where((index[shape_class] >= 0)[..., None], wanted, rest)
     return found

@@ -62,8 +62,8 @@ def local_training(
     """Builds `train(frozen, data, params, moments, teacher, layout, plan, rate, key) -> (params, moments, Losses)`.
 
     The returned function is pure and compiles once per capacity of the plan:
-      frozen: Ŵ. data: family -> fields, whole training sets. params: shape class -> [G, n]; a slot is updated only in
-      the steps in which its client is active, a free slot never. moments: AdamW's state by slot, shape class ->
+      frozen: Ŵ. data: task group -> fields, whole training sets. params: shape class -> [G, n]; a slot is updated only
+      in the steps in which its client is active, a free slot never. moments: AdamW's state by slot, shape class ->
       [G, 1 + 2n] (`remembered_update`), or None to start afresh and give none back. teacher: what the rule's steps are
       given. rate: learning rate of every position, float32 [K]. key: of (seed, round, phase) of every position, [K].
     """
@@ -88,7 +88,9 @@ def local_training(
             )
             return params, opt_state, losses
 
-        opt_state = dict(moments) if remember else {group: optimizer.init(leaf) for group, leaf in params.items()}
+        opt_state = (
+            dict(moments) if remember else {shape_class: optimizer.init(leaf) for shape_class, leaf in params.items()}
+        )
         params, opt_state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(params), opt_state, losses))
         broken = broken_clients(params, layout)
         if remember:  # a client that broke starts afresh next time
@@ -121,7 +123,7 @@ class Tools:
         """η of every slot, shape class -> [G, 1]; 0 where a slot is idle."""
         _, _, layout, _ = self.surroundings
         padded = jnp.append(self.rates, 0)
-        return {group: padded[client][:, None] for group, client in layout.owner.items()}
+        return {shape_class: padded[client][:, None] for shape_class, client in layout.owner.items()}
 
     @property
     def no_losses(self) -> StepLosses:
@@ -144,21 +146,25 @@ class Tools:
         if self.settings.clip_norm:
             gradient = clip_per_client(gradient, layout, self.settings.clip_norm)
         updates, after, rate = {}, {}, self.rate
-        for group, matrix in params.items():
-            live = self.active[layout.owner[group]][:, None]
+        for shape_class, matrix in params.items():
+            live = self.active[layout.owner[shape_class]][:, None]
             if self.remember:
-                update, moments = remembered_update(self.optimizer, gradient[group], opt_state[group], matrix)
-                after[group] = jnp.where(live, moments, opt_state[group])
+                update, moments = remembered_update(
+                    self.optimizer, gradient[shape_class], opt_state[shape_class], matrix
+                )
+                after[shape_class] = jnp.where(live, moments, opt_state[shape_class])
             else:
-                update, after[group] = self.optimizer.update(gradient[group], opt_state[group], matrix)
-            updates[group] = jnp.where(live, matrix - rate[group] * update, matrix)
+                update, after[shape_class] = self.optimizer.update(
+                    gradient[shape_class], opt_state[shape_class], matrix
+                )
+            updates[shape_class] = jnp.where(live, matrix - rate[shape_class] * update, matrix)
         return updates, after
 
 
 def remembered_update(
     optimizer: optax.GradientTransformation, grads: Array, moments: Array, matrix: Array
 ) -> tuple[Array, Array]:
-    """An AdamW update of a group in which every slot has a state of its own.
+    """An AdamW update of a shape class in which every slot has a state of its own.
 
     Args:
       optimizer: `scale_by_adam` and `add_decayed_weights`.
@@ -181,8 +187,8 @@ def remembered_update(
 def broken_clients(params: Packed, layout: Layout) -> Array:
     """bool [K + 1], by position: the client holds a value that is no number."""
     broken = jnp.zeros(layout.slot.shape[0] + 1, bool)
-    for group, matrix in params.items():
-        broken = broken.at[layout.owner[group]].max(~jnp.isfinite(matrix).all(1))
+    for shape_class, matrix in params.items():
+        broken = broken.at[layout.owner[shape_class]].max(~jnp.isfinite(matrix).all(1))
     return broken
 
 
@@ -201,8 +207,8 @@ def without_broken(losses: Losses, broken: Array) -> Losses:
 def clip_per_client(grads: Packed, layout: Layout, bound: float) -> dict[str, Array]:
     """Scales each client's gradient, over all its blocks, to a global norm of at most `bound`."""
     squares = jnp.zeros(layout.slot.shape[0] + 1, jnp.float32)
-    for group, matrix in grads.items():
-        squares = squares.at[layout.owner[group]].add(jnp.square(matrix).sum(1))
+    for shape_class, matrix in grads.items():
+        squares = squares.at[layout.owner[shape_class]].add(jnp.square(matrix).sum(1))
     norm = jnp.sqrt(squares)
     factor = jnp.where(norm > bound, bound / norm, 1.0)
-    return {group: matrix * factor[layout.owner[group]][:, None] for group, matrix in grads.items()}
+    return {shape_class: matrix * factor[layout.owner[shape_class]][:, None] for shape_class, matrix in grads.items()}

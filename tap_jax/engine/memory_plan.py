@@ -88,7 +88,7 @@ def memory_plan(
 
     def stack_of(positions: int) -> int:
         slots = packed.capacities(partition, partition.owned, positions)
-        return sum(slots[group] * int(sizes[of[0]]) for group, of in packed.members(partition).items())
+        return sum(slots[shape_class] * int(sizes[of[0]]) for shape_class, of in packed.members(partition).items())
 
     def phase(name: str, clients: int) -> PhaseMemory:
         positions, last = -(-clients // shards), name == LAST

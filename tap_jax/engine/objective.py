@@ -1,9 +1,9 @@
 """A cohort's objective and its gradient, row by row.
 
-One gradient of the cohort is, for every family of streams and every shape of its rows, a loop over rows whose number is
-data and not part of a shape. Rows that are not there cost nothing, and one program serves any cohort, mix of tasks and
-data size. Each turn takes the blocks of one client out of the packed parameters, differentiates the row's loss, and
-adds the gradient back.
+One gradient of the cohort is, for every task group and every shape of its rows, a loop over rows whose number is data
+and not part of a shape. Rows that are not there cost nothing, and one program serves any cohort, mix of tasks and data
+size. Each turn takes the blocks of one client out of the packed parameters, differentiates the row's loss, and adds the
+gradient back.
 
 Letters: K cohort positions, O tasks, G slots of a shape class, τ steps, S samples of a row.
 """
@@ -19,9 +19,9 @@ from jax import Array
 
 from tap_jax.blocks import Blocks, Partition, Tree
 from tap_jax.data.device_data import cut
-from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
 from tap_jax.data.sampling import Plan, Table
+from tap_jax.data.task_groups import TaskGroup
 from tap_jax.engine.packed import Layout, Packed, flatten, unflatten
 from tap_jax.methods.base import LocalRule, Row, StepLosses
 from tap_jax.tasks import Stream, Task
@@ -33,11 +33,11 @@ SampleLoss = Callable[..., tuple[Array, Array, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of a family's forward pass: blocks of one shape class, which of them by variant.
+    """One part of a group's forward pass: blocks of one shape class, which of them by stream.
 
     Attributes:
       shape_class: of the blocks.
-      blocks: int [variants] (one block) or [variants, P] (one per path), numbers of blocks.
+      blocks: int [streams] (one block) or [streams, P] (one per path), numbers of blocks.
       like: shapes of one block.
     """
 
@@ -47,30 +47,30 @@ class Part:
 
 
 def part_table(
-    family: Family, roles: Callable[[Stream], Mapping[str, Any]], partition: Partition, like: Blocks
+    group: TaskGroup, roles: Callable[[Stream], Mapping[str, Any]], partition: Partition, like: Blocks
 ) -> dict[str, Part]:
-    """What a family's forward pass is made of, from the model's `roles`; `like` holds every block's shapes."""
+    """What a group's forward pass is made of, from the model's `roles`; `like` holds every block's shapes."""
     number = {name: r for r, name in enumerate(partition.names)}
-    by_variant = [roles(stream) for stream in family.streams]
+    by_stream = [roles(stream) for stream in group.streams]
     table = {}
-    for part, example in by_variant[0].items():
-        blocks = np.vectorize(number.__getitem__)(np.array([found[part] for found in by_variant]))
+    for part, example in by_stream[0].items():
+        blocks = np.vectorize(number.__getitem__)(np.array([found[part] for found in by_stream]))
         first = example if isinstance(example, str) else example[0]
         table[part] = Part(partition.shape_classes[number[first]], blocks, like[first])
     return table
 
 
-def slots_of(layout: Layout, table: Mapping[str, Part], client: Array, variant: Array) -> dict[str, Array]:
+def slots_of(layout: Layout, table: Mapping[str, Part], client: Array, stream: Array) -> dict[str, Array]:
     """Where the parts of one row's forward pass sit: part -> slots [] or [P]."""
     mine = layout.slot[client]
-    return {name: mine[jnp.asarray(part.blocks)[variant]] for name, part in table.items()}
+    return {name: mine[jnp.asarray(part.blocks)[stream]] for name, part in table.items()}
 
 
 def take_parts(
-    params: Packed, layout: Layout, table: Mapping[str, Part], client: Array, variant: Array
+    params: Packed, layout: Layout, table: Mapping[str, Part], client: Array, stream: Array
 ) -> dict[str, Tree]:
     """The parts of one row's forward pass out of packed parameters: part -> tree, leaves [...] or [P, ...]."""
-    slots = slots_of(layout, table, client, variant)
+    slots = slots_of(layout, table, client, stream)
     return {
         name: unflatten(params[part.shape_class].at[slots[name]].get(mode="promise_in_bounds"), part.like)
         for name, part in table.items()
@@ -84,8 +84,8 @@ class Objective:
     Attributes:
       sample_loss: see `SampleLoss`.
       tasks: the federation's tasks, O of them.
-      families: their families. tables: family -> what `part_table` gives.
-      shapes: family -> shapes of its rows, largest first.
+      task_groups: of them. tables: task group -> what `part_table` gives.
+      shapes: task group -> shapes of its rows, largest first.
       rule: its `extra_loss` and `statistics` are read here.
       sum_axis: axis of the mesh whose devices share out the rows; None where one has them all.
       generator: JAX's name of the generator that dropout masks are drawn from: "threefry2x32" or "rbg".
@@ -93,7 +93,7 @@ class Objective:
 
     sample_loss: SampleLoss
     tasks: Sequence[Task]
-    families: Sequence[Family]
+    task_groups: Sequence[TaskGroup]
     tables: Mapping[str, Mapping[str, Part]]
     shapes: Mapping[str, Sequence[RowShape]]
     rule: LocalRule
@@ -104,7 +104,7 @@ class Objective:
 class Where(NamedTuple):
     """A minibatch of a cohort: of which plan, its number in which step, and all positions' keys [K].
 
-    A row's dropout key is folded from its client's by client, step, family and row (and minibatch, where a step takes
+    A row's dropout key is folded from its client's by client, step, group and row (and minibatch, where a step takes
     several), so it does not depend on who else is in the cohort.
     """
 
@@ -137,7 +137,7 @@ def gradient(
             return total, loss
 
         (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(row.take(params))
-        slots = slots_of(where.layout, table, entry.client, entry.variant)
+        slots = slots_of(where.layout, table, entry.client, entry.stream)
         return loss, {name: flatten(grads[name], slots[name].ndim) for name in grads}, slots
 
     def add(carry, found, entry: Table, table, task_of):
@@ -147,7 +147,7 @@ def gradient(
             grads = grads | {
                 part.shape_class: grads[part.shape_class].at[slots[name]].add(row_grad, mode="promise_in_bounds")
             }
-        at = (entry.client, task_of[entry.variant])
+        at = (entry.client, task_of[entry.stream])
         return grads, StepLosses(
             losses.plain.at[at].add(loss),
             losses.weighted.at[at].add(entry.share * loss),
@@ -189,11 +189,11 @@ def no_losses(objective: Objective, plan: Plan) -> StepLosses:
 def over_rows(
     objective: Objective, where: Where, one: Callable, add: Callable, carry: Any, count: Callable | None
 ) -> Any:
-    """Sums over the rows of every family: folds `add`, starting from the zeros in `carry`.
+    """Sums over the rows of every task group: folds `add`, starting from the zeros in `carry`.
 
     Args:
-      one: (row, its entry in the table, the family's parts) -> what is found of it.
-      add: (carry, what is found, entry, the family's parts, variant -> number of the task) -> carry.
+      one: (row, its entry in the table, the group's parts) -> what is found of it.
+      add: (carry, what is found, entry, the group's parts, stream -> number of the task) -> carry.
       count: rows of one shape -> how many of them to visit, [minibatches_per_step, τ]; None: only shapes are wanted, of
         what `one` finds.
     """
@@ -201,21 +201,21 @@ def over_rows(
     key = where.key
     if not isinstance(where.minibatch, int):
         key = jax.vmap(jax.random.fold_in, (0, None))(key, where.minibatch)
-    for number, family in enumerate(objective.families):
-        table = objective.tables[family.name]
-        task_of = jnp.array([objective.tasks.index(stream.task) for stream in family.streams])
-        for rows, shape in zip(plan.rows[family.name], objective.shapes[family.name], strict=True):
+    for number, group in enumerate(objective.task_groups):
+        table = objective.tables[group.name]
+        task_of = jnp.array([objective.tasks.index(stream.task) for stream in group.streams])
+        for rows, shape in zip(plan.rows[group.name], objective.shapes[group.name], strict=True):
 
-            def visit(entry: Table, family=family, table=table, number=number, shape=shape):
+            def visit(entry: Table, group=group, table=table, number=number, shape=shape):
                 row_key = jax.random.fold_in(key[entry.client], plan.clients[entry.client])
-                place = where.step * len(objective.families) + number
+                place = where.step * len(objective.task_groups) + number
                 row = Row(
                     frozen=where.frozen,
-                    task=family.tasks[0],
-                    batch=cut(where.data[family.name], entry.ids, shape, entry.text_at, entry.answer_at),
+                    task=group.tasks[0],
+                    batch=cut(where.data[group.name], entry.ids, shape, entry.text_at, entry.answer_at),
                     weights=entry.weights,
                     client=entry.client,
-                    take=lambda params: take_parts(params, layout, table, entry.client, entry.variant),
+                    take=lambda params: take_parts(params, layout, table, entry.client, entry.stream),
                     key=_key_of(objective.generator, jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.part)),
                 )
                 return one(row, entry, table)

@@ -93,15 +93,20 @@ def private_aggregate(
     weights = jnp.pad(jnp.where(sent, factor[:, None], 0), ((0, 1), (0, 0)))
     place = jnp.asarray(server_layout.slot)[0]
 
-    def one(number: int, group: str) -> Array:
-        weight, at = weights[layout.owner[group], layout.block[group]][:, None], place[layout.block[group]]
-        update = jnp.where(weight > 0, weight * (cohort[group] - server[group][at]), 0)
-        total = jnp.zeros_like(server[group]).at[at].add(update)
+    def one(number: int, shape_class: str) -> Array:
+        weight, at = (
+            weights[layout.owner[shape_class], layout.block[shape_class]][:, None],
+            place[layout.block[shape_class]],
+        )
+        update = jnp.where(weight > 0, weight * (cohort[shape_class] - server[shape_class][at]), 0)
+        total = jnp.zeros_like(server[shape_class]).at[at].add(update)
         noise = deviation * jax.random.normal(jax.random.fold_in(key, number), total.shape, total.dtype)
-        owners = jnp.asarray(expected)[server_layout.block[group]][:, None]
-        return jnp.where(owners > 0, server[group] + (total + noise) / jnp.maximum(owners, 1), server[group])
+        owners = jnp.asarray(expected)[server_layout.block[shape_class]][:, None]
+        return jnp.where(
+            owners > 0, server[shape_class] + (total + noise) / jnp.maximum(owners, 1), server[shape_class]
+        )
 
-    return {group: one(number, group) for number, group in enumerate(sorted(server))}
+    return {shape_class: one(number, shape_class) for number, shape_class in enumerate(sorted(server))}
 
 
 @functools.lru_cache(maxsize=4)

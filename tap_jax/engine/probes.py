@@ -53,7 +53,7 @@ class Probes:
                 return row.total(value(row, *map(row.take, models)))
 
             def add(sums, found, entry, table, task_of):
-                return sums.at[entry.client, task_of[entry.variant]].add(found)
+                return sums.at[entry.client, task_of[entry.stream]].add(found)
 
             start = no_losses(self.objective, where.plan).plain
             return over_rows(self.objective, where, one, add, start, lambda rows: rows.count)
@@ -91,9 +91,9 @@ class Probes:
 
         def inner(params, other, layout):
             out = jnp.zeros((len(layout.slot) + 1, self.blocks), jnp.float32)
-            for group, matrix in params.items():
-                product = (matrix * other[group]).reshape(-1, matrix.shape[-1]).sum(1)
-                out = out.at[layout.owner[group], layout.block[group]].add(product)
+            for shape_class, matrix in params.items():
+                product = (matrix * other[shape_class]).reshape(-1, matrix.shape[-1]).sum(1)
+                out = out.at[layout.owner[shape_class], layout.block[shape_class]].add(product)
             return out[:-1]
 
         return jax.jit(inner, out_shardings=self.devices.sharding(SHARED))

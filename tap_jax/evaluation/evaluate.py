@@ -1,4 +1,4 @@
-"""Every client's model on the test split of each of its tasks: batched, compiled, one program per family.
+"""Every client's model on the test split of each of its tasks: batched, compiled, one program per task group.
 
 Letters: D shards, E devices of a shard, N rows of a device, S samples of a row, A answer length.
 """
@@ -10,9 +10,9 @@ import numpy as np
 
 from tap_jax.blocks import Blocks, Params
 from tap_jax.data.device_data import stored
-from tap_jax.data.families import Family, offsets
 from tap_jax.data.packing import RowShape, capacities, pack, padded
 from tap_jax.data.sampling import row_shapes
+from tap_jax.data.task_groups import TaskGroup, offsets
 from tap_jax.data.text import TaskArrays, WordPiece
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.engine import Engine
@@ -36,12 +36,12 @@ class Evaluator:
       engine: of the run.
       tests: task name -> test arrays.
       personal: per client, task name -> ids into its test set; None where all have the whole set.
-      microbatch: samples of a padded row at most; a family's has no more than its tests need.
+      microbatch: samples of a padded row at most; a group's has no more than its tests need.
 
     Attributes:
-      arrays: family name -> its tests on the device.
-      starts: task name -> where its tests start in the family's arrays.
-      shapes: family name -> shapes of its rows.
+      arrays: task group -> its tests on the device.
+      starts: task name -> where its tests start in the group's arrays.
+      shapes: task group -> shapes of its rows.
       sampler: keeps samples; None until `keep_samples` asks for it.
       tell: gets a few words before anything that may take long.
     """
@@ -58,10 +58,10 @@ class Evaluator:
     ):
         self.engine, self.tests, self.personal = engine, tests, personal
         self.tokenizer, self.scorer = tokenizer, scorer
-        self.arrays = engine.devices.put(stored(engine.families, tests), SHARED)
-        self.starts = {name: at for family in engine.families for name, at in offsets(family, tests).items()}
+        self.arrays = engine.devices.put(stored(engine.task_groups, tests), SHARED)
+        self.starts = {name: at for group in engine.task_groups for name, at in offsets(group, tests).items()}
         self.shapes = test_shapes(
-            engine.families,
+            engine.task_groups,
             tests,
             engine.settings,
             image_tokens=engine.model.config.image_tokens,
@@ -69,11 +69,11 @@ class Evaluator:
             microbatch=microbatch,
         )
         self._programs = {
-            family.name: Program(
-                predictor(engine, family, self.shapes[family.name], tokenizer, scored),
+            group.name: Program(
+                predictor(engine, group, self.shapes[group.name], tokenizer, scored),
                 platform=engine.devices.platform,
             )
-            for family in engine.families
+            for group in engine.task_groups
         }
         self.sampler: Sampler | None = None
         self.tell: Callable[[str], None] = lambda text: None
@@ -83,19 +83,19 @@ class Evaluator:
         self.sampler = Sampler(self, variant)
 
     def prepare(self, cohort: Cohort) -> None:
-        """Starts compiling the programs of all families, for cohorts like this one, in the background."""
+        """Starts compiling the programs of all task groups, for cohorts like this one, in the background."""
         for program, args in self.programs(cohort).values():
             program.prepare(*args)
 
     def programs(self, cohort: Cohort) -> dict[str, tuple[Program, tuple]]:
-        """Family name -> its program and what it is given for cohorts like this one, as shapes."""
+        """Task group -> its program and what it is given for cohorts like this one, as shapes."""
         engine, found = self.engine, {}
-        for family in engine.families:
-            rows = self._rows(cohort, family, {})
-            found[family.name] = (
-                self._programs[family.name],
+        for group in engine.task_groups:
+            rows = self._rows(cohort, group, {})
+            found[group.name] = (
+                self._programs[group.name],
                 (
-                    *abstract((engine.frozen, self.arrays[family.name]), engine.shared),
+                    *abstract((engine.frozen, self.arrays[group.name]), engine.shared),
                     cohort.abstract_params(engine.finished.like),
                     abstract(cohort.layout, engine.by_client),
                     abstract(rows, engine.by_row),
@@ -126,32 +126,32 @@ class Evaluator:
           (client, task) -> labels int32 [n]; mean squared errors float32 [n]; or generated ids int32 [n, A-1].
         """
         pending = []
-        for family in self.engine.families:
-            rows = self._rows(cohort, family, wanted)
+        for group in self.engine.task_groups:
+            rows = self._rows(cohort, group, wanted)
             if any(one.count.any() for one in rows):
-                clients = set().union(*(wanted.get(task.name, ()) for task in family.tasks))
-                tasks = ", ".join(task.name for task in family.tasks if wanted.get(task.name))
+                clients = set().union(*(wanted.get(task.name, ()) for task in group.tasks))
+                tasks = ", ".join(task.name for task in group.tasks if wanted.get(task.name))
                 self.tell(f"{name}: predictions for {tasks}, {self._clients(clients & set(cohort.clients.tolist()))}")
-                values = self._programs[family.name](
+                values = self._programs[group.name](
                     self.engine.frozen,
-                    self.arrays[family.name],
+                    self.arrays[group.name],
                     params,
                     cohort.layout,
                     self.engine.devices.put(rows, ROWS),
                 )
                 if not self.engine.devices.platform.accelerated:
-                    # A CPU would run all families side by side, each with its memory.
+                    # A CPU would run all task groups side by side, each with its memory.
                     jax.block_until_ready(values)
-                pending.append((family, rows, values))
+                pending.append((group, rows, values))
         results = {}
-        for family, rows, values in pending:
+        for group, rows, values in pending:
             values = self.engine.devices.fetch(values)
-            for task in family.tasks:
-                variants = [v for v, stream in enumerate(family.streams) if stream.task == task]
+            for task in group.tasks:
+                streams = [n for n, stream in enumerate(group.streams) if stream.task == task]
                 for position, client in enumerate(cohort.clients):
                     if client in wanted.get(task.name, ()):
                         pieces = [
-                            _of(one, found, position, cohort, variants) for one, found in zip(rows, values, strict=True)
+                            _of(one, found, position, cohort, streams) for one, found in zip(rows, values, strict=True)
                         ]
                         ids, found = map(np.concatenate, zip(*pieces, strict=True))
                         at = np.zeros(len(self.tests[task.name]), int)
@@ -159,37 +159,37 @@ class Evaluator:
                         results[int(client), task.name] = found[at[self.ids(int(client), task.name)]]
         return results
 
-    def _rows(self, cohort: Cohort, family: Family, wanted: Mapping[str, set[int]]) -> tuple[TestRows, ...]:
-        shapes, parts = self.shapes[family.name], self.engine.devices.parts
+    def _rows(self, cohort: Cohort, group: TaskGroup, wanted: Mapping[str, set[int]]) -> tuple[TestRows, ...]:
+        shapes, parts = self.shapes[group.name], self.engine.devices.parts
         tables = tuple(
             TestRows.empty(cohort.clients.size // cohort.positions, parts, capacity, shape)
-            for capacity, shape in zip(self._capacity(cohort, family), shapes, strict=True)
+            for capacity, shape in zip(self._capacity(cohort, group), shapes, strict=True)
         )
         for shard, clients in enumerate(cohort.clients.reshape(-1, cohort.positions)):
             added = [0] * len(shapes)
             for position, client in enumerate(clients):
-                for variant, stream in enumerate(family.streams):
+                for number, stream in enumerate(group.streams):
                     if client not in wanted.get(stream.task.name, ()):
                         continue
                     test, ids = self.tests[stream.task.name], self.ids(int(client), stream.task.name)
                     ids = ids[test.domains[ids] == stream.task.domains.index(stream.domain)]
                     for row in pack(shapes, len(ids), test.text_lengths[ids], np.zeros(len(ids), int)):
                         mine = self.starts[stream.task.name] + ids[row.samples]
-                        tables[row.size].add(shard, added[row.size] % parts, position, variant, mine, row.text_at)
+                        tables[row.size].add(shard, added[row.size] % parts, position, number, mine, row.text_at)
                         added[row.size] += 1
         return tables
 
-    def _capacity(self, cohort: Cohort, family: Family) -> tuple[int, ...]:
+    def _capacity(self, cohort: Cohort, group: TaskGroup) -> tuple[int, ...]:
         """Rows of each shape that a device needs at most, for any cohort, so that one program serves all."""
         mask, tests = self.engine.partition.task_mask, self.tests
         sizes = {
             stream.name: int((tests[stream.task.name].domains == stream.task.domains.index(stream.domain)).sum())
-            for stream in family.streams
+            for stream in group.streams
         }
-        clients = [[sizes[s.name] for s in family.streams if mine[self.engine.tasks.index(s.task)]] for mine in mask]
+        clients = [[sizes[s.name] for s in group.streams if mine[self.engine.tasks.index(s.task)]] for mine in mask]
         found = capacities(
             clients,
-            self.shapes[family.name],
+            self.shapes[group.name],
             positions=cohort.positions,
             batch=sum(sizes.values()),
             multiple=self.engine.devices.parts,
@@ -285,7 +285,7 @@ class Evaluator:
 
 
 def test_shapes(
-    families: Sequence[Family],
+    task_groups: Sequence[TaskGroup],
     tests: Mapping[str, TaskArrays],
     settings: EngineSettings,
     *,
@@ -293,15 +293,15 @@ def test_shapes(
     personal: Sequence[Mapping[str, np.ndarray]] | None = None,
     microbatch: int = PADDED_ROW,
 ) -> dict[str, tuple[RowShape, ...]]:
-    """Family name -> shapes of its rows; packed ones are larger than in training, as no gradient needs their tokens.
+    """Task group -> shapes of its rows; packed ones are larger than in training, as no gradient needs their tokens.
 
     Args:
       personal, microbatch: see `Evaluator`.
     """
     if not settings.packed:
-        return {family.name: padded(_row_size(family, tests, personal, microbatch)) for family in families}
+        return {group.name: padded(_row_size(group, tests, personal, microbatch)) for group in task_groups}
     return row_shapes(
-        families,
+        task_groups,
         tests,
         packed=True,
         microbatch=4 * settings.microbatch,
@@ -312,25 +312,25 @@ def test_shapes(
 
 
 def _row_size(
-    family: Family, tests: Mapping[str, TaskArrays], personal: Sequence[Mapping[str, np.ndarray]] | None, most: int
+    group: TaskGroup, tests: Mapping[str, TaskArrays], personal: Sequence[Mapping[str, np.ndarray]] | None, most: int
 ) -> int:
     """As few rows as `most` samples in each allow, and no more samples in a row than that takes.
 
     All samples of a row are computed, real or not.
     """
     largest = 1
-    for task in family.tasks:
+    for task in group.tasks:
         domains = tests[task.name].domains
         parts = [domains] if personal is None else [domains[mine[task.name]] for mine in personal if task.name in mine]
         largest = max(largest, *(int(np.bincount(part, minlength=1).max()) for part in parts))
     return -(-largest // -(-largest // most))
 
 
-def _of(rows: TestRows, values: np.ndarray, position: int, cohort: Cohort, variants: list[int]):
+def _of(rows: TestRows, values: np.ndarray, position: int, cohort: Cohort, streams: list[int]):
     """A client's samples in rows of one shape: (ids int [n], what was found of each [n, ...])."""
     shard, local = divmod(position, cohort.positions)
     real = np.arange(rows.client.shape[-1]) < rows.count[shard][:, None]
-    mine = real & (rows.client[shard] == local) & np.isin(rows.variant[shard], variants)
+    mine = real & (rows.client[shard] == local) & np.isin(rows.stream[shard], streams)
     ids = rows.ids[shard][mine].reshape(-1)
     found = values[shard][mine].reshape(len(ids), *values.shape[4:])
     return ids[ids >= 0], found[ids >= 0]

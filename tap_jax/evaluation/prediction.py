@@ -1,4 +1,4 @@
-"""The function behind every score: the models of a cohort's clients on rows of test samples, per family.
+"""The function behind every score: the models of a cohort's clients on rows of test samples, per task group.
 
 Letters: D shards, E devices of a shard, N rows of a device, S samples of a row, A answer length.
 """
@@ -15,8 +15,8 @@ from jax import Array
 
 from tap_jax.blocks import Params
 from tap_jax.data.device_data import cut
-from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape
+from tap_jax.data.task_groups import TaskGroup
 from tap_jax.data.text import WordPiece
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.objective import take_parts
@@ -26,14 +26,14 @@ from tap_jax.tasks import Task
 
 
 class TestRows(struct.PyTreeNode):
-    """Rows of one family and shape: client int32 [N], variant int32 [N], ids int32 [N, S]; `count` of them are real.
+    """Rows of one task group and shape: client int32 [N], stream int32 [N], ids int32 [N, S]; `count` of them are real.
 
     On the host with the axes [D, E] in front; ids of padding are -1. Of packed rows, text_at int32 [N, S] as in
     `sampling.Table`.
     """
 
     client: Any
-    variant: Any
+    stream: Any
     ids: Any
     count: Any
     text_at: Any = None
@@ -51,11 +51,11 @@ class TestRows(struct.PyTreeNode):
         )
 
     def add(
-        self, shard: int, part: int, client: int, variant: int, ids: np.ndarray, text_at: np.ndarray | None = None
+        self, shard: int, part: int, client: int, stream: int, ids: np.ndarray, text_at: np.ndarray | None = None
     ) -> int:
         """Fills the next row of one device -> its number."""
         row = int(self.count[shard, part])
-        self.client[shard, part, row], self.variant[shard, part, row] = client, variant
+        self.client[shard, part, row], self.stream[shard, part, row] = client, stream
         self.ids[shard, part, row, : len(ids)] = ids
         if self.text_at is not None:
             self.text_at[shard, part, row, : len(ids)] = text_at
@@ -64,15 +64,15 @@ class TestRows(struct.PyTreeNode):
 
 
 def predictor(
-    engine: Engine, family: Family, shapes: Sequence[RowShape], tokenizer: WordPiece | None, output: Callable
+    engine: Engine, group: TaskGroup, shapes: Sequence[RowShape], tokenizer: WordPiece | None, output: Callable
 ) -> Callable:
     """(frozen, fields, params, layout, rows) -> per shape [D, E, N, S, ...]: what `output` makes of it, or answers.
 
     Args:
       shapes: of the rows, which are a tuple of one `TestRows` for each.
     """
-    model, table = engine.finished.model, engine.finished.tables[family.name]
-    predict = functools.partial(_predict, output, model, family.tasks[0], table, tuple(shapes), tokenizer)
+    model, table = engine.finished.model, engine.finished.tables[group.name]
+    predict = functools.partial(_predict, output, model, group.tasks[0], table, tuple(shapes), tokenizer)
     return engine.devices.over(predict, (SHARED, SHARED, CLIENTS, CLIENTS, ROWS), out=ROWS)
 
 
@@ -94,7 +94,7 @@ def _predict(
     """Predictions of every row of a shard, per shape [N, S, ...]; rows past `count` are not computed."""
 
     def one(rows: TestRows, shape: RowShape, n):
-        parts = take_parts(params, layout, table, rows.client[n], rows.variant[n])
+        parts = take_parts(params, layout, table, rows.client[n], rows.stream[n])
         text_at = None if rows.text_at is None else rows.text_at[n]
         batch = cut(fields, jnp.maximum(rows.ids[n], 0), shape, text_at)
         vectors = model.represent(frozen, parts, task, batch)

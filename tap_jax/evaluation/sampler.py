@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from tap_jax.blocks import Params
-from tap_jax.data.families import Family
 from tap_jax.data.packing import padded
+from tap_jax.data.task_groups import TaskGroup
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.parallel import ROWS
 from tap_jax.evaluation.prediction import TestRows, image, predictor
@@ -30,11 +30,11 @@ class Sampler:
         self.engine, self.tests = evaluator.engine, evaluator.tests
         self.samples: list[Sample] = []
         self._painters = {
-            family: jax.jit(
-                predictor(self.engine, family, padded(1), None, image), compiler_options=compiler_options(once=True)
+            group: jax.jit(
+                predictor(self.engine, group, padded(1), None, image), compiler_options=compiler_options(once=True)
             )
-            for family in self.engine.families
-            if family.tasks[0].kind == "image_generation"
+            for group in self.engine.task_groups
+            if group.tasks[0].kind == "image_generation"
         }
 
     def texts(self, variant: str, client: int, task: Task, predicted: np.ndarray) -> None:
@@ -49,13 +49,13 @@ class Sampler:
 
     def images(self, variant: str, cohort: Cohort, params: Params) -> None:
         """Sees the models of a cohort before they are scored."""
-        for family, painter in self._painters.items() if variant == self.variant else ():
-            rows, kept = self._rows(cohort, family)
+        for group, painter in self._painters.items() if variant == self.variant else ():
+            rows, kept = self._rows(cohort, group)
             if kept:
                 self.evaluator.tell(f"{variant}: images for samples/")
                 painted = painter(
                     self.engine.frozen,
-                    self.evaluator.arrays[family.name],
+                    self.evaluator.arrays[group.name],
                     params,
                     cohort.layout,
                     self.engine.devices.put((rows,), ROWS),
@@ -66,19 +66,19 @@ class Sampler:
                     label, drawn = self.evaluator.label(client), painted[shard, 0, row, 0]
                     self.samples.append(ImageSample(variant, label, task, example, target, drawn))
 
-    def _rows(self, cohort: Cohort, family: Family) -> tuple[TestRows, list[tuple[int, int, int, str, int]]]:
+    def _rows(self, cohort: Cohort, group: TaskGroup) -> tuple[TestRows, list[tuple[int, int, int, str, int]]]:
         """One row for each image to keep, on the first device of its shard; (shard, row, client, task, example)."""
         clients = cohort.clients.reshape(-1, cohort.positions)
-        capacity = OWNERS * EXAMPLES * len(family.tasks)
+        capacity = OWNERS * EXAMPLES * len(group.tasks)
         rows, kept = TestRows.empty(len(clients), self.engine.devices.parts, capacity, *padded(1)), []
-        for task in family.tasks:
+        for task in group.tasks:
             for client in self._first_owners(task):
                 for shard, position in np.argwhere(clients == client):
                     for example in self.evaluator.ids(client, task.name)[:EXAMPLES]:
                         domain = task.domains[self.tests[task.name].domains[example]]
-                        variant = family.streams.index(Stream(task, domain))
+                        stream = group.streams.index(Stream(task, domain))
                         ids = np.array([self.evaluator.starts[task.name] + example])
-                        row = rows.add(shard, 0, position, variant, ids)
+                        row = rows.add(shard, 0, position, stream, ids)
                         kept.append((int(shard), row, client, task.name, int(example)))
         return rows, kept
 

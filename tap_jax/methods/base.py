@@ -89,7 +89,7 @@ class Row(NamedTuple):
 
     Attributes:
       frozen: Ŵ.
-      task: one of the row's family: of the row's own kind, modalities and shapes.
+      task: one of the row's task group: of the row's own kind, modalities and shapes.
       batch: the samples' fields, [s, ...].
       weights: float32 [s]; over a client's minibatch and task they add up to 1, and padding has 0.
       client: int32, position in the cohort shard.

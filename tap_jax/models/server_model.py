@@ -177,9 +177,9 @@ class ServerModel:
         return Partition(self.block_names, tuple(map(self._group, self.block_names)), touches, task_mask)
 
     def _group(self, name: str) -> str:
-        """Blocks of one group have equal shapes: all stacks' attentions of a stage, heads of as many classes, ...
+        """Blocks of one shape class have equal shapes: all stacks' attentions of a stage, heads of as many classes, ...
 
-        Tasks that take one program (`data.families`) find each of its parts in one group, whatever their heads' names.
+        Tasks of one group (`data.task_groups`) find each of its parts in one shape class, whatever their heads' names.
         """
         stage, *rest = name.split("/")
         if stage == "head":

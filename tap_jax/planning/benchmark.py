@@ -16,9 +16,9 @@ import numpy as np
 from tap_jax import experiment
 from tap_jax.blocks import Params
 from tap_jax.config import ConfigDict, method_settings
-from tap_jax.data.families import fields
 from tap_jax.data.minibatches import Batch, client_minibatches
 from tap_jax.data.sampling import sample_cohort
+from tap_jax.data.task_groups import fields
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.memory import peak_memory
@@ -145,7 +145,7 @@ def _minibatches(run: Experiment, client: int, steps: int) -> Steps:
     return client_minibatches(
         engine.data,
         client,
-        engine.families,
+        engine.task_groups,
         run.data.train,
         seed=settings.seed,
         round_=0,
@@ -187,7 +187,7 @@ def _speed(
 def _useful_share(run: Experiment, costs: Costs, cohort: Cohort) -> float:
     """Of the minibatches that `_train` draws."""
     engine, total = run.engine, Share()
-    measured = Measure(costs, engine.families, engine.shapes, run.data.train)
+    measured = Measure(costs, engine.task_groups, engine.shapes, run.data.train)
     drawn = cohort.plan("post", post=True)
     for shard in range(engine.devices.shards):
         plan = jax.tree.map(lambda leaf, at=shard: leaf[at], drawn)

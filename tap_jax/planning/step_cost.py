@@ -17,7 +17,7 @@ from tap_jax.models.server_model import ServerModel
 from tap_jax.planning.flops import Flops, count
 from tap_jax.tasks import Task
 
-# Field of a sample -> its shape, see `data.families.FIELDS`.
+# Field of a sample -> its shape, see `data.task_groups.FIELDS`.
 Widths = Mapping[str, tuple[int, ...]]
 
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from tap_jax import assembly
 from tap_jax.data.device_data import cut
-from tap_jax.data.families import Family, families, fields, offsets
 from tap_jax.data.federated import FederatedData
 from tap_jax.data.packing import RowShape, pack
 from tap_jax.data.sampling import ClientData, Plan, Rows, capacities, draw_plan, row_shapes, sample_cohort
+from tap_jax.data.task_groups import TaskGroup, fields, offsets, task_groups
 from tap_jax.data.text import PAD, TaskArrays
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.evaluate import test_shapes
@@ -176,52 +176,54 @@ class Measure:
 
     Args:
       model: of the run.
-      families: of its tasks. shapes: family name -> shapes of the rows.
+      task_groups: of its tasks. shapes: task group -> shapes of the rows.
       arrays: task -> the split.
     """
 
-    def __init__(self, costs: Costs, families: Sequence[Family], shapes: Mapping, arrays: Mapping):
-        self.costs, self.families, self.shapes = costs, families, shapes
-        self.starts = {name: at for family in families for name, at in offsets(family, arrays).items()}
-        self.text_lengths = {f.name: np.concatenate([arrays[t.name].text_lengths for t in f.tasks]) for f in families}
+    def __init__(self, costs: Costs, task_groups: Sequence[TaskGroup], shapes: Mapping, arrays: Mapping):
+        self.costs, self.task_groups, self.shapes = costs, task_groups, shapes
+        self.starts = {name: at for group in task_groups for name, at in offsets(group, arrays).items()}
+        self.text_lengths = {
+            f.name: np.concatenate([arrays[t.name].text_lengths for t in f.tasks]) for f in task_groups
+        }
         self.answer_lengths = {
-            f.name: np.concatenate([_answer_lengths(arrays[task.name]) for task in f.tasks]) for f in families
+            f.name: np.concatenate([_answer_lengths(arrays[task.name]) for task in f.tasks]) for f in task_groups
         }
         self.domains = {name: split.domains for name, split in arrays.items()}
-        self.widths = {f.name: _widths(arrays[f.tasks[0].name]) for f in families}
+        self.widths = {f.name: _widths(arrays[f.tasks[0].name]) for f in task_groups}
 
     def plan(self, plan: Plan) -> dict[str, Share]:
         """Task name -> share, of all steps of a plan of one shard and minibatch."""
         found: dict[str, Share] = {}
-        for family in self.families:
-            for rows, shape in zip(plan.rows[family.name], self.shapes[family.name], strict=True):
-                for name, share in self._rows(family, shape, rows):
+        for group in self.task_groups:
+            for rows, shape in zip(plan.rows[group.name], self.shapes[group.name], strict=True):
+                for name, share in self._rows(group, shape, rows):
                     found[name] = found.get(name, Share()) + share
         return found
 
-    def _rows(self, family: Family, shape: RowShape, rows: Rows) -> Iterable[tuple[str, Share]]:
+    def _rows(self, group: TaskGroup, shape: RowShape, rows: Rows) -> Iterable[tuple[str, Share]]:
         real = np.arange(rows.table.client.shape[1]) < rows.count[:, None]
-        variants = np.array([family.tasks.index(stream.task) for stream in family.streams])
-        for number, task in enumerate(family.tasks):
-            mine = real & (variants[rows.table.variant] == number)
+        task_of = np.array([group.tasks.index(stream.task) for stream in group.streams])
+        for number, task in enumerate(group.tasks):
+            mine = real & (task_of[rows.table.stream] == number)
             if mine.any():
                 ids = rows.table.ids[mine][rows.table.weights[mine] > 0]
-                yield task.name, self.rows(family, task, shape, int(mine.sum()), ids)
+                yield task.name, self.rows(group, task, shape, int(mine.sum()), ids)
 
-    def samples(self, family: Family, task: Task, ids: np.ndarray) -> Share:
+    def samples(self, group: TaskGroup, task: Task, ids: np.ndarray) -> Share:
         """Of samples `ids` of a task, dealt out to rows as evaluation does."""
-        total, shapes = Share(), self.shapes[family.name]
+        total, shapes = Share(), self.shapes[group.name]
         domains, ids = self.domains[task.name][ids], self.starts[task.name] + ids
         for domain in range(len(task.domains)):
             mine = ids[domains == domain]
-            for row in pack(shapes, len(mine), self.text_lengths[family.name][mine], np.zeros(len(mine), int)):
-                total += self.rows(family, task, shapes[row.size], 1, mine[row.samples])
+            for row in pack(shapes, len(mine), self.text_lengths[group.name][mine], np.zeros(len(mine), int)):
+                total += self.rows(group, task, shapes[row.size], 1, mine[row.samples])
         return total
 
-    def rows(self, family: Family, task: Task, shape: RowShape, rows: int, ids: np.ndarray) -> Share:
-        """Of so many rows of one shape that hold the samples `ids` of the family's arrays, all of one task."""
-        cost, widths = self.costs.task(task), self.widths[family.name]
-        texts, answers = self.text_lengths[family.name][ids], self.answer_lengths[family.name][ids]
+    def rows(self, group: TaskGroup, task: Task, shape: RowShape, rows: int, ids: np.ndarray) -> Share:
+        """Of so many rows of one shape that hold the samples `ids` of the group's arrays, all of one task."""
+        cost, widths = self.costs.task(task), self.widths[group.name]
+        texts, answers = self.text_lengths[group.name][ids], self.answer_lengths[group.name][ids]
         computed = rows * float(self.costs.row(task, shape, widths))
         text, answer = float(cost.texts(texts).sum()), float(cost.answers(answers).sum())
         room = rows * shape.samples
@@ -283,7 +285,7 @@ def measure(
         Stage 2.
       plans: rounds whose plans are drawn, from round 0 on.
     """
-    found = families(model.tasks, data.train)
+    found = task_groups(model.tasks, data.train)
     sizes = {"packed": settings.packed, "image_tokens": model.config.image_tokens}
     shapes = row_shapes(found, data.train, microbatch=settings.microbatch, batch=settings.batch, **sizes)
     training = Costs(model, "gradient")
@@ -324,20 +326,20 @@ def measure(
 
 
 def _evaluation(
-    costs: Costs, federation: Federation, data: FederatedData, settings: EngineSettings, found: Sequence[Family]
+    costs: Costs, federation: Federation, data: FederatedData, settings: EngineSettings, found: Sequence[TaskGroup]
 ) -> dict[str, Share]:
     """Of one variant's models on their test sets; answers of the references' lengths, as if all were read at once."""
     shapes = test_shapes(
         found, data.test, settings, image_tokens=costs.model.config.image_tokens, personal=data.personal_tests
     )
     measured, total = Measure(costs, found, shapes, data.test), {}
-    for family in found:
-        for task in family.tasks:
+    for group in found:
+        for task in group.tasks:
             owners = [k for k, client in enumerate(federation.clients) if task.name in client.shares]
             for client in owners:
                 ids = np.arange(len(data.test[task.name]))
                 ids = ids if data.personal_tests is None else data.personal_tests[client][task.name]
-                share = measured.samples(family, task, ids)
+                share = measured.samples(group, task, ids)
                 if data.personal_tests is None:  # all have the same
                     _add(total, {task.name: share * len(owners)})
                     break

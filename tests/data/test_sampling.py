@@ -4,13 +4,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tap_jax.data.families import Family
 from tap_jax.data.packing import RowShape, Sequences, padded
 from tap_jax.data.sampling import ClientData, capacities, draw_plan, hold_out, minibatches, sample_cohort
+from tap_jax.data.task_groups import TaskGroup
 from tap_jax.tasks import TASKS
 
 NEWS, MMLU, GEN = TASKS["ag_news"], TASKS["mmlu"], TASKS["common_gen"]
-FAMILIES = (Family((NEWS,)), Family((MMLU, GEN)))
+GROUPS = (TaskGroup((NEWS,)), TaskGroup((MMLU, GEN)))
 STARTS = {"ag_news": 0, "mmlu": 0, "common_gen": 1000}
 
 
@@ -21,13 +21,13 @@ def client(rng, sizes):
     return ClientData(streams, tokens, text_tokens)
 
 
-PADDED = {family.name: padded(4) for family in FAMILIES}
+PADDED = {group.name: padded(4) for group in GROUPS}
 PACKED = {
-    family.name: (
+    group.name: (
         RowShape(7, Sequences(3, 32), Sequences(2, 16), cost=96),
         RowShape(3, Sequences(1, 32), Sequences(1, 16), cost=32),
     )
-    for family in FAMILIES
+    for group in GROUPS
 }
 
 
@@ -45,11 +45,11 @@ def plan_of(
     minibatch=0,
     first_clients=(),
 ):
-    rows = capacities(data, FAMILIES, shapes, positions=len(clients), batch=batch)
+    rows = capacities(data, GROUPS, shapes, positions=len(clients), batch=batch)
     return draw_plan(
         data,
         np.array(clients),
-        FAMILIES,
+        GROUPS,
         seed=seed,
         round_=round_,
         phase=phase,
@@ -65,16 +65,16 @@ def plan_of(
 
 
 def drawn(plan, position):
-    """Per step: [(family, stream name, id, weight, share)] of a position."""
+    """Per step: [(task group, stream name, id, weight, share)] of a position."""
     out = []
     for step in range(len(plan.active)):
         found = []
-        for family in FAMILIES:
-            for rows in plan.rows[family.name]:
+        for group in GROUPS:
+            for rows in plan.rows[group.name]:
                 for n in range(rows.count[step]):
                     if rows.table.client[step, n] == position:
                         real = rows.table.weights[step, n] > 0
-                        stream = family.streams[rows.table.variant[step, n]]
+                        stream = group.streams[rows.table.stream[step, n]]
                         for id_, weight in zip(
                             rows.table.ids[step, n][real], rows.table.weights[step, n][real], strict=True
                         ):
@@ -143,14 +143,14 @@ def test_rows_of_leading_clients_come_first_and_are_counted():
     rng = np.random.default_rng(2)
     data = [client(rng, {"ag_news": 40, "common_gen": 20}) for _ in range(3)]
     plain, led = plan_of(data, [0, 1, 2]), plan_of(data, [0, 1, 2], first_clients={2})
-    for family in FAMILIES:
-        (rows,) = led.rows[family.name]
+    for group in GROUPS:
+        (rows,) = led.rows[group.name]
         for step in range(led.steps):
             clients = rows.table.client[step, : rows.count[step]]
             assert (clients[: rows.with_statistics[step]] == 2).all() and (
                 clients[rows.with_statistics[step] :] != 2
             ).all()
-        assert rows.with_statistics.sum() > 0 and not plain.rows[family.name][0].with_statistics.any()
+        assert rows.with_statistics.sum() > 0 and not plain.rows[group.name][0].with_statistics.any()
     for position in range(3):
         assert drawn(led, position) == drawn(plain, position)
 

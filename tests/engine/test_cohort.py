@@ -40,7 +40,7 @@ class Counting(ServerModel):
         return super().forward(frozen, parts, task, batch, key=key)
 
     def run(self, function):
-        """Forward passes that ran, by the first task of their family."""
+        """Forward passes that ran, by the first task of their task group."""
         self.executed.clear()
         jax.block_until_ready(function())
         jax.effects_barrier()

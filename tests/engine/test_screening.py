@@ -21,7 +21,7 @@ from tap_jax.errors import UserError
 from tests.engine.test_packed import CLIENTS, LIKE, NAMES, TASKS, draw, masks, owners, partition, seeds
 from tests.trajectories import run_by
 
-# Both tasks are of one family, so that there is less to compile: what is trained plays no part here.
+# Both tasks are of one task group, so that there is less to compile: what is trained plays no part here.
 ROWS = ({"tiny_imagenet": 0.3}, {"tiny_imagenet": 0.4, "cifar100": 0.5})
 METHODS = ("tap", "fedavg", "per_fedavg", "disentafl", "feddat", "centralised")
 HOSTILE = 1

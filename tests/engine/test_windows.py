@@ -20,7 +20,7 @@ from tap_jax.planning.outline import outline
 from tap_jax.planning.planned_memory import plan
 from tests.trajectories import difference
 
-# Clients with different blocks; one runs out of data. Both tasks are of one family, so that there is less to compile.
+# Clients with different blocks; one runs out of data. Both tasks are of one group, so that there is less to compile.
 ROWS = ({"tiny_imagenet": 0.1}, {"cifar100": 0.5, "tiny_imagenet": 0.6}, {"cifar100": 0.1}, {"cifar100": 0.3})
 FIELDS = {
     "variants": ("tap", "local"),

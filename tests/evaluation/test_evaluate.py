@@ -66,8 +66,8 @@ def test_with_personal_tests_the_largest_share_decides(tiny):
     experiment = build(tiny(ROWS, {"data.test_size": 20, "data.test_split": "personal"}))
     found = evaluator(experiment, 50)
     shares = [mine["fashion_mnist"] for mine in experiment.data.personal_tests]
-    family = next(f.name for f in experiment.engine.families if f.tasks[0].name == "fashion_mnist")
-    assert found.shapes[family][0].samples == max(map(len, shares)) < 20
+    group = next(f.name for f in experiment.engine.task_groups if f.tasks[0].name == "fashion_mnist")
+    assert found.shapes[group][0].samples == max(map(len, shares)) < 20
     assert all(np.isfinite(row["value"]) for row in scores(experiment, found))
 
 

@@ -72,11 +72,11 @@ def _torch_losses(experiment, twin, plan, rate):
         for parameter in parameters:  # blocks that no sample reached decay too
             parameter.grad = torch.zeros_like(parameter)
         objective = 0
-        for family in engine.families:
-            (rows,), arrays = plan.rows[family.name], jax.device_get(engine.arrays[family.name])
+        for group in engine.task_groups:
+            (rows,), arrays = plan.rows[group.name], jax.device_get(engine.arrays[group.name])
             for n in range(rows.count[0, step]):
                 row = jax.tree.map(lambda leaf, at=(0, step, n): leaf[at], rows.table)
-                stream = family.streams[row.variant]
+                stream = group.streams[row.stream]
                 batch = {field: torch.from_numpy(values[row.ids]) for field, values in arrays.items()}
                 loss = (torch.from_numpy(row.weights) * _loss(twin, stream, batch)).sum()
                 objective = objective + float(row.share) * loss

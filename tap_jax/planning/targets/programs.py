@@ -82,7 +82,7 @@ def _exchange(run: Experiment, cohort: Cohort) -> list[RunProgram]:
 
 
 def _prediction(run: Experiment, cohort: Cohort) -> list[RunProgram]:
-    kinds = {family.name: family.tasks for family in run.engine.families}
+    kinds = {group.name: group.tasks for group in run.engine.task_groups}
     found = []
     for name, (program, args) in run.evaluator.programs(cohort).items():
         tasks = kinds[name]

@@ -1,8 +1,8 @@
-"""Streams that one piece of the compiled program can serve.
+"""Tasks that one piece of the compiled program can serve.
 
-Two streams take the same static path when their tasks are of one kind and modality, their heads and their arrays of
-equal shapes; which blocks they touch is data. Such streams form a *family*: the program has one path per family,
-whatever the number of tasks and domains.
+Two tasks take the same static path where they are of one kind and modality, and their heads and arrays of equal shapes;
+which blocks a stream touches is data. Such tasks form a *task group*: the program has one path per group, whatever the
+number of tasks and domains.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ FIELDS = ("images", "tokens", "labels", "answers")
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """Tasks of one static path, and their streams in order; a stream's place in `streams` is its *variant*."""
+class TaskGroup:
+    """Tasks of one static path; a row says by its number in `streams` of which stream it is."""
 
     tasks: tuple[Task, ...]
 
@@ -33,8 +33,8 @@ class Family:
         return tuple(stream for task in self.tasks for stream in task.streams)
 
 
-def families(tasks: Sequence[Task], arrays: Mapping[str, TaskArrays]) -> tuple[Family, ...]:
-    """Sorts the tasks into families; `arrays` holds a split of each, equal in shape to the other split's."""
+def task_groups(tasks: Sequence[Task], arrays: Mapping[str, TaskArrays]) -> tuple[TaskGroup, ...]:
+    """Sorts the tasks into groups; `arrays` holds a split of each, equal in shape to the other split's."""
 
     def signature(task: Task):
         shapes = tuple((field, array.shape[1:]) for field, array in fields(arrays[task.name]).items())
@@ -43,7 +43,7 @@ def families(tasks: Sequence[Task], arrays: Mapping[str, TaskArrays]) -> tuple[F
     found: dict[object, list[Task]] = {}
     for task in tasks:
         found.setdefault(signature(task), []).append(task)
-    return tuple(Family(tuple(members)) for members in found.values())
+    return tuple(TaskGroup(tuple(members)) for members in found.values())
 
 
 def fields(split: TaskArrays) -> dict[str, np.ndarray]:
@@ -51,7 +51,7 @@ def fields(split: TaskArrays) -> dict[str, np.ndarray]:
     return {field: getattr(split, field) for field in FIELDS if getattr(split, field) is not None}
 
 
-def offsets(family: Family, arrays: Mapping[str, TaskArrays]) -> dict[str, int]:
-    """Task name -> where its samples start in the family's arrays."""
-    sizes = [len(arrays[task.name]) for task in family.tasks]
-    return dict(zip((task.name for task in family.tasks), np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+def offsets(group: TaskGroup, arrays: Mapping[str, TaskArrays]) -> dict[str, int]:
+    """Task name -> where its samples start in the group's arrays."""
+    sizes = [len(arrays[task.name]) for task in group.tasks]
+    return dict(zip((task.name for task in group.tasks), np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
