@@ -159,7 +159,7 @@ class Estimate:
             made=True,
             after=True,
             shards=shards,
-            parts=self.devices // shards,
+            per_shard=self.devices // shards,
         )
 
 

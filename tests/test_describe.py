@@ -181,7 +181,7 @@ def test_a_run_has_the_devices_and_the_memory_that_are_described(tiny, fields, m
     config = tiny(({"ag_news": 0.5}, {"ag_news": 0.5}), fields)
     run = build(config)
     devices = run.engine.devices
-    assert (devices.shards, devices.parts) == mesh
+    assert (devices.shards, devices.per_shard) == mesh
     shown = f"{devices.size} x cpu" + (f" (mesh of {mesh[0]} x {mesh[1]})" if devices.size > 1 else "")
     assert f"Memory per device in MiB, {shown}\n" in describe(outline(config))
     where, _, _, parameters, memory = headline(run)

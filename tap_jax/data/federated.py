@@ -63,15 +63,15 @@ def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings)
     Raises:
       UserError: data that are missing or unusable, a tokenizer that does not fit, a client without samples.
     """
-    splits = {part: {task.name: _read(task, part, settings) for task in tasks} for part in ("train", "test")}
+    splits = {split: {task.name: _read(task, split, settings) for task in tasks} for split in ("train", "test")}
     pieces = _tokenizer(splits["train"], settings)
     widths = {"max_text": settings.max_text, "max_answer": settings.max_answer, "too_long": settings.too_long}
     encoded = {
-        part: {task.name: encode_examples(task, found[task.name], pieces, **widths) for task in tasks}
-        for part, found in splits.items()
+        split: {task.name: encode_examples(task, found[task.name], pieces, **widths) for task in tasks}
+        for split, found in splits.items()
     }
     train, test = encoded["train"], encoded["test"]
-    notes = [note for part in splits.values() for found in part.values() for note in found.notes]
+    notes = [note for split in splits.values() for found in split.values() for note in found.notes]
     for task in tasks:
         notes += _cut_notes(task, train[task.name], test[task.name], **widths)
         if pieces and (unknown := _unknown(train[task.name], pieces)) >= UNKNOWN:
@@ -83,15 +83,15 @@ def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings)
         train[name], test[name] = _equal_widths(train[name], test[name])
 
     def kinds(arrays):
-        return {name: part.domains if part.labels is None else part.labels for name, part in arrays.items()}
+        return {name: split.domains if split.labels is None else split.labels for name, split in arrays.items()}
 
-    def deal(part, arrays):
+    def deal(split, arrays):
         if federation.named:
-            names = {name: examples.clients for name, examples in splits[part].items()}
-            return by_name(federation, names, test=part == "test")
+            names = {name: examples.clients for name, examples in splits[split].items()}
+            return by_name(federation, names, test=split == "test")
         return assign(
             federation,
-            {name: len(part) for name, part in arrays.items()},
+            {name: len(split) for name, split in arrays.items()},
             seed=settings.seed,
             labels=kinds(arrays),
             split="share" if settings.natural else settings.split,
@@ -124,7 +124,7 @@ def _cut_notes(
     for which, (what, field, limit, loss) in enumerate(
         (("inputs", "max_text", max_text, lost), ("answers", "max_answer", max_answer, "the answers' end"))
     ):
-        counts = [part.cut[which] for part in (train, test)]
+        counts = [split.cut[which] for split in (train, test)]
         if any(counts):
             sizes = (len(train), len(test))
             parts = ", ".join(
@@ -175,24 +175,24 @@ def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
     return tuple(map(padded, splits))
 
 
-def _read(task: Task, part: str, settings: DataSettings) -> Examples:
+def _read(task: Task, split: str, settings: DataSettings) -> Examples:
     """One split of one task, from wherever it is."""
-    limit, placed = settings.size(part), bool(task.source and task.source.path)
+    limit, placed = settings.size(split), bool(task.source and task.source.path)
     if settings.root == "synthetic" and not placed:
-        return synthetic.load(task, part, size=limit or SYNTHETIC_SIZES[part], seed=settings.seed)
+        return synthetic.load(task, split, size=limit or SYNTHETIC_SIZES[split], seed=settings.seed)
     drawn = settings.root == "sites"  # with the classes in use
     reduced = bool(settings.image_classes) and task.kind == "image_classification" and not drawn
     known = dataclasses.replace(task, classes=len(task.class_names) or 10**6) if reduced else task
     most = None if reduced else limit or None
     if drawn or settings.natural:
-        found = natural.read(known, part, settings, limit=most)
+        found = natural.read(known, split, settings, limit=most)
     else:
-        found = loading.load(known, part, **settings.place, limit=most, on_bad_row=settings.on_bad_row)
+        found = loading.load(known, split, **settings.place, limit=most, on_bad_row=settings.on_bad_row)
     if reduced:
         kept = np.flatnonzero(found.labels < task.classes)
         if len(kept) == 0:
             raise UserError(
-                f"data.image_classes: {settings.image_classes} leaves no {part} sample of {task.name}; use more"
+                f"data.image_classes: {settings.image_classes} leaves no {split} sample of {task.name}; use more"
             )
         if limit and len(kept) > limit:
             kept = np.sort(np.random.default_rng(0).choice(kept, limit, replace=False))
@@ -201,7 +201,7 @@ def _read(task: Task, part: str, settings: DataSettings) -> Examples:
 
 
 def _tokenizer(train: Mapping[str, Examples], settings: DataSettings) -> WordPiece | None:
-    corpus = [text for part in train.values() for texts in (part.inputs, part.targets) if texts for text in texts]
+    corpus = [text for split in train.values() for texts in (split.inputs, split.targets) if texts for text in texts]
     if not corpus:
         return None
     source, vocab = settings.tokenizer, settings.vocab

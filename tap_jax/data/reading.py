@@ -73,8 +73,8 @@ class Files:
     def identity(self) -> list:
         """JSON that changes with the files."""
         files = [
-            [part, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-            for part, paths in self.splits.items()
+            [split, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+            for split, paths in self.splits.items()
             for path in paths
         ]
         return [self.reader, self.split, self.divided, hashlib.sha256(repr(files).encode()).hexdigest()]
@@ -275,14 +275,14 @@ def local(
     """
     if parts and all((place / part).is_dir() for part in parts):
         return [found for part in parts for found in local(place / part, split, named=named, field=field)]
-    plain = {part: (place / f"{part}.parquet",) for part in _ROLES}
+    plain = {role: (place / f"{role}.parquet",) for role in _ROLES}
     if all(path.is_file() for (path,) in plain.values()):
         return [Files(place, "parquet", {split: plain[split]}, split, split)]
     reader, by_word = _sorted_out(place, field)
-    parts = tuple(_ROLES) if reader == _FOLDER else (split,)
-    words = {part: _word(place, part, tuple(by_word), named, field) for part in parts}
+    roles = tuple(_ROLES) if reader == _FOLDER else (split,)
+    words = {role: _word(place, role, tuple(by_word), named, field) for role in roles}
     # The classes of an image folder are those of both splits.
-    files = {part: by_word[word] for part, word in words.items() if part == split or word != words[split]}
+    files = {role: by_word[word] for role, word in words.items() if role == split or word != words[split]}
     divided = "" != named[0] == named[1] == words[split]
     return [Files(place, reader, files, split, words[split], divided)]
 
@@ -383,7 +383,7 @@ def of_files(files: Files, *, field: str = "data.root") -> Rows:
     reader, _, tabs = files.reader.partition(".")
     wrong = f"{field}: {files.name} is not readable as {'images' if reader == _FOLDER else reader}", "; replace it"
     options: dict[str, Any] = {"batch_size": _ROWS_AT_ONCE} if reader == "parquet" else {}
-    patterns = {part: [glob.escape(str(path.absolute())) for path in paths] for part, paths in files.splits.items()}
+    patterns = {split: [glob.escape(str(path.absolute())) for path in paths] for split, paths in files.splits.items()}
     with readable(*wrong), tempfile.TemporaryDirectory() as scratch:  # for the library's lock; nothing else goes there
         if reader == "csv":
             options = _as_texts(files.splits[files.split], "\t" if tabs else ",")

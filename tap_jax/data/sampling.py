@@ -63,7 +63,7 @@ class Table(struct.PyTreeNode):
       ids: int32 [τ, N, S], samples of the group's arrays.
       weights: float32 [τ, N, S]; over one client's minibatch and task they add up to 1.
       share: float32 [τ, N], λ_o: the task's share of the client's minibatch.
-      part: int32 [τ, N], number of the row among those of its client, task group and step (for dropout keys).
+      number: int32 [τ, N], of the row among those of its client, task group and step (for dropout keys).
       text_at, answer_at: int32 [τ, N, S], where in the row's sequences a sample's text and answer begin, see
         `packing.Filled`; behind the end where there is no sample. None where the shape has no such sequences.
     """
@@ -73,7 +73,7 @@ class Table(struct.PyTreeNode):
     ids: np.ndarray
     weights: np.ndarray
     share: np.ndarray
-    part: np.ndarray
+    number: np.ndarray
     text_at: np.ndarray | None = None
     answer_at: np.ndarray | None = None
 
@@ -120,12 +120,12 @@ def sample_cohort(seed: int, round_: int, clients: int, size: int) -> np.ndarray
     return np.sort(generator(seed, round_, 0, "cohort").choice(clients, size, replace=False))
 
 
-def hold_out(data: ClientData, part: float, seed: int, client: int) -> tuple[ClientData, ClientData]:
-    """(training, held-out) samples of a client: `part` of each of its streams is held out, but never all of one."""
+def hold_out(data: ClientData, fraction: float, seed: int, client: int) -> tuple[ClientData, ClientData]:
+    """(training, held-out) samples of a client: `fraction` of each of its streams is held out, but never all of one."""
     rng, kept, held = generator(seed, 0, client, "held_out"), {}, {}
     for name, ids in data.streams.items():
         order = rng.permutation(len(ids))
-        cut = min(round(part * len(ids)), len(ids) - 1)
+        cut = min(round(fraction * len(ids)), len(ids) - 1)
         kept[name], held[name] = np.sort(order[cut:]), np.sort(order[:cut])
     return data.take(kept), data.take(held)
 
@@ -208,30 +208,33 @@ def capacities(
     }
 
 
-def share_out(plan: Plan, parts: int) -> Plan:
-    """The rows of every shard dealt round by round to `parts` devices; what is not rows is the same for all of them.
+def share_out(plan: Plan, devices: int) -> Plan:
+    """The rows of every shard dealt round by round to so many devices; what is not rows is the same for all of them.
 
     Args:
-      plan: stacked over shards, leaves [D, ...]; the rows' capacity is a multiple of `parts`.
+      plan: stacked over shards, leaves [D, ...]; the rows' capacity is a multiple of `devices`.
 
     Returns:
-      Leaves [D, parts, ...]; leading rows are still the first ones.
+      Leaves [D, devices, ...]; leading rows are still the first ones.
     """
-    turn = np.arange(parts, dtype=np.int32)
+    turn = np.arange(devices, dtype=np.int32)
 
     def rows(found: Rows) -> Rows:
         before = (slice(None),) * found.count.ndim
-        pieces = [jax.tree.map(lambda leaf, at=at: leaf[(*before, slice(at, None, parts))], found.table) for at in turn]
+        pieces = [
+            jax.tree.map(lambda leaf, at=at: leaf[(*before, slice(at, None, devices))], found.table) for at in turn
+        ]
 
         def dealt(count: np.ndarray) -> np.ndarray:
-            return np.stack([(np.maximum(count - at, 0) + parts - 1) // parts for at in turn], axis=1).astype(np.int32)
+            counts = [(np.maximum(count - at, 0) + devices - 1) // devices for at in turn]
+            return np.stack(counts, axis=1).astype(np.int32)
 
         return Rows(
             jax.tree.map(lambda *x: np.stack(x, axis=1), *pieces), dealt(found.count), dealt(found.with_statistics)
         )
 
     same = {
-        field.name: np.repeat(getattr(plan, field.name)[:, None], parts, axis=1)
+        field.name: np.repeat(getattr(plan, field.name)[:, None], devices, axis=1)
         for field in dataclasses.fields(plan)
         if field.name != "rows"
     }
@@ -331,7 +334,7 @@ def _empty(shape: RowShape, rows: int, length: int) -> Rows:
         ids=whole(np.int32, shape.samples),
         weights=whole(np.float32, shape.samples),
         share=whole(np.float32),
-        part=whole(np.int32),
+        number=whole(np.int32),
         text_at=whole(np.int32, shape.samples, value=shape.texts.total) if shape.texts else None,
         answer_at=whole(np.int32, shape.samples, value=shape.answers.total) if shape.answers else None,
     )
@@ -348,7 +351,7 @@ def _add_rows(
     step: int,
     chosen: np.ndarray,
 ) -> None:
-    part = 0
+    count = 0
     owner = pool.owner[chosen]
     of = {name: chosen[owner == number] for number, name in enumerate(pool.streams)}
     for task in group.tasks:
@@ -365,10 +368,10 @@ def _add_rows(
                 table.ids[step, n, : len(row)] = starts[task.name] + pool.ids[row]
                 table.weights[step, n, : len(row)] = pool.tokens[row] / total
                 table.share[step, n] = size / len(chosen)
-                table.part[step, n] = part
+                table.number[step, n] = count
                 if filled.text_at is not None:
                     table.text_at[step, n, : len(row)] = filled.text_at
                 if filled.answer_at is not None:
                     table.answer_at[step, n, : len(row)] = filled.answer_at
                 found.count[step] += 1
-                part += 1
+                count += 1

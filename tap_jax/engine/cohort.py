@@ -232,7 +232,7 @@ class Cohort:
         else:
             without = () if idle is None else np.flatnonzero(idle)
             plan = self.plan(phase, post=post, twice=twice, without=without)
-        plan = share_out(plan, self.engine.devices.parts)
+        plan = share_out(plan, self.engine.devices.per_shard)
         return PhaseInputs(plan, rate, key)
 
     def _remembered(self, phase: str, model: str | None, steps: tuple[int, int] | None) -> Packed | None:
@@ -298,7 +298,7 @@ class Cohort:
                 moments if remember else None,
                 (flag, params) if with_teacher else None,
                 abstract(self.layout, engine.by_client),
-                abstract(share_out(self.plan(PHASES[-1], post=True), engine.devices.parts), engine.by_row),
+                abstract(share_out(self.plan(PHASES[-1], post=True), engine.devices.per_shard), engine.by_row),
                 *abstract((np.zeros(keys.shape, np.float32), keys), engine.by_client),
             )
         return found

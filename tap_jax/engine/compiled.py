@@ -176,7 +176,7 @@ class Compiled:
 
     def capacities(self, data: Sequence[ClientData], positions: int, batch: int) -> dict[str, tuple[int, ...]]:
         """Task group -> rows N of each shape that a minibatch of any `positions` clients can need on a shard."""
-        multiple = self.devices.parts
+        multiple = self.devices.per_shard
         return capacities(data, self.task_groups, self.shapes, positions=positions, batch=batch, multiple=multiple)
 
     @property
@@ -204,7 +204,7 @@ class Compiled:
 
     def placed(self, plan: Plan) -> Plan:
         """A plan of all shards, leaves [D, ...], on the devices that run its rows, leaves [D, E, ...]."""
-        return self.devices.put(share_out(plan, self.devices.parts), ROWS)
+        return self.devices.put(share_out(plan, self.devices.per_shard), ROWS)
 
     def server_params(self, server: Blocks) -> Packed:
         """The server's blocks by name -> on the device."""

@@ -70,7 +70,7 @@ def memory_plan(
     made: bool,
     after: bool,
     shards: int = 1,
-    parts: int = 1,
+    per_shard: int = 1,
 ) -> MemoryPlan:
     """The plan of a run.
 
@@ -80,7 +80,7 @@ def memory_plan(
       like: shapes of every block by name; a private one is like its twin.
       frozen: bytes of Ŵ in the compute type. data: bytes of training and test sets at most; None: not known.
       made: the last phase makes models of the clients' own. after: it trains.
-      shards: D. parts: devices of a shard.
+      shards: D. per_shard: devices of each.
     """
     sizes = np.array([4 * blocks.count(like[name.removeprefix(PRIVATE)]) for name in partition.names])
     server = int(sizes.sum())
@@ -122,7 +122,7 @@ def memory_plan(
     # A teacher of two sets of adapters is about as large as both.
     share = min(1.0, settings.clients_at_once / len(partition.owned))
     return MemoryPlan(
-        devices=shards * parts,
+        devices=shards * per_shard,
         always={"frozen weights": frozen, "server's blocks": server, **known},
         phases={ROUND: phase(ROUND, settings.cohort_size)}
         | ({WINDOW: phase(WINDOW, settings.window_clients(len(partition.owned)))} if settings.window > 1 else {})

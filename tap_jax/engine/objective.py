@@ -216,7 +216,7 @@ def over_rows(
                     weights=entry.weights,
                     client=entry.client,
                     take=lambda params: take_parts(params, layout, table, entry.client, entry.stream),
-                    key=_key_of(objective.generator, jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.part)),
+                    key=_key_of(objective.generator, jax.random.fold_in(row_key, place * ROWS_PER_STEP + entry.number)),
                 )
                 return one(row, entry, table)
 

@@ -49,7 +49,7 @@ class Devices:
         return self.mesh.shape["clients"]
 
     @property
-    def parts(self) -> int:
+    def per_shard(self) -> int:
         """E."""
         return self.mesh.shape["data"]
 
@@ -71,7 +71,7 @@ class Devices:
     @property
     def sum_axis(self) -> str | None:
         """The axis over which what rows add up to has to be summed; None where a shard has one device."""
-        return "data" if self.parts > 1 else None
+        return "data" if self.per_shard > 1 else None
 
     @property
     def platform(self) -> Platform:

@@ -160,9 +160,9 @@ class Evaluator:
         return results
 
     def _rows(self, cohort: Cohort, group: TaskGroup, wanted: Mapping[str, set[int]]) -> tuple[TestRows, ...]:
-        shapes, parts = self.shapes[group.name], self.engine.devices.parts
+        shapes, devices = self.shapes[group.name], self.engine.devices.per_shard
         tables = tuple(
-            TestRows.empty(cohort.clients.size // cohort.positions, parts, capacity, shape)
+            TestRows.empty(cohort.clients.size // cohort.positions, devices, capacity, shape)
             for capacity, shape in zip(self._capacity(cohort, group), shapes, strict=True)
         )
         for shard, clients in enumerate(cohort.clients.reshape(-1, cohort.positions)):
@@ -175,7 +175,7 @@ class Evaluator:
                     ids = ids[test.domains[ids] == stream.task.domains.index(stream.domain)]
                     for row in pack(shapes, len(ids), test.text_lengths[ids], np.zeros(len(ids), int)):
                         mine = self.starts[stream.task.name] + ids[row.samples]
-                        tables[row.size].add(shard, added[row.size] % parts, position, number, mine, row.text_at)
+                        tables[row.size].add(shard, added[row.size] % devices, position, number, mine, row.text_at)
                         added[row.size] += 1
         return tables
 
@@ -192,9 +192,9 @@ class Evaluator:
             self.shapes[group.name],
             positions=cohort.positions,
             batch=sum(sizes.values()),
-            multiple=self.engine.devices.parts,
+            multiple=self.engine.devices.per_shard,
         )
-        return tuple(rows // self.engine.devices.parts for rows in found)
+        return tuple(rows // self.engine.devices.per_shard for rows in found)
 
     def score(self, variant: str, client: int, task: Task, predicted: np.ndarray, diverged: bool = False) -> list[Row]:
         """Result rows of one client and task; a value is None where the model diverged, or is itself no number."""

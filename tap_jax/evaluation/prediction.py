@@ -39,9 +39,9 @@ class TestRows(struct.PyTreeNode):
     text_at: Any = None
 
     @classmethod
-    def empty(cls, shards: int, parts: int, capacity: int, shape: RowShape) -> "TestRows":
+    def empty(cls, shards: int, devices: int, capacity: int, shape: RowShape) -> "TestRows":
         """Room for `capacity` rows on every device; numpy."""
-        axes = shards, parts, capacity
+        axes = shards, devices, capacity
         return cls(
             np.zeros(axes, np.int32),
             np.zeros(axes, np.int32),
@@ -51,15 +51,15 @@ class TestRows(struct.PyTreeNode):
         )
 
     def add(
-        self, shard: int, part: int, client: int, stream: int, ids: np.ndarray, text_at: np.ndarray | None = None
+        self, shard: int, device: int, client: int, stream: int, ids: np.ndarray, text_at: np.ndarray | None = None
     ) -> int:
         """Fills the next row of one device -> its number."""
-        row = int(self.count[shard, part])
-        self.client[shard, part, row], self.stream[shard, part, row] = client, stream
-        self.ids[shard, part, row, : len(ids)] = ids
+        row = int(self.count[shard, device])
+        self.client[shard, device, row], self.stream[shard, device, row] = client, stream
+        self.ids[shard, device, row, : len(ids)] = ids
         if self.text_at is not None:
-            self.text_at[shard, part, row, : len(ids)] = text_at
-        self.count[shard, part] += 1
+            self.text_at[shard, device, row, : len(ids)] = text_at
+        self.count[shard, device] += 1
         return row
 
 

@@ -70,7 +70,7 @@ class Sampler:
         """One row for each image to keep, on the first device of its shard; (shard, row, client, task, example)."""
         clients = cohort.clients.reshape(-1, cohort.positions)
         capacity = OWNERS * EXAMPLES * len(group.tasks)
-        rows, kept = TestRows.empty(len(clients), self.engine.devices.parts, capacity, *padded(1)), []
+        rows, kept = TestRows.empty(len(clients), self.engine.devices.per_shard, capacity, *padded(1)), []
         for task in group.tasks:
             for client in self._first_owners(task):
                 for shard, position in np.argwhere(clients == client):

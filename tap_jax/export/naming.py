@@ -46,11 +46,11 @@ class Entry(NamedTuple):
     axes: tuple[int, ...] | None
 
 
-def entries(part: str, name: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Entry]:
+def entries(collection: str, name: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[Entry]:
     """The tensors of one leaf.
 
     Args:
-      part: "frozen" or "blocks". name: of the block, or of the frozen tree.
+      collection: "frozen" or "blocks". name: of the block, or of the frozen tree.
       path: of the leaf in it. shape: its shape.
     """
     routed = name.startswith(("mote/", "mome/"))
@@ -61,7 +61,7 @@ def entries(part: str, name: str, path: tuple[str, ...], shape: tuple[int, ...])
     place = ("layers",) if "layers" in path else ()
     for index in np.ndindex(shape[: layered + paired]):
         which = (("query", "value")[index[1]],) if paired else ()
-        yield Entry(*_translate(f"{part}.{name}", (*place, *map(str, index[:1]), *which), ".".join(own), index))
+        yield Entry(*_translate(f"{collection}.{name}", (*place, *map(str, index[:1]), *which), ".".join(own), index))
 
 
 def _translate(start: str, lead: tuple[str, ...], ours: str, index: tuple[int, ...]):
@@ -79,9 +79,9 @@ def to_torch(frozen: Tree, blocks: Mapping[str, Tree]) -> dict[str, np.ndarray]:
       frozen, blocks: name -> tree of arrays on the host; {} for none.
     """
     out = {}
-    for part, name, path, leaf in leaves(frozen, blocks):
+    for collection, name, path, leaf in leaves(frozen, blocks):
         leaf = np.asarray(leaf, np.float32)
-        for key, index, axes in entries(part, name, path, leaf.shape):
+        for key, index, axes in entries(collection, name, path, leaf.shape):
             out[key] = np.ascontiguousarray(leaf[index] if axes is None else leaf[index].transpose(axes))
     return out
 
@@ -100,14 +100,14 @@ def from_torch(tensors: Mapping[str, np.ndarray], frozen: Tree, blocks: Mapping[
       KeyError: a tensor that is missing. ValueError: one of another shape. Both name it.
     """
     out: dict[str, dict] = {"frozen": {}, "blocks": {}}
-    for part, name, path, like in leaves(frozen, blocks):
+    for collection, name, path, like in leaves(frozen, blocks):
         leaf = np.empty(like.shape, np.float32)
-        for key, index, axes in entries(part, name, path, like.shape):
+        for key, index, axes in entries(collection, name, path, like.shape):
             tensor, target = tensors[key], leaf[index] if axes is None else leaf[index].transpose(axes)
             if tensor.shape != target.shape:
                 raise ValueError(f"{key} is {list(tensor.shape)}, not {list(target.shape)}")
             target[...] = tensor
-        tree = out[part].setdefault(name, {})
+        tree = out[collection].setdefault(name, {})
         for step in path[:-1]:
             tree = tree.setdefault(step, {})
         tree[path[-1]] = leaf
@@ -116,7 +116,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], frozen: Tree, blocks: Mapping[
 
 def leaves(frozen: Tree, blocks: Mapping[str, Tree]) -> Iterator[tuple[str, str, tuple[str, ...], Any]]:
     """Every leaf of name -> tree (nested dicts): "frozen" or "blocks", the tree's name, the path in it, the leaf."""
-    for part, trees in (("frozen", frozen), ("blocks", blocks)):
+    for collection, trees in (("frozen", frozen), ("blocks", blocks)):
         for name, tree in trees.items():
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                yield part, name, tuple(str(entry.key) for entry in path), leaf
+                yield collection, name, tuple(str(entry.key) for entry in path), leaf

@@ -76,7 +76,10 @@ def read_torch(folder: str | os.PathLike, model: ServerModel, *, tokenizer: Word
             raise UserError(f"{field}: {folder}/model.safetensors: '{key}' holds values that are no numbers")
     present = {tuple(key.split(".")[:2]) for key in tensors}
     wanted = dict(zip(("frozen", "blocks"), shapes(model), strict=True))
-    common = {part: {n: tree for n, tree in trees.items() if (part, n) in present} for part, trees in wanted.items()}
+    common = {
+        collection: {n: tree for n, tree in trees.items() if (collection, n) in present}
+        for collection, trees in wanted.items()
+    }
     if not common["blocks"]:
         raise UserError(f"{field}: {folder} has no block of this federation; drop it or export other tasks")
     try:
@@ -85,7 +88,7 @@ def read_torch(folder: str | os.PathLike, model: ServerModel, *, tokenizer: Word
     except (KeyError, ValueError) as error:
         found = error.args[0]
         raise UserError(f"{field}: {folder}/model.safetensors: {found}; name an export of the run's sizes") from None
-    here = {f"{part} {name}" for part, trees in wanted.items() for name in trees}
+    here = {f"{collection} {name}" for collection, trees in wanted.items() for name in trees}
     there = {" ".join(name) for name in present}
     notes = []
     for names, what in ((here - there, "not in the export, as initialised"), (there - here, "of the export, unused")):
@@ -110,8 +113,8 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], frozen: Tree, blocks: Tree
     given = {key for key in tensors if key.split(".")[1] in {"frozen": frozen, "blocks": blocks}[key.split(".")[0]]}
     expected = {
         entry.key
-        for part, name, path, leaf in naming.leaves(frozen, blocks)
-        for entry in naming.entries(part, name, path, leaf.shape)
+        for collection, name, path, leaf in naming.leaves(frozen, blocks)
+        for entry in naming.entries(collection, name, path, leaf.shape)
     }
     for key in sorted(given ^ expected):
         raise ValueError(f"{key} is {'missing' if key in expected else 'unknown'}")

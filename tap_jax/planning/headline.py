@@ -37,7 +37,7 @@ def evaluation_headline(run: Experiment) -> list[str]:
 
 def _where(run: Experiment) -> str:
     devices = run.engine.devices
-    return f"{devices_named(devices.shards, devices.parts)}, {run.model.config.dtype}"
+    return f"{devices_named(devices.shards, devices.per_shard)}, {run.model.config.dtype}"
 
 
 def _what(run: Experiment) -> str:

@@ -25,7 +25,7 @@ def plan(found: Outline) -> MemoryPlan:
     sections, model = device_sizes.sized(found.sections, len(jax.devices())), found.model
     frozen, trainable = shapes(model)
     kept = jax.eval_shape(lambda tree: to_compute_dtype(tree, model.config.dtype), frozen)
-    shards, parts = mesh(sections.engine)
+    shards, per_shard = mesh(sections.engine)
     return _plan(
         found,
         found.partition.with_private(model.adapter_blocks),
@@ -35,7 +35,7 @@ def plan(found: Outline) -> MemoryPlan:
         frozen=blocks.size_bytes(kept),
         data=data_bytes(found),
         shards=shards,
-        parts=parts,
+        per_shard=per_shard,
     )
 
 
@@ -51,7 +51,7 @@ def plan_of(run: Experiment) -> MemoryPlan:
         frozen=blocks.size_bytes(engine.frozen),
         data=blocks.size_bytes((engine.arrays, run.evaluator.arrays)),
         shards=engine.devices.shards,
-        parts=engine.devices.parts,
+        per_shard=engine.devices.per_shard,
     )
 
 
@@ -61,7 +61,7 @@ def mesh(settings: EngineSettings) -> tuple[int, int]:
     if asked[0] * asked[1] > len(jax.devices()):
         return asked
     here = parallel.devices(*settings.mesh, cohort=settings.cohort_size)
-    return here.shards, here.parts
+    return here.shards, here.per_shard
 
 
 def data_bytes(found: Outline) -> int | None:

@@ -141,7 +141,7 @@ def test_two_programs_for_everything(experiment, monkeypatch):
 def test_over_devices(tiny, expected, mesh):
     """Left to itself the mesh is for the clients of a round; with more of it those of a window fill it."""
     built = experiments.build(tiny(ROWS, WINDOW_OF_3 | mesh))
-    assert (built.engine.devices.shards, built.engine.devices.parts) == ((4, 1) if mesh["mesh.clients"] else (2, 4))
+    assert (built.engine.devices.shards, built.engine.devices.per_shard) == ((4, 1) if mesh["mesh.clients"] else (2, 4))
     same(play(built), expected)
 
 

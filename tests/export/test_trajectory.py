@@ -54,7 +54,7 @@ def _engine_losses(engine, cohort, plan, rate, blocks):
     rates = np.full(cohort.table.shape, rate, np.float32)
     keys = jnp.broadcast_to(jax.random.key(0), cohort.table.shape)
     for steps in range(1, STEPS + 1):
-        cut = share_out(plan.replace(steps=np.full_like(plan.steps, steps)), engine.devices.parts)
+        cut = share_out(plan.replace(steps=np.full_like(plan.steps, steps)), engine.devices.per_shard)
         inputs = PhaseInputs(cut, rates, keys)
         params, _, losses = engine.train(cohort.load([blocks]), None, None, cohort.layout, inputs)
         sums.append(np.asarray(losses.plain, np.float64)[0])

@@ -67,7 +67,7 @@ def about(run: Experiment, target: Target) -> tuple[str, ...]:
     platform = devices.platform
     memory = "memory not known" if platform.memory is None else f"{platform.memory / GIB:.4g} GiB each"
     peak = "" if platform.peak is None else f", {platform.peak / 1e12:.4g} TFLOP/s in bfloat16"
-    mesh = f"mesh of {devices.shards} x {devices.parts}"
+    mesh = f"mesh of {devices.shards} x {devices.per_shard}"
     return (
         f"{target.name}: {devices.size} x {platform.device} ({mesh}), {memory}{peak}",
         f"{model.dtype}, attention '{model.attention}', rows of {settings.microbatch}, remat {model.remat},"
