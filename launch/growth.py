@@ -154,14 +154,14 @@ def of_memory(chosen, folder: pathlib.Path) -> None:
     ends = [round(clients * part / 4) for part in range(1, 5)]
     found = {}
     for where in ("store", "memory"):
-        chain = built.init(folder if where == "store" else None).client_models["personal"]
+        models = built.init(folder if where == "store" else None).client_models["personal"]
         before, owned = resident(), 0
         for start, stop in zip([0, *ends], ends, strict=False):
             for k in range(start, stop):
-                mine = jax.tree.map(np.array, dict(chain[k]))
+                mine = jax.tree.map(np.array, dict(models[k]))
                 owned += size_bytes(mine)
-                chain = put_models(chain, {k: mine})
-            disk = chain.store.size_bytes() if where == "store" else 0
+                models = put_models(models, {k: mine})
+            disk = models.store.size_bytes() if where == "store" else 0
             found[where, stop] = owned, resident() - before, disk
     for owners in ends:
         owned, memory, _ = found["memory", owners]

@@ -43,7 +43,7 @@ def main() -> None:
             f"  = measured                          {measured / 1e6:10,.0f}\n"
             f"  described                           {planned / 1e6:10,.0f}   {planned / measured:.3f} of it\n"
             f"  peak before the rounds              {whole['before'] / 1e6:10,.0f}\n"
-            f"  in arrays and chains after them     {whole['held'] / 1e6:10,.0f}",
+            f"  in arrays and models after them     {whole['held'] / 1e6:10,.0f}",
             flush=True,
         )
 
@@ -93,9 +93,9 @@ def child(path: str, microbatch: int, rounds: int, tiny: bool = False) -> dict:
         jax.block_until_ready(state.server)
         peaks.append(peak())
         print(f"  round {round_ + 1}: {peaks[-1] / 1e6:,.0f} MB", file=sys.stderr, flush=True)
-    chains = {id(leaf): leaf.nbytes for chain in state.client_models.values() for leaf in jax.tree.leaves(chain)}
+    models = {id(leaf): leaf.nbytes for stored in state.client_models.values() for leaf in jax.tree.leaves(stored)}
     planned = plan(outline(config)).together(ROUND)
-    held = array_bytes() + sum(chains.values())
+    held = array_bytes() + sum(models.values())
     return {"peaks": peaks, "before": before, "held": held, "planned": planned, "clients": clients}
 
 

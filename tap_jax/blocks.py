@@ -105,7 +105,7 @@ def aggregate(
     A run computes the same on packed parameters, `engine.packed.aggregate`.
 
     Returns:
-      Block name -> tree, like `server`. A block that nobody sends, or whose weights are all 0, keeps its bits.
+      Block name -> tree, like `server`. A block that no client sends, or whose weights are all 0, keeps its bits.
 
     Raises:
       AssertionError: the shapes do not belong together.

@@ -236,7 +236,7 @@ class Experiment:
         return self.in_order(rows)
 
     def evaluate_cohort(self, variant: str, cohort: Cohort, models: Mapping[int, Blocks]) -> list[Row]:
-        """Result rows of the models of one pass's clients, client number -> blocks."""
+        """Result rows of the models of a cohort's clients, client number -> blocks."""
         return self.evaluator.evaluate(variant, cohort, models)
 
     def evaluate_server(self, variant: str, state: State) -> list[Row]:

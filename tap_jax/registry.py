@@ -66,7 +66,7 @@ class MethodEntry:
       gradients: settings -> gradients of the task losses that a local step takes; None where it computes more.
       personal: it trains models X beside W̃[i], which nothing of the server waits for (`methods.base.SplitRound`).
       sends: clients send updates to a server.
-      pooled: one client has everybody's data and takes the iterations of a whole cohort.
+      pooled: one client has all clients' data and takes the iterations of a whole cohort.
       routed: it needs the routed backbone.
       adapters: settings -> inner width of the bottleneck adapters that take LoRA's place; 0: none.
       second_order: settings -> whether the loss is differentiated twice.
@@ -140,8 +140,8 @@ def server_variants() -> tuple[str, ...]:
 
 
 for _entry in (
-    # Those of TAP share a trunk (Sec. 3, App. C). tap-no-kd: Stage 2 without distillation; tap-stage1: no Stage 2 at
-    # all; tap-stage2: no replacement in Stage 1.
+    # Those of TAP share the federated models (Sec. 3, App. C). tap-no-kd: Stage 2 without distillation; tap-stage1: no
+    # Stage 2 at all; tap-stage2: no replacement in Stage 1.
     MethodEntry(
         "tap",
         (

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 def replaced(path: str | os.PathLike, *, shared: bool = False) -> Iterator[pathlib.Path]:
     """A name beside `path` for the body to write a file under, which takes the path's place at the end, in one step.
 
-    Whoever reads meanwhile finds the old file or the new one, never half of it, and after a loss of power, too. If the
+    A reader meanwhile finds the old file or the new one, never half of it, and after a loss of power, too. If the
     body or the exchange fails, the old file is as it was, nothing is left of the new one, and the error goes on as it
     is.
 

@@ -56,7 +56,7 @@ class Oracle:
 
     Attributes:
       server: W̃, block name -> tree.
-      personal, local: X[i] and the chain that never communicates, per client a dict of blocks.
+      personal, local: X[i] and the model that never communicates, per client a dict of blocks.
       h_l, h_p: per client a dict task -> history value.
       replaced: per round (client, task) pairs with R_i[o] = 1.
     """
@@ -80,7 +80,7 @@ class Oracle:
         self.optimizers: dict[tuple[int, str], dict] = {}  # with optimizer.state = "persist"
 
     def round(self, t: int, cohort) -> dict:
-        """Round t; returns the losses by chain, client and task."""
+        """Round t; returns the losses by model, client and task."""
         losses = {"federated": {}, "personal": {}, "local": {}}
         sent = {}
         self.replaced.append([])

@@ -45,12 +45,12 @@ def test_as_on_one_device(tiny, alone, mesh):
     played, finished = play(experiment)
     for (state, line), (expected, expected_line) in zip(played, alone[0], strict=True):
         assert line["replacements"] == expected_line["replacements"]
-        for chain, by_client in expected_line["losses"].items():
+        for model, by_client in expected_line["losses"].items():
             for client, by_task in by_client.items():
-                assert line["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
+                assert line["losses"][model][client] == pytest.approx(by_task, rel=1e-5)
         assert difference(state.server, expected.server) < 1e-5
-        for chain in expected.client_models:
-            for mine, theirs in zip(state.client_models[chain], expected.client_models[chain], strict=True):
+        for model in expected.client_models:
+            for mine, theirs in zip(state.client_models[model], expected.client_models[model], strict=True):
                 assert difference(mine, theirs) < 1e-5
     for variant in VARIANTS:
         for mine, theirs in zip(finished.models[variant], alone[1].models[variant], strict=True):

@@ -95,19 +95,19 @@ def check(experiment, run, replacements=0):
     start, kept = experiment.initial_blocks, 0
     for t, (state, line) in enumerate(played):
         losses = reference.round(t, line["clients"])
-        for chain, found in line["losses"].items():
+        for model, found in line["losses"].items():
             assert {int(i): set(by_task) for i, by_task in found.items()} == {
-                i: set(x) for i, x in losses[chain].items()
+                i: set(x) for i, x in losses[model].items()
             }
-            for i, by_task in losses[chain].items():
+            for i, by_task in losses[model].items():
                 for o, loss in by_task.items():
-                    assert found[str(i)][o] == pytest.approx(loss, rel=TOLERANCE), (t, chain, i, o)
+                    assert found[str(i)][o] == pytest.approx(loss, rel=TOLERANCE), (t, model, i, o)
         assert {(r["client"], r["task"]) for r in line["replacements"]} == set(reference.replaced[t])
         kept += sum(map(len, losses["federated"].values())) - len(reference.replaced[t])
         assert agree(state.server, reference.server, start), t
-        for chain, expected in (("personal", reference.personal), ("local", reference.local)):
+        for model, expected in (("personal", reference.personal), ("local", reference.local)):
             for i, mine in enumerate(expected):
-                assert agree(state.client_models[chain][i], mine, start), (t, chain, i)
+                assert agree(state.client_models[model][i], mine, start), (t, model, i)
         for i, mine in enumerate(reference.mine):
             for o in (task.name for task in mine):
                 k = tasks.index(o)
@@ -180,8 +180,8 @@ def test_the_comparison_notices(experiment, run, fault):
         same = found == pytest.approx(
             [loss for x in losses["federated"].values() for loss in x.values()], rel=TOLERANCE
         )
-        chains = zip(state.client_models["personal"], wrong.personal, strict=True)
-        if not (same and agree(state.server, wrong.server, start) and all(agree(*pair, start) for pair in chains)):
+        pairs = zip(state.client_models["personal"], wrong.personal, strict=True)
+        if not (same and agree(state.server, wrong.server, start) and all(agree(*pair, start) for pair in pairs)):
             return
     raise AssertionError("not noticed")
 
@@ -245,12 +245,12 @@ def test_devices_and_packed_rows_change_nothing(tiny, run):
     played, finished = play(other)
     for (state, line), (expected, expected_line) in zip(played, run[0], strict=True):
         assert line["replacements"] == expected_line["replacements"]
-        for chain, by_client in expected_line["losses"].items():
+        for model, by_client in expected_line["losses"].items():
             for client, by_task in by_client.items():
-                assert line["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
+                assert line["losses"][model][client] == pytest.approx(by_task, rel=1e-5)
         assert difference(state.server, expected.server) < 1e-5
-        for chain in expected.client_models:
-            for mine, theirs in zip(state.client_models[chain], expected.client_models[chain], strict=True):
+        for model in expected.client_models:
+            for mine, theirs in zip(state.client_models[model], expected.client_models[model], strict=True):
                 assert difference(mine, theirs) < 1e-5
     for variant in ("tap", "tap-no-kd", "fedavg+post"):
         for mine, theirs in zip(finished.models[variant], run[1].models[variant], strict=True):
@@ -263,10 +263,10 @@ def test_devices_and_packed_rows_change_nothing(tiny, run):
         cohort = other.engine.cohort(clients, 0)
         results = {}
         for sick in (None, *clients):
-            chain = [
+            models = [
                 jax.tree.map(lambda x: np.full_like(x, np.nan), m) if k == sick else m for k, m in enumerate(healthy)
             ]
-            params, losses = cohort.train(cohort.load(chain), "personal")
+            params, losses = cohort.train(cohort.load(models), "personal")
             results[sick] = cohort.unload(params), dict(zip(cohort.clients, np.asarray(losses.plain), strict=True))
         for sick in clients:
             assert not np.isfinite(results[sick][1][sick]).all()

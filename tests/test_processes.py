@@ -112,9 +112,9 @@ def same(experiment, workdir: pathlib.Path, expected: pathlib.Path) -> None:
     assert len(ours) == len(theirs) == experiment.config.rounds
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["replacements"] == other["replacements"]
-        for chain, by_client in other["losses"].items():
+        for model, by_client in other["losses"].items():
             for client, by_task in by_client.items():
-                assert mine["losses"][chain][client] == pytest.approx(by_task, rel=1e-5)
+                assert mine["losses"][model][client] == pytest.approx(by_task, rel=1e-5)
     ours, theirs = (json.loads((folder / "results.json").read_text())["results"] for folder in (workdir, expected))
     keys = [[{name: row[name] for name in row if name != "value"} for row in rows] for rows in (ours, theirs)]
     assert keys[0] == keys[1]

@@ -111,9 +111,9 @@ RUN = """if True:
     with terminal.Terminal(3) as screen:
         screen.say(" ".join(["many words"] * 12))
         screen.begin(0)
-        chains = dict.fromkeys(("federated", "personal", "local"), {"0": {"vqa": 1.23456}})
+        losses = dict.fromkeys(("federated", "personal", "local"), {"0": {"vqa": 1.23456}})
         for number in range(3):
-            screen.progress({"round": number, "losses": chains, "seconds": 2.0})
+            screen.progress({"round": number, "losses": losses, "seconds": 2.0})
         screen.last({"tap": 2, "fedavg": 1})
         for variant in ("tap", "tap", "fedavg"):
             screen.scored(variant)

@@ -65,7 +65,7 @@ def play(experiment):
 
 
 def check_trunk(experiment, run, reference) -> None:
-    """A run of a method without personal chains against its oracle: losses and server's blocks of every round, and
+    """A run of a method without personal models against its oracle: losses and server's blocks of every round, and
     the finished model of every client."""
     played, finished = run
     start = experiment.initial_blocks

@@ -1,6 +1,6 @@
 """A sanity check: margins from .005 to .05. The number of replacements should fall as the margin grows.
 
-One run: the federated chain is trained once, a personal chain for each margin beside it.
+One run: the federated models are trained once, personal ones for each margin beside them.
 
     tap-jax train --config=checks/margins --workdir=runs/margins
     tap-jax report runs/margins --out=reports/margins

@@ -13,7 +13,7 @@ from tap_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-# Whoever has set one of them keeps it.
+# One that the user has set stays.
 QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -121,7 +121,8 @@ class Terminal:
     def last(self, times: Mapping[str, int]) -> None:
         """Before models are scored: variant -> how often this will be done."""
         self._scored, self._total = 0, sum(times.values())
-        self._warm = sum(count > 1 for count in times.values())  # a pass, in which programs may still be compiled
+        # The first batch of clients, in which programs may still be compiled.
+        self._warm = sum(count > 1 for count in times.values())
         self._open("scored", 0, self._total)
 
     def scored(self, variant: str) -> None:
@@ -130,7 +131,7 @@ class Terminal:
         now, timed, left = self._clock(), self._scored - self._warm, ""
         if not timed:
             self._since = now
-        elif timed >= self._warm > 0 and self._scored < self._total:  # clients differ: not on less than another pass
+        elif timed >= self._warm > 0 and self._scored < self._total:  # clients differ: not on less than another batch
             left = f"about {duration((now - self._since) / timed * (self._total - self._scored))} left"
         if self._draw:
             self._show("scored", self._scored, self._total, [left, variant])

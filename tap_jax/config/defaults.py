@@ -111,7 +111,7 @@ def default_config() -> ConfigDict:
     model.max_text = 256  # input tokens
     model.text_positions = 0  # rows of the text position table; 0: FLAVA's 512 for max_text > 128, else max_text
     model.max_answer = 256  # ⚙ target tokens; shorter where a task's data allow
-    model.backbone = "routed"  # | "standard": one stack of the same layers for everybody (App. C.4)
+    model.backbone = "routed"  # | "standard": one stack of the same layers for all clients (App. C.4)
     model.backbone_layers = (1, 1)  # L of MoTE and MoME
     model.qv_delta = True  # ⚙ dense trainable delta on W_q and W_v of the backbone, as Table 7 counts
     model.encoder_rank = 8  # R of LoRA in the encoders

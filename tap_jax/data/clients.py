@@ -62,7 +62,7 @@ def names_of(task: Task, split: str, settings: DataSettings) -> list[str]:
             except BadRow:
                 if settings.on_bad_row != "skip":
                     raise
-                names.append("")  # nobody's
+                names.append("")  # no client's
     else:
         rows = {name: places.rows_of(task, split, **mine.place).count for name, mine in _with_task(task, settings)}
         names = [name for name, count in rows.items() for _ in range(count)]
@@ -156,7 +156,7 @@ def _with_task(task: Task, settings: DataSettings) -> list[tuple[str, DataSettin
     """(name, settings with its folder as root) of each client that has the task.
 
     Raises:
-      UserError: nobody has it.
+      UserError: no client has it.
     """
     found = [
         (name, dataclasses.replace(settings, root=place))

@@ -28,8 +28,8 @@ class FederatedData:
     Attributes:
       train, test: task name -> arrays of the split.
       clients: one `ClientData` per client, ids into `train`.
-      personal_tests: per client, task name -> ids into `test`; None where everybody has the common test set. A task is
-        missing where the client has no test sample of it.
+      personal_tests: per client, task name -> ids into `test`; None where all clients have the common test set. A task
+        is missing where the client has no test sample of it.
       tokenizer: None where no task has text.
       notes: lines for the user, about rows that were skipped and texts that were cut.
     """

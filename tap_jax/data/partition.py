@@ -103,7 +103,7 @@ def by_name(
     Args:
       federation: the clients, by name.
       names: task name -> N names, whose each sample is.
-      test: a client may lack samples of its task, and samples may be nobody's; else the federation is the data's own.
+      test: a client may lack samples of its task, and a name may be none of the clients'.
 
     Returns:
       As of `assign`; with `test`, a task is left out where the client has no sample of it.

@@ -195,7 +195,7 @@ def broken_clients(params: Packed, layout: Layout) -> Array:
 def without_broken(losses: Losses, broken: Array) -> Losses:
     """The losses, NaN for broken clients (`broken_clients`).
 
-    The last step can break blocks without any loss having shown it. Whoever decides by losses (aggregation,
+    The last step can break blocks without any loss having shown it. What decides by losses (aggregation,
     replacement, results) then sees it as well.
     """
     lost = broken[:-1, None] & losses.seen

@@ -86,20 +86,20 @@ def memory_plan(
     server = int(sizes.sum())
     row = max(_row_bytes(model.roles(stream), like) for stream in model.streams)
 
-    def stack_of(positions: int) -> int:
+    def packed_bytes(positions: int) -> int:
         slots = packed.capacities(partition, partition.owned, positions)
         return sum(slots[shape_class] * int(sizes[of[0]]) for shape_class, of in packed.members(partition).items())
 
     def phase(name: str, clients: int) -> PhaseMemory:
         positions, last = -(-clients // shards), name == LAST
-        params = stack_of(positions)
+        params = packed_bytes(positions)
         found = {"blocks in training": params, "their gradients": params, "AdamW's two moments": 2 * params}
         if settings.persist or settings.in_pieces and last:
             found["optimizer states as they were before"] = 2 * params
         if settings.window > 1 and not last:
             # A client that is drawn in every round of the window has its W̃ of the last one there until then.
             found["server's blocks before the window"] = server
-            found["federated blocks of other rounds, at most"] = (settings.window - 1) * stack_of(
+            found["federated blocks of other rounds, at most"] = (settings.window - 1) * packed_bytes(
                 -(-settings.cohort_size // shards)
             )
         elif method.personal_variants and not last:

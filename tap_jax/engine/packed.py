@@ -95,7 +95,7 @@ def lay_out(partition: Partition, owned: np.ndarray, capacities: Mapping[str, in
 
 
 def server_layout(partition: Partition) -> Layout:
-    """Layout of one holder of everything: the server, or a teacher of all tasks."""
+    """Layout of one owner of all blocks: the server, or a teacher of all tasks."""
     return lay_out(partition, np.ones((1, len(partition.names)), bool))
 
 

@@ -131,7 +131,7 @@ def epsilon(privacy: Privacy, *, clients: int, cohort: int, rounds: int) -> floa
     """ε spent by `rounds` rounds at `privacy.delta`, where one of `clients` clients has other data of the same tasks.
 
     By Rényi divergences, for sampling `cohort` clients without replacement (Wang et al., 2019); where cohorts are
-    nearly everybody, that bound is looser than none for sampling, which then is what counts.
+    nearly all clients, that bound is looser than none for sampling, which then is what counts.
 
     Raises:
       UserError: the accountant (extra "privacy") is not installed.

@@ -164,9 +164,9 @@ class Store:
             with in_step():
                 self._own()
                 for g, of in enumerate(self._members):
-                    holders, which = np.nonzero(rows[np.ix_(clients, of)] >= 0)
-                    free = self._take(g, len(holders))
-                    for k, r, row in zip(clients[holders], of[which], free, strict=True):
+                    owners, which = np.nonzero(rows[np.ix_(clients, of)] >= 0)
+                    free = self._take(g, len(owners))
+                    for k, r, row in zip(clients[owners], of[which], free, strict=True):
                         vector = _vector(update[k][self.partition.names[r]])
                         self._file(g, self._mine).write(row, vector)
                         rows[k, r], sums[k, r] = WRITER * self._mine + row, zlib.crc32(vector)

@@ -34,7 +34,7 @@ def write_results(
       rows: scores; a non-finite value is written as null, which reads as diverged.
       replacements: {"round", "client", "task", "variant"} of each Stage-1 replacement; without a variant, of TAP.
       timing: what took how long, by name.
-      screening: {"updates", "dropped", "clients": client -> why -> count}, of clients' updates; None: nobody sent any.
+      screening: {"updates", "dropped", "clients": client -> why -> count}, of clients' updates; None: none were sent.
       privacy: {"epsilon", "delta", "covers", ...}; None: the run was not private.
       notes: lines for the report, such as `TextScorer.notes`.
       config_hash: of `tap_jax.config`; left out where empty, as are the versions.

@@ -1,8 +1,9 @@
 """What a method is: functions of the state and of a cohort that can train, with no memory of their own.
 
-The engine knows no method by name. It hands a method two things to compose. A `Cohort`: the clients of a round (or of a
-pass over all clients) with the compiled operations on their parameters; see `methods/tap.py`. And, inside the compiled
-local training, the `Tools` of one step: gradient, update, statistics; see `plain_step` and `methods/per_fedavg.py`.
+The engine knows no method by name. It hands a method two things to compose. A `Cohort`: the clients of a round, or a
+batch of them after the last one, with the compiled operations on their parameters; see `methods/tap.py`. And, inside
+the compiled local training, the `Tools` of one step: gradient, update, statistics; see `plain_step` and
+`methods/per_fedavg.py`.
 
 Letters: K clients of the federation, P positions of a cohort (some may be empty), O tasks, R blocks, s samples of a
 row; D shards of a cohort, G slots of a shape class, n parameters of one of its blocks, B blocks of the class.
@@ -39,7 +40,7 @@ class StoredModels(Protocol):
 
 # One mapping of owned blocks per client, on the host.
 ClientModels = tuple[Blocks, ...] | StoredModels
-# Client number -> its blocks, on the host: of the clients of one pass after the last round.
+# Client number -> its blocks, on the host: of a batch of clients after the last round.
 FinishedBlocks = dict[int, Blocks]
 
 
@@ -366,7 +367,7 @@ class Method:
     Attributes:
       client_models: names of the models of each client that the state must carry.
       round: (cohort, state) -> (state, `RoundMetrics`); a `SplitRound` where a part of it may be deferred.
-      finish: (cohort, state, variants) yields (variant, client -> blocks), for one pass over some clients after the
+      finish: (cohort, state, variants) yields (variant, client -> blocks), for a batch of clients after the
         last round. It leaves out variants whose models are the server's blocks.
       rule: how clients train locally.
       personal_variants: name of a personal model -> its variant, for each with margins of its own.

@@ -4,7 +4,7 @@ for t = 0..T-1: sample C_t; each client trains W̃[i] from the server's blocks; 
 afterwards (+ post): each client trains its W̃[i] for P iterations (+ 2p: for 2P, in one local training, App. C.1)
 
 Methods that differ in the local step only (Per-FedAvg, DisentAFL) are this one with another `LocalRule`. The
-centralised run is this one with a single client that has everybody's data and takes up to |C_t|·τ iterations a round.
+centralised run is this one with a single client that has all clients' data and takes up to |C_t|·τ iterations a round.
 """
 
 from collections.abc import Iterator, Sequence

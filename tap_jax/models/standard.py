@@ -1,4 +1,4 @@
-"""The standard backbone of the baselines (App. C.4): one plain stack of the pre-trained layers, shared by everyone.
+"""The standard backbone of the baselines (App. C.4): one plain stack of the pre-trained layers, shared by all clients.
 
 No routing, no domain experts, no shared projection; the frozen weights are those of the routed backbone, its MoTE and
 then its MoME layers.

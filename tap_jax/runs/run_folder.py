@@ -81,12 +81,12 @@ def _check_samples(workdir: pathlib.Path, now: list[dict]) -> None:
 
 @contextlib.contextmanager
 def alone(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes the folder if need be, and keeps everybody else out of it for as long as the body lasts.
+    """Makes the folder if need be, and keeps other processes out of it for as long as the body lasts.
 
     However the process ends, the folder is free then.
 
     Raises:
-      UserError: somebody is in it.
+      UserError: another process is in it.
     """
     descriptor = None
     with in_step():

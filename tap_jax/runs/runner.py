@@ -51,7 +51,7 @@ class Reporter:
       progress: gets a line of metrics after every round.
       built: gets the experiment once, before anything is trained or written.
       begin: gets the number of rounds that are done already, before the first that is played.
-      last: gets variant -> how many times it will be scored after the last round: once for each pass over some clients,
+      last: gets variant -> how many times it will be scored after the last round: once for each batch of clients,
         or once where it is the server's blocks.
       scored: gets the variant, each time.
       writers: of one's own, beside those of `config.writers`; closed at the end.
@@ -80,8 +80,8 @@ def run(
 
     Args:
       workdir: the run's folder, made if need be; the module text says what it holds then.
-      reporter: is told what is going on; without one nobody is.
-      stop: asked before every round and after every model pass; once it says yes, the run stops with its state saved.
+      reporter: is told what is going on; None: nothing is said.
+      stop: asked before every round and after every model; once it says yes, the run stops with its state saved.
 
     Returns:
       Result rows, as of `Experiment.evaluate`.
@@ -125,8 +125,8 @@ def run(
             reporter.say(f"resuming after round {state.round} of {config.rounds}")
         with in_step():
             curves = _curves(experiment, workdir, reporter, resumed=resumed is not None) if writes else []
-        # From here on only the loop holds the blocks that it begins with: whoever else did would keep a second copy of
-        # all clients' blocks in memory.
+        # From here on only the loop holds the blocks that it begins with: any other reference would keep a second copy
+        # of all clients' blocks in memory.
         experiment, begun = dataclasses.replace(experiment, initial_blocks={}), [state]
         del state, resumed
         try:
@@ -319,7 +319,7 @@ def evaluate(
 def _evaluate(
     experiment: Experiment, workdir: pathlib.Path, results: dict, reporter: Reporter, client: int | None
 ) -> list[Row]:
-    """`evaluate`, once nobody else is in the folder; `results` are those that are there."""
+    """`evaluate`, once no other process is in the folder; `results` are those that are there."""
     config = experiment.config
     initial = experiment.init(workdir)
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=reporter.say), initial)

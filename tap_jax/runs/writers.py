@@ -135,7 +135,7 @@ class WandB:
 
     Project, entity, mode and the like are what WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE ... say. Rounds that are played
     again after an interruption give the same numbers: what the server has, or an earlier process is known to have
-    written, is not written again. Of a process that was killed while offline nobody knows: it keeps much in memory.
+    written, is not written again. A process that was killed while offline is not known of: it keeps much in memory.
 
     Raises:
       UserError: it does not start.

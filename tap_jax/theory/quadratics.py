@@ -105,7 +105,7 @@ class Quadratics:
 def draw(
     pairs: int, owners: int, *, seed: int, coupled: bool, size: int = 3, noise: float = 1.0, uneven: float = 1.0
 ) -> Quadratics:
-    """A random federation like the paper's: block 0 is everybody's, blocks 1..R belong to one modality-task pair each.
+    """A random federation like the paper's: block 0 is all clients', blocks 1..R belong to one modality-task pair each.
 
     Client k owns blocks 0 and 1 + k mod R, so K = R·K_r. Linear terms are a standard normal draw per pair and block
     plus one per client.
@@ -167,7 +167,7 @@ def fedavg(
       weights: the server's weights, [K, m]; each block's mean is over its present owners.
       seeds: S.
       seed: of noise and cohorts.
-      cohort: clients of a round, drawn uniformly; None is everyone, as Theorem 1 has it.
+      cohort: clients of a round, drawn uniformly; None is all, as Theorem 1 has it.
 
     Returns:
       The server's iterates W_0..W_T, [T+1, S, R+1, d].

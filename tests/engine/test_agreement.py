@@ -35,7 +35,7 @@ else:
 mesh = jax.make_mesh((4,), ("clients",))
 everywhere = NamedSharding(mesh, PartitionSpec())
 server = jax.make_array_from_callback((5,), everywhere, lambda index: np.arange(5.0, dtype=np.float32)[index])
-tree = {"server": server, "chain": np.full(100_000, 2.0, np.float32)}
+tree = {"server": server, "personal": np.full(100_000, 2.0, np.float32)}
 with Checkpoints(folder / "shared") as checkpoints:
     for step in (1, 2, 3):
         checkpoints.save(step, tree | {"round": np.int32(step)}, {"config": "a"})
@@ -43,7 +43,7 @@ with Checkpoints(folder / "shared") as checkpoints:
 step, found, metadata = checkpoints.restore_latest(tree | {"round": np.int32(0)})
 assert (step, metadata, found["round"]) == (3, {"config": "a"}, 3)
 np.testing.assert_array_equal(found["server"], np.arange(5))
-np.testing.assert_array_equal(found["chain"], 2)
+np.testing.assert_array_equal(found["personal"], 2)
 
 # A write that fails in process 0 fails in both.
 def full(*_):

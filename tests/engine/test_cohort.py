@@ -183,9 +183,9 @@ def test_a_model_with_a_nan_has_no_result(counted):
     """As after a last phase that diverged: an argmax over NaN would look like a result."""
     experiment, _ = counted
     state = experiment.init()
-    chain = list(state.client_models["personal"])
-    chain[0] = jax.tree.map(lambda x: np.full_like(x, np.nan), chain[0])
-    rows = experiment.evaluate(state.replace(client_models={"personal": tuple(chain)}))
+    models = list(state.client_models["personal"])
+    models[0] = jax.tree.map(lambda x: np.full_like(x, np.nan), models[0])
+    rows = experiment.evaluate(state.replace(client_models={"personal": tuple(models)}))
     assert {row["client"] for row in rows if row["value"] is None} == {0}
     assert {row["variant"] for row in rows if row["value"] is None} == {"personal"}
 
@@ -225,10 +225,12 @@ def test_each_client_has_its_own_part_of_the_test_set(counted):
         return experiment.model.apply(experiment.engine.frozen, parts, task, {"tokens": test.tokens})
 
     server = noisy(experiment.initial_blocks)
-    chain = tuple(noisy(mine) for mine in experiment.init().client_models["personal"])
-    state = experiment.init().replace(client_models={"personal": chain}, server=experiment.engine.server_params(server))
+    personal = tuple(noisy(mine) for mine in experiment.init().client_models["personal"])
+    state = experiment.init().replace(
+        client_models={"personal": personal}, server=experiment.engine.server_params(server)
+    )
     found = {(row["variant"], row["client"], row["task"]): row["value"] for row in experiment.evaluate(state)}
-    for variant, models in (("personal", chain), ("fedavg", (server, server))):
+    for variant, models in (("personal", personal), ("fedavg", (server, server))):
         for client, ids in enumerate(parts):
             right = np.argmax(logits(models[client]), -1) == test.labels
             assert found[variant, client, "ag_news"] == pytest.approx(100 * right[ids].mean())
@@ -272,9 +274,11 @@ def test_no_place_for_a_teacher_where_blocks_are_large(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("takes_teacher", "teacher_optional", "aids"), [(False, False, 1), (True, False, 1), (True, True, 2)]
+    ("takes_teacher", "teacher_optional", "programs"), [(False, False, 1), (True, False, 1), (True, True, 2)]
 )
-def test_a_program_for_each_way_of_training_is_made_ready(counted, monkeypatch, takes_teacher, teacher_optional, aids):
+def test_a_program_for_each_way_of_training_is_made_ready(
+    counted, monkeypatch, takes_teacher, teacher_optional, programs
+):
     """A rule that always has a teacher has one only, however large blocks are."""
     experiment, _ = counted
     engine, prepared = experiment.engine, []
@@ -283,5 +287,5 @@ def test_a_program_for_each_way_of_training_is_made_ready(counted, monkeypatch, 
     monkeypatch.setattr(engine.train_program, "prepare", lambda *args: prepared.append(args[4]))
     cohort = engine.cohort([0, 1], 0)
     cohort.prepare()
-    assert len(prepared) == aids
+    assert len(prepared) == programs
     assert (prepared[0] is None) == (cohort._teacher(None) is None) == (teacher_optional or not takes_teacher)

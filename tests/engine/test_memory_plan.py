@@ -51,8 +51,8 @@ def test_what_is_described_is_there(tiny, monkeypatch):
     assert 0 <= found[3] - outside < 0.03 * outside
     assert data <= plan.always["training and test data, at most"] < 1.1 * data
     # On the host: everybody has trained, so nobody's blocks are anybody else's.
-    chains = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(state.client_models)}
-    assert sum(chains.values()) == plan.host["personal blocks of all clients, only those they own"]
+    stored = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(state.client_models)}
+    assert sum(stored.values()) == plan.host["personal blocks of all clients, only those they own"]
     # The bytes of parameters are those of the program's own state.
     params = run.engine.cohort((0, 1), 0).broadcast(state.server)
     size = sum(leaf.nbytes for leaf in params.values())

@@ -62,7 +62,7 @@ def test_private_blocks_have_their_owners_but_are_never_sent(touches, tasks, see
     for k in range(CLIENTS):
         mine = set(public.blocks_of(k))
         assert set(p.blocks_of(k)) == mine | {t for t in twins if t.removeprefix(blocks.PRIVATE) in mine}
-    # A private group can be packed without the others: the chain of what a client keeps to itself.
+    # A private group can be packed without the others: a model of what a client keeps to itself.
     rng, like = np.random.default_rng(seed), {t: LIKE[t.removeprefix(blocks.PRIVATE)] for t in twins}
     clients = [
         {

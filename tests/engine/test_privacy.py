@@ -61,7 +61,7 @@ def moved(rng, server, names):
     }
 
 
-def seated(w, sent=None):
+def laid_out(w, sent=None):
     """What `private_aggregate` takes of a world: server, cohort, their layout, and what is sent bool [P, R]."""
     owned = w.p.owned[w.clients]
     layout, server_layout = packed.lay_out(w.p, owned), packed.server_layout(w.p)
@@ -72,7 +72,7 @@ def seated(w, sent=None):
 
 def average(w, privacy, *, sent=None, key=0):
     """`private_aggregate` of all finite updates, packed."""
-    server, cohort, server_layout, layout, counts = seated(w, sent)
+    server, cohort, server_layout, layout, counts = laid_out(w, sent)
     finite = [
         all(np.isfinite(flat(tree)).all() for tree in mine.values()) for mine in (w.sent if sent is None else sent)
     ]
@@ -157,7 +157,7 @@ def test_of_everybody_without_bound_and_noise_it_is_the_uniform_mean():
     for mine in w.sent:  # of one size, so that neither swallows the other in float32
         mine.update({name: jax.tree.map(lambda x: x + np.float32(0.1), w.server[name]) for name in mine})
     w.sent[2] = {name: jax.tree.map(lambda x: x - np.float32(0.4), w.server[name]) for name in w.sent[2]}
-    server, cohort, server_layout, layout, sent = seated(w)
+    server, cohort, server_layout, layout, sent = laid_out(w)
     plain = by_name(w, packed.aggregate(server, cohort, server_layout, layout, sent.astype(np.float32)))
     for name, tree in by_name(w, average(w, Privacy(0.0, np.inf, 1e-5))).items():
         np.testing.assert_allclose(flat(tree), flat(plain[name]), rtol=1e-5, atol=1e-6)
@@ -312,7 +312,7 @@ def test_what_a_method_sends_is_clipped_and_what_it_keeps_stays(tiny, monkeypatc
 
 def test_switched_off_it_is_the_plain_aggregate_to_the_bit():
     w = world(np.ones((TASKS, len(NAMES)), bool), [[1, 1, 1]] * FEDERATION, 3, 4)
-    server, cohort, server_layout, layout, sent = seated(w)
+    server, cohort, server_layout, layout, sent = laid_out(w)
     weights = np.where(sent, np.array([[3.0], [5.0], [1.0], [7.0]]), 0).astype(np.float32)
     ones = np.ones((4, TASKS), np.float32)
     losses, shard = Losses(ones, ones, ones.astype(np.int32)), {group: leaf[None] for group, leaf in cohort.items()}

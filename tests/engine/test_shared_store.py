@@ -20,7 +20,7 @@ start = drawn(np.random.default_rng(0), "abc")
 folder = folder_of(workdir, needed=10, limit=100 if me == 0 else 1)
 assert folder == workdir / "store"
 store = open_store(folder / "blocks", PARTITION, start, LIKE)
-chain, expected = store.models(), in_memory(start)
+models, expected = store.models(), in_memory(start)
 
 # Clients go from process to process; each gives what it has trained. All draw all, to know what to expect.
 rng, reads = np.random.default_rng(1), []
@@ -31,26 +31,26 @@ for round_ in range(30):
     update = {k: drawn(rng, PARTITION.blocks_of(k)) for k in rng.choice(CLIENTS, 3, replace=False).tolist()}
     mine = {k: found for k, found in update.items() if dealt[k] == me}
     reads.clear()
-    chain, expected = put_models(chain, mine), put_models(expected, update)
+    models, expected = put_models(models, mine), put_models(expected, update)
     assert not reads, "to write reads nothing"
     if round_ % 7 == 6:
-        store.commit(round_, [chain])
-        saved, saved_blocks = (chain.rows, chain.sums), expected
+        store.commit(round_, [models])
+        saved, saved_blocks = (models.rows, models.sums), expected
         store.release([round_] if me == 0 else [])  # process 1 does not see it yet
     for k in np.flatnonzero(dealt == me):
-        same(chain[k], expected[k])
-writers = np.unique(chain.rows[chain.rows >= 0] // WRITER)
+        same(models[k], expected[k])
+writers = np.unique(models.rows[models.rows >= 0] // WRITER)
 assert set(writers) == {0, 1}
-for mine, theirs in zip(chain, expected, strict=True):
+for mine, theirs in zip(models, expected, strict=True):
     same(mine, theirs)
-store.verify(chain)
+store.verify(models)
 old = StoredModels(store, *saved)
 for mine, theirs in zip(old, saved_blocks, strict=True):
     same(mine, theirs)
 files = [path for path in (folder / "blocks").iterdir() if path.suffix == ".rows"]
 assert len(files) == 4 and store.size_bytes() < 6 * 4 * (PARTITION.owned @ [23, 23, 5000]).sum()
 
-# A full disk in one process is everybody's, and the chain is as it was.
+# A full disk in one process is all processes', and the models are as they were.
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device", "rows")
 
@@ -58,13 +58,13 @@ write = row_file.RowFile.write
 if me == 1:
     row_file.RowFile.write = full
 try:
-    put_models(chain, {me: drawn(rng, PARTITION.blocks_of(me))})
+    put_models(models, {me: drawn(rng, PARTITION.blocks_of(me))})
 except (OSError, UserError) as error:
     assert isinstance(error, OSError) == (me == 1) and "No space left" in str(error)
 else:
     raise AssertionError("process 1 could not write")
 row_file.RowFile.write = write
-for mine, theirs in zip(chain, expected, strict=True):
+for mine, theirs in zip(models, expected, strict=True):
     same(mine, theirs)
 
 # What one process finds damaged is damaged for both: half of the clients are each one's to look at.
@@ -75,7 +75,7 @@ if me == 0:
             file.write(bytes(path.stat().st_size))
 any_says(False)
 try:
-    store.verify(chain)
+    store.verify(models)
 except UserError as error:
     assert "is damaged" in str(error)
 else:

@@ -1,4 +1,4 @@
-"""Chains on disk: the same bits as in memory, rows that somebody refers to never change, and a kill costs nothing."""
+"""Models on disk: the same bits as in memory, rows in use never change, and a kill costs nothing."""
 
 import dataclasses
 import gc
@@ -52,7 +52,7 @@ def start():
 
 
 @pytest.fixture
-def chain(tmp_path, start):
+def models(tmp_path, start):
     return Store.create(tmp_path / "blocks", PARTITION, start, LIKE).models()
 
 
@@ -66,54 +66,54 @@ def test_any_history_has_the_bits_of_the_one_in_memory(tmp_path_factory, data):
     """Updates, forgotten and kept states, checkpoints, and processes that come back after a kill."""
     folder, rng = tmp_path_factory.mktemp("store") / "blocks", np.random.default_rng(data.draw(st.integers(0, 99)))
     start = drawn(rng, "abc")
-    chain, expected, step = Store.create(folder, PARTITION, start, LIKE).models(), in_memory(start), 0
+    models, expected, step = Store.create(folder, PARTITION, start, LIKE).models(), in_memory(start), 0
     states, saved = [], {}
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["put", "put", "put", "keep", "forget", "save", "kill"]))
         if action == "put":
             clients = data.draw(st.sets(st.integers(0, CLIENTS - 1), min_size=1))
             update = {k: drawn(rng, PARTITION.blocks_of(k)) for k in clients}
-            chain, expected = put_models(chain, update), put_models(expected, update)
+            models, expected = put_models(models, update), put_models(expected, update)
         elif action == "keep":
-            states.append((chain, expected))
+            states.append((models, expected))
         elif action == "forget" and states:
             states.pop(data.draw(st.integers(0, len(states) - 1)))
         elif action == "save":
             step += 1
-            chain.store.commit(step, [chain])
-            saved[step] = (chain.rows, chain.sums, expected)
+            models.store.commit(step, [models])
+            saved[step] = (models.rows, models.sums, expected)
             saved = {s: saved[s] for s in sorted(saved)[-2:]}
-            chain.store.release(list(saved))
+            models.store.release(list(saved))
         elif action == "kill" and saved:  # all that is not saved is lost; the checkpoint before must do as well
             states, store = [], Store(folder, PARTITION, LIKE)
             step = data.draw(st.sampled_from(sorted(saved)))
             saved = {s: saved[s] for s in saved if s <= step}
-            chain, expected = StoredModels(store, *saved[step][:2]), saved[step][2]
-    for found, wanted in (*states, (chain, expected)):
-        chain.store.verify(found)
+            models, expected = StoredModels(store, *saved[step][:2]), saved[step][2]
+    for found, wanted in (*states, (models, expected)):
+        models.store.verify(found)
         for mine, theirs in zip(found, wanted, strict=True):
             same(mine, theirs)
     for rows, sums, wanted in saved.values():
-        old = StoredModels(chain.store, rows, sums)
-        chain.store.verify(old)
+        old = StoredModels(models.store, rows, sums)
+        models.store.verify(old)
         for mine, theirs in zip(old, wanted, strict=True):
             same(mine, theirs)
 
 
-def test_a_federation_that_has_not_trained_takes_one_copy(chain, start):
-    assert chain.store.size_bytes() == 4 * (2 * 23 + 5000)
-    for mine, theirs in zip(chain, in_memory(start), strict=True):
+def test_a_federation_that_has_not_trained_takes_one_copy(models, start):
+    assert models.store.size_bytes() == 4 * (2 * 23 + 5000)
+    for mine, theirs in zip(models, in_memory(start), strict=True):
         same(mine, theirs)
 
 
-def test_rows_are_used_again_once_nobody_refers_to_them(chain):
-    rng, store = np.random.default_rng(1), chain.store
+def test_rows_are_used_again_once_nothing_refers_to_them(models):
+    rng, store = np.random.default_rng(1), models.store
     for _ in range(200):
-        chain = put_models(chain, {k: drawn(rng, PARTITION.blocks_of(k)) for k in (0, 3)})
+        models = put_models(models, {k: drawn(rng, PARTITION.blocks_of(k)) for k in (0, 3)})
     owned = 4 * (PARTITION.owned @ [23, 23, 5000]).sum()
     assert store.size_bytes() < 2 * owned
     # Whoever keeps every state keeps every row.
-    kept = [chain]
+    kept = [models]
     for _ in range(20):
         kept.append(put_models(kept[-1], {0: drawn(rng, "abc")}))
     assert store.size_bytes() > 20 * 4 * 5000
@@ -121,21 +121,21 @@ def test_rows_are_used_again_once_nobody_refers_to_them(chain):
     del kept
     gc.collect()
     for _ in range(20):
-        chain = put_models(chain, {0: drawn(rng, "abc")})
+        models = put_models(models, {0: drawn(rng, "abc")})
     assert store.size_bytes() == before
 
 
-def test_rows_of_kept_checkpoints_are_not_used_again(chain):
-    rng, store = np.random.default_rng(2), chain.store
-    chain = put_models(chain, {0: drawn(rng, "abc")})
-    store.commit(1, [chain])
-    rows, sums, mine = chain.rows, chain.sums, chain[0]
+def test_rows_of_kept_checkpoints_are_not_used_again(models):
+    rng, store = np.random.default_rng(2), models.store
+    models = put_models(models, {0: drawn(rng, "abc")})
+    store.commit(1, [models])
+    rows, sums, mine = models.rows, models.sums, models[0]
     for step, steps, survives in ((1, [], True), (1, [1], True), (2, [1], True), (2, [1, 2], True), (3, [2, 3], False)):
         if step > 1:
-            store.commit(step, [chain])
+            store.commit(step, [models])
         store.release(steps)
         for _ in range(5):
-            chain = put_models(chain, {0: drawn(rng, "abc")})
+            models = put_models(models, {0: drawn(rng, "abc")})
         old = StoredModels(store, rows, sums)
         if survives:
             store.verify(old)
@@ -146,40 +146,40 @@ def test_rows_of_kept_checkpoints_are_not_used_again(chain):
         del old
 
 
-def test_a_checkpoint_that_is_still_being_written_counts(chain):
-    rng, store = np.random.default_rng(3), chain.store
-    chain = put_models(chain, {0: drawn(rng, "abc")})
-    store.commit(7, [chain])
-    rows, sums, mine = chain.rows, chain.sums, chain[0]
+def test_a_checkpoint_that_is_still_being_written_counts(models):
+    rng, store = np.random.default_rng(3), models.store
+    models = put_models(models, {0: drawn(rng, "abc")})
+    store.commit(7, [models])
+    rows, sums, mine = models.rows, models.sums, models[0]
     store.release([5, 8])  # the second is damaged: it is given up when this one is written
     for _ in range(5):
-        chain = put_models(chain, {0: drawn(rng, "abc")})
+        models = put_models(models, {0: drawn(rng, "abc")})
     same(StoredModels(store, rows, sums)[0], mine)
 
 
-def test_blocks_read_are_copies(chain):
+def test_blocks_read_are_copies(models):
     rng = np.random.default_rng(4)
-    chain = put_models(chain, {0: drawn(rng, "abc")})
-    mine = chain[0]
+    models = put_models(models, {0: drawn(rng, "abc")})
+    mine = models[0]
     before = jax.tree.map(np.array, mine)
     for _ in range(10):
-        chain = put_models(chain, {0: drawn(rng, "abc")})
+        models = put_models(models, {0: drawn(rng, "abc")})
     same(mine, before)
 
 
-def test_as_a_pytree_it_is_its_tables(chain):
-    leaves, structure = jax.tree.flatten(chain)
+def test_as_a_pytree_it_is_its_tables(models):
+    leaves, structure = jax.tree.flatten(models)
     assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [((CLIENTS, 3), np.int64), ((CLIENTS, 3), np.uint32)]
     again = structure.unflatten(leaves)
-    assert isinstance(again, StoredModels) and again.store is chain.store
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"personal": chain})]
+    assert isinstance(again, StoredModels) and again.store is models.store
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"personal": models})]
     assert paths == ["['personal'].rows", "['personal'].sums"]
 
 
-def test_a_full_disk_leaves_the_chain_as_it_was(chain, monkeypatch):
+def test_a_full_disk_leaves_the_models_as_they_were(models, monkeypatch):
     rng = np.random.default_rng(5)
-    chain = put_models(chain, {0: drawn(rng, "abc")})
-    before, written, whole = [chain[k] for k in range(CLIENTS)], [], os.pwrite
+    models = put_models(models, {0: drawn(rng, "abc")})
+    before, written, whole = [models[k] for k in range(CLIENTS)], [], os.pwrite
 
     def full(descriptor, data, at):
         if len(written) > 1:
@@ -189,31 +189,31 @@ def test_a_full_disk_leaves_the_chain_as_it_was(chain, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
-        put_models(chain, {k: drawn(rng, PARTITION.blocks_of(k)) for k in range(CLIENTS)})
+        put_models(models, {k: drawn(rng, PARTITION.blocks_of(k)) for k in range(CLIENTS)})
     monkeypatch.undo()
-    chain.store.verify(chain)
-    for mine, theirs in zip(chain, before, strict=True):
+    models.store.verify(models)
+    for mine, theirs in zip(models, before, strict=True):
         same(mine, theirs)
     update = {1: drawn(rng, "a")}
-    same(put_models(chain, update)[1], update[1])
+    same(put_models(models, update)[1], update[1])
 
 
-def test_short_writes_are_continued(chain, monkeypatch):
+def test_short_writes_are_continued(models, monkeypatch):
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: whole(descriptor, data[:1000], at))
     update = {0: drawn(np.random.default_rng(6), "abc")}
-    same(put_models(chain, update)[0], update[0])
+    same(put_models(models, update)[0], update[0])
 
 
-def test_blocks_that_a_client_has_not_are_refused(chain):
+def test_blocks_that_a_client_has_not_are_refused(models):
     with pytest.raises(ValueError, match="client 1 has other blocks than .*c"):
-        put_models(chain, {1: drawn(np.random.default_rng(7), "ac")})
+        put_models(models, {1: drawn(np.random.default_rng(7), "ac")})
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "missing", "other", "about"])
-def test_damage_is_found_when_a_run_goes_on(chain, damage):
-    folder = chain.store.folder
-    chain = put_models(chain, {0: drawn(np.random.default_rng(8), "abc")})
+def test_damage_is_found_when_a_run_goes_on(models, damage):
+    folder = models.store.folder
+    models = put_models(models, {0: drawn(np.random.default_rng(8), "abc")})
     victim = folder / "1.0.rows"
     content = bytearray(victim.read_bytes())
     partition, like = PARTITION, LIKE
@@ -230,13 +230,13 @@ def test_damage_is_found_when_a_run_goes_on(chain, damage):
         like = LIKE | {"c": jax.ShapeDtypeStruct((5001,), np.float32)}
     with pytest.raises(UserError) as error:
         store = Store(folder, partition, like)
-        store.verify(StoredModels(store, chain.rows, chain.sums))
+        store.verify(StoredModels(store, models.rows, models.sums))
     assert str(error.value).startswith("workdir: ") and "\n" not in str(error.value)
 
 
-def test_a_second_writer_is_refused(chain):
-    put_models(chain, {1: drawn(np.random.default_rng(9), "a")})
-    second = Store(chain.store.folder, PARTITION, LIKE).models()
+def test_a_second_writer_is_refused(models):
+    put_models(models, {1: drawn(np.random.default_rng(9), "a")})
+    second = Store(models.store.folder, PARTITION, LIKE).models()
     assert second[1].keys() == {"a"}, "reading is free to all"
     with pytest.raises(UserError, match="another process is training"):
         put_models(second, {1: drawn(np.random.default_rng(9), "a")})
@@ -277,11 +277,11 @@ def test_rounds_on_disk_are_the_rounds_in_memory(tiny, persistent, tmp_path, met
             save(checkpoints, disk)
     del disk
     disk = rounds.resume(checkpoints, experiment.init(tmp_path))
-    for chains, stored in ((memory.client_models, disk.client_models), (memory.moments, disk.moments)):
-        assert chains.keys() == stored.keys()
-        for name, chain in chains.items():
-            assert isinstance(chain, tuple) and isinstance(stored[name], StoredModels)
-            for mine, theirs in zip(stored[name], chain, strict=True):
+    for held, stored in ((memory.client_models, disk.client_models), (memory.moments, disk.moments)):
+        assert held.keys() == stored.keys()
+        for name, models in held.items():
+            assert isinstance(models, tuple) and isinstance(stored[name], StoredModels)
+            for mine, theirs in zip(stored[name], models, strict=True):
                 same(mine, dict(theirs))
     finished = [experiment.finish(state).models for state in (disk, memory)]
     for variant, models in finished[1].items():
@@ -309,11 +309,11 @@ def test_a_run_keeps_the_form_in_which_it_began(experiment, tiny, tmp_path):
 
 def test_the_store_of_a_state_in_use_is_not_made_anew(experiment, tmp_path):
     state = experiment.init(tmp_path)
-    chain = state.client_models["personal"]
-    chain = chain.put({0: chain[0]})
+    models = state.client_models["personal"]
+    models = models.put({0: models[0]})
     with pytest.raises(UserError, match="workdir: .*store has the personal blocks of a state that is in use"):
         experiment.init(tmp_path)
-    del state, chain
+    del state, models
     gc.collect()
     experiment.init(tmp_path)
 
@@ -398,7 +398,7 @@ def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(persistent,
     ]
     assert states[0].round == 4
     jax.tree.map(np.testing.assert_array_equal, states[0].server, states[1].server)
-    for chains, others in ((states[0].client_models, states[1].client_models), (states[0].moments, states[1].moments)):
-        for name in chains:
-            for mine, theirs in zip(others[name], chains[name], strict=True):
+    for held, others in ((states[0].client_models, states[1].client_models), (states[0].moments, states[1].moments)):
+        for name in held:
+            for mine, theirs in zip(others[name], held[name], strict=True):
                 same(mine, theirs)

@@ -54,19 +54,19 @@ def same(played, expected, tolerance=1e-5):
         assert line.keys() == other.keys()
         assert all(line[key] == other[key] for key in line if key != "losses")
         assert line["losses"].keys() == other["losses"].keys()
-        for chain, by_client in other["losses"].items():
-            assert line["losses"][chain].keys() == by_client.keys()
+        for model, by_client in other["losses"].items():
+            assert line["losses"][model].keys() == by_client.keys()
             for client, by_task in by_client.items():
-                assert line["losses"][chain][client] == pytest.approx(by_task, rel=tolerance)
+                assert line["losses"][model][client] == pytest.approx(by_task, rel=tolerance)
     assert difference(state.server, expected_state.server) <= tolerance
-    for chains, others in (
+    for models, others in (
         (state.client_models, expected_state.client_models),
         (state.moments, expected_state.moments),
     ):
-        assert chains.keys() == others.keys()
+        assert models.keys() == others.keys()
         for name in others:
             for k in range(len(ROWS)):
-                assert difference(chains[name][k], others[name][k]) <= tolerance
+                assert difference(models[name][k], others[name][k]) <= tolerance
     for table in ("local_loss", "personal_loss", "replacements", "seen", "heard"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance),
@@ -122,7 +122,7 @@ def test_as_one_round_after_the_other(experiment, expected, monkeypatch):
     parts = []
     for part in (drawn[:3], drawn[3:]):
         parts += [len(clients) for clients in part]
-        parts += [size for wave in windows.waves(part) for size in 3 * [len(wave)]]  # two margins and the local chain
+        parts += [size for wave in windows.waves(part) for size in 3 * [len(wave)]]  # two margins and the local models
     assert trained == parts
 
 

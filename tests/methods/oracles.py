@@ -15,7 +15,7 @@ from tests.oracle import FAULTS, Oracle
 
 
 class FedAvg(Oracle):
-    """Rounds of the federated chain alone; post-training from the server's blocks, once and twice.
+    """Rounds of the federated models alone; post-training from the server's blocks, once and twice.
 
     Attributes:
       name: of the variant that is the server's blocks.

@@ -336,8 +336,8 @@ def test_stage_2_without_a_teacher_has_the_same_patience(experiment, monkeypatch
     """Else the ablation would differ from TAP in more than distillation."""
     asked = []
 
-    def noted(cohort, blocks, chain, teacher, patience):
-        asked.append((chain, teacher is not None, patience))
+    def noted(cohort, blocks, model, teacher, patience):
+        asked.append((model, teacher is not None, patience))
         return {}
 
     monkeypatch.setattr("tap_jax.methods.tap.distil", noted)

@@ -1,4 +1,4 @@
-"""Runs that share a trunk: a list of margins is as many runs, and the trunk of TAP is FedAvg."""
+"""Runs with the same federated models: a list of margins is as many runs, and TAP's federated models are FedAvg's."""
 
 import dataclasses
 
@@ -20,14 +20,14 @@ SETTINGS = {
     "optimizer.learning_rate": 1e-4,
     "optimizer.post_learning_rate": 3e-5,
 }
-TRUNK = ("fedavg", "fedavg+post", "fedavg+2p")
+FEDAVG = ("fedavg", "fedavg+post", "fedavg+2p")
 MARGINS = (0.0, 0.03, 1e6)
 
 
 @pytest.fixture(scope="module")
 def listed(tiny):
     """A run of three margins with everything that TAP can yield."""
-    variants = ("tap", "tap-no-kd", "tap-stage1", "tap-stage2", "local", *TRUNK)
+    variants = ("tap", "tap-no-kd", "tap-stage1", "tap-stage2", "local", *FEDAVG)
     experiment = alive(experiments.build(tiny(ROWS, SETTINGS | {"margins": MARGINS, "variants": variants})))
     return experiment, *play(experiment)
 
@@ -48,7 +48,7 @@ def same_bits(one, other) -> None:
 
 
 @pytest.mark.parametrize(("margin", "label"), [(0.0, ""), (0.03, "@0.03")])
-def test_each_chain_of_a_list_is_that_of_a_run_of_its_own(listed, single, margin, label):
+def test_each_model_of_a_list_is_that_of_a_run_of_its_own(listed, single, margin, label):
     """Blocks, histories, replacements and the finished model, bit for bit."""
     experiment, played, finished = listed
     assert experiment.variants[-2:] == ("tap@0.03", "tap@1000000")
@@ -75,7 +75,7 @@ def test_margins_differ(listed):
 
 
 def test_ablations_equal_the_oracle(listed):
-    """Stage 1 alone is the chain as it stands; Stage 2 alone distils the chain that never communicates."""
+    """Stage 1 alone is the model as it stands; Stage 2 alone distils the model that never communicates."""
     experiment, played, finished = listed
     reference = Oracle(experiment)
     reference.margin = lambda o: MARGINS[0]
@@ -88,13 +88,13 @@ def test_ablations_equal_the_oracle(listed):
             assert agree(finished.models[variant][i], expected, experiment.initial_blocks), (variant, i)
 
 
-def test_the_trunk_of_tap_is_fedavg(tiny, listed, single):
+def test_the_federated_models_of_tap_are_those_of_fedavg(tiny, listed, single):
     """Bit for bit: the server's blocks after every round, and the models of FedAvg with and without post-training."""
-    plain = alive(experiments.build(tiny(ROWS, SETTINGS | {"method": "fedavg", "variants": TRUNK})))
+    plain = alive(experiments.build(tiny(ROWS, SETTINGS | {"method": "fedavg", "variants": FEDAVG})))
     played, finished = play(plain)
     for t, (state, line) in enumerate(played):
         for run in (listed[1], single[0.03][0]):
             assert run[t][1]["losses"]["federated"] == line["losses"]["federated"]
             same_bits(run[t][0].server, state.server)
-    for variant in TRUNK[1:]:
+    for variant in FEDAVG[1:]:
         same_bits(listed[2].models[variant], finished.models[variant])
