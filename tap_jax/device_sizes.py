@@ -29,7 +29,7 @@ FILLED = 0.85
 # What the compiler is taken to keep over what `row_bytes` counts. Seen: 0.8 for an H100, 2.3 for v5e (benchmarks.md).
 RESIDUALS = 1.3
 DATA = 2**31  # bytes of training and test data on a device, where nothing bounds them: sets as the hub has them
-MOST, ENOUGH = 32, 512  # samples of a row at most; tokens at which a row keeps matrix units half busy
+ENOUGH = 512  # tokens at which a row keeps matrix units half busy
 KEPT, LAYER = "none", "layer"  # values of engine.remat
 _SLOWER = {KEPT: 1.0, LAYER: 1.25}  # forward passes are a third of the work, and frozen weights have more
 

@@ -86,8 +86,8 @@ def _draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[Picture]]:
     colors = np.stack([np.where(colors[:, i] == first, colors[:, 2], colors[:, i]) for i in range(2)], axis=1)
     large = rng.random((n, 2)) < 0.5
 
-    def shade(colors, amount=0.1):
-        return np.clip(colors + rng.uniform(-amount, amount, colors.shape), 0, 1).astype(np.float32)
+    def shade(colors):
+        return np.clip(colors + rng.uniform(-0.1, 0.1, colors.shape), 0, 1).astype(np.float32)
 
     angles = rng.uniform(-0.3, 0.3, n)
     u, v = drawing.grid(rng.uniform(0, drawing.SIDE, (n, 2)), rng.uniform(5.5, 9, n), angles)

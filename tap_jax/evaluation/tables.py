@@ -13,27 +13,19 @@ import numpy as np
 from tap_jax.evaluation.scores import AVERAGES, DIVERGED, METRICS, Metric, Row, Summary, find_metric, summarise
 from tap_jax.tasks import TASKS
 
+MOST_CLIENTS = 300  # in a table of scores by client
 
-def markdown_table(
-    rows: Sequence[Row],
-    *,
-    tasks: Sequence[str] | None = None,
-    variants: Sequence[str] | None = None,
-    digits: int | None = None,
-) -> str:
+
+def markdown_table(rows: Sequence[Row]) -> str:
     """The table in markdown: a line per task and metric, then the averages; a column per variant.
+
+    Tasks are in the registry's order, variants in that of `rows`.
 
     An average is the client-weighted mean over the tasks of a kind; it stands where the table has two or more
     of them, is — where one diverged and blank where one is missing. Scores are compared as printed, so equal
     ones share their mark.
-
-    Args:
-      rows: scores, of any number of variants.
-      tasks: lines, in order; default: all that occur, in the registry's order.
-      variants: columns, in order; default: all that occur, in order of appearance.
-      digits: decimals of every line; default: each metric's own.
     """
-    table = _table(rows, tasks, variants, digits)
+    table = _table(rows)
     if not table.scores:
         return "No results.\n"
     lines = [f"| | {' | '.join(table.variants)} |", "|:--|" + "--:|" * len(table.variants)]
@@ -46,20 +38,13 @@ def markdown_table(
     return "\n".join(lines) + "\n"
 
 
-def text_table(
-    rows: Sequence[Row],
-    width: int = 100,
-    *,
-    tasks: Sequence[str] | None = None,
-    variants: Sequence[str] | None = None,
-    digits: int | None = None,
-) -> str:
+def text_table(rows: Sequence[Row], width: int = 100) -> str:
     """The same table for a terminal, * at the best.
 
     The stds are left out where they do not fit into `width` characters; columns that still do not fit go
     into further blocks below, each with the line labels.
     """
-    table = _table(rows, tasks, variants, digits)
+    table = _table(rows)
     if not table.scores:
         return "No results.\n"
     labels = [score.label for score in table.scores]
@@ -93,16 +78,15 @@ def text_table(
     return "\n\n".join("\n".join(lines) for lines in drawings) + "\n"
 
 
-def client_table(rows: Sequence[Row], most: int = 300) -> list[str]:
+def client_table(rows: Sequence[Row]) -> list[str]:
     """Markdown of the first variant's scores by client, where clients have names; nothing where they have none.
 
-    Args:
-      most: clients at most; of more, a line says where their scores are.
+    Of more than `MOST_CLIENTS`, a line says where their scores are.
     """
     clients = list(dict.fromkeys(row["client"] for row in rows))
     if not clients or not all(isinstance(client, str) for client in clients):
         return []
-    if len(clients) > most:
+    if len(clients) > MOST_CLIENTS:
         return [f"Scores of each of the {len(clients):,} clients are in results.json.\n"]
     variant = rows[0]["variant"]
     mine = [row for row in rows if row["variant"] == variant]
@@ -166,34 +150,27 @@ class _Table(NamedTuple):
     variants: list[str]
 
 
-def _table(
-    rows: Sequence[Row], tasks: Sequence[str] | None, variants: Sequence[str] | None, digits: int | None
-) -> _Table:
-    variants = list(dict.fromkeys(row["variant"] for row in rows)) if variants is None else list(variants)
+def _table(rows: Sequence[Row]) -> _Table:
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
     seen = dict.fromkeys(row["task"] for row in rows)
-    if tasks is None:
-        tasks = [task for task in TASKS if task in seen] + [task for task in seen if task not in TASKS]
-    summaries = {(s["variant"], s["task"], s["metric"]): s for s in summarise(rows) if s["variant"] in variants}
+    tasks = [task for task in TASKS if task in seen] + [task for task in seen if task not in TASKS]
+    summaries = {(s["variant"], s["task"], s["metric"]): s for s in summarise(rows)}
     names = dict.fromkeys(metric for _, _, metric in summaries)
     names = [name for name in METRICS if name in names] + [name for name in names if name not in METRICS]
     shown = {task: [name for name in names if any((v, task, name) in summaries for v in variants)] for task in tasks}
-
-    def metric(name: str) -> Metric:
-        return find_metric(name) if digits is None else find_metric(name)._replace(digits=digits)
-
     scores = []
     for task in tasks:
         for name in shown[task]:
             found = {v: summaries[v, task, name] for v in variants if (v, task, name) in summaries}
             values = {v: None if s["mean"] is None else (s["mean"], s["std"]) for v, s in found.items()}
-            scores.append(_Score(task, metric(name), values))
+            scores.append(_Score(task, find_metric(name), values))
     for kind, heading in AVERAGES.items():
         for name in names:
-            family = [t for t in tasks if t in TASKS and TASKS[t].kind == kind and name in shown[t]]
-            if len(family) > 1:
-                lists = {v: [summaries.get((v, task, name)) for task in family] for v in variants}
+            of_kind = [t for t in tasks if t in TASKS and TASKS[t].kind == kind and name in shown[t]]
+            if len(of_kind) > 1:
+                lists = {v: [summaries.get((v, task, name)) for task in of_kind] for v in variants}
                 values = {v: _average(found) for v, found in lists.items() if None not in found}
-                scores.append(_Score(heading, metric(name), values))
+                scores.append(_Score(heading, find_metric(name), values))
     return _Table(scores, variants)
 
 

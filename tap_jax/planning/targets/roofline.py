@@ -41,7 +41,7 @@ def seconds(work: Work | None, accessed: float | None, platform: Platform, devic
     return max(times) if times else None
 
 
-def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
+def planned_work(run: Experiment) -> dict[str, Work]:
     """Phase -> the work of one of its calls on average, from the plans of some rounds and of the last phase.
 
     Prediction is not counted, and nothing is where a method does more in a step than gradients of the task losses.
@@ -57,10 +57,10 @@ def planned_work(run: Experiment, plans: int = PLANS) -> dict[str, Work]:
         run.engine.data,
         run.engine.settings,
         personal=personal,
-        plans=plans,
+        plans=PLANS,
     )
     models = 2 if personal else 1  # whose plans are measured
-    times = {"training": plans * models, "stage 2": models * _passes(run)}
+    times = {"training": PLANS * models, "stage 2": models * _passes(run)}
     found = {"training": shares.rounds, "stage 2": shares.stage2}
     total = {phase: sum(by_task.values(), Share()) * (gradients / times[phase]) for phase, by_task in found.items()}
     return {phase: Work(share.computed, share.useful) for phase, share in total.items()}
