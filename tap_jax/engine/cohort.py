@@ -121,9 +121,7 @@ class Cohort:
 
     def _exchange(self, models: ClientModels, params: Packed, like: Blocks) -> ClientModels:
         members, names = packed.members(self.engine.partition), self.engine.partition.names
-        params = {
-            shape_class: matrix for shape_class, matrix in params.items() if names[members[shape_class][0]] in like
-        }
+        params = {name: matrix for name, matrix in params.items() if names[members[name][0]] in like}
         if isinstance(models, tuple):  # in memory, where every process has all clients'
             return put_models(models, self._all(params, like))
         return put_models(models, self._by_client(self.engine.devices.fetch_shards(params), like))
@@ -306,11 +304,12 @@ class Cohort:
     def abstract_params(self, like: Blocks | None = None) -> Packed:
         """The shapes of the cohort's parameters, of blocks or of what else has a vector per block."""
         like = self.engine.like if like is None else like
-        shards, groups = len(self.table), packed.members(self.engine.partition)
-        names = {shape_class: self.engine.partition.names[members[0]] for shape_class, members in groups.items()}
-        sizes = {shape_class: blocks.count(like[name]) for shape_class, name in names.items() if name in like}
-        zero = {g: jax.ShapeDtypeStruct((shards, self.shape.slots[g], n), jnp.float32) for g, n in sizes.items()}
-        return abstract(zero, self.engine.by_client)
+        members, found = packed.members(self.engine.partition), {}
+        for name, (first, *_) in members.items():
+            if (block := self.engine.partition.names[first]) in like:
+                size = len(self.table), self.shape.slots[name], blocks.count(like[block])
+                found[name] = jax.ShapeDtypeStruct(size, jnp.float32)
+        return abstract(found, self.engine.by_client)
 
     def aggregate(self, server: Packed, params: Packed, losses: Losses) -> Packed:
         """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly; or with noise, see `engine.privacy`.

@@ -196,9 +196,9 @@ class Compiled:
 
     def blank_params(self, shapes: Packed) -> Packed:
         """Stands in for a teacher where there is none; never read, made once per shape."""
-        key = tuple((shape_class, shape.shape) for shape_class, shape in shapes.items())
+        key = tuple((name, shape.shape) for name, shape in shapes.items())
         if key not in self._blank:
-            zeros = {shape_class: np.zeros(shape.shape, shape.dtype) for shape_class, shape in shapes.items()}
+            zeros = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
             self._blank[key] = self.devices.put(zeros, CLIENTS)
         return self._blank[key]
 
@@ -213,11 +213,8 @@ class Compiled:
     def server_shapes(self) -> Packed:
         """The shapes of `server_params`."""
         members, names = packed.members(self.partition), self.partition.names
-        sizes = {
-            shape_class: (len(found), blocks.count(self.like[names[found[0]]]))
-            for shape_class, found in members.items()
-        }
-        shapes = {shape_class: jax.ShapeDtypeStruct(size, np.float32) for shape_class, size in sizes.items()}
+        sizes = {name: (len(found), blocks.count(self.like[names[found[0]]])) for name, found in members.items()}
+        shapes = {name: jax.ShapeDtypeStruct(size, np.float32) for name, size in sizes.items()}
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.shared), shapes)
 
     def server_blocks(self, server: Packed) -> Blocks:

@@ -71,8 +71,8 @@ def regroup(out: Packed | None, params: Packed, index: Packed) -> Packed:
       index: shape class -> int32 [D, H], slots among all D·G, -1 where nothing is wanted.
     """
     found = {}
-    for shape_class, rows in flat(params).items():
-        wanted = rows[jnp.maximum(index[shape_class], 0)]
-        rest = jnp.zeros_like(wanted) if out is None else out[shape_class]
-        found[shape_class] = jnp.where((index[shape_class] >= 0)[..., None], wanted, rest)
+    for name, rows in flat(params).items():
+        wanted = rows[jnp.maximum(index[name], 0)]
+        rest = jnp.zeros_like(wanted) if out is None else out[name]
+        found[name] = jnp.where((index[name] >= 0)[..., None], wanted, rest)
     return found

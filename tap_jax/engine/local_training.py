@@ -88,9 +88,7 @@ def local_training(
             )
             return params, opt_state, losses
 
-        opt_state = (
-            dict(moments) if remember else {shape_class: optimizer.init(leaf) for shape_class, leaf in params.items()}
-        )
+        opt_state = dict(moments) if remember else {name: optimizer.init(leaf) for name, leaf in params.items()}
         params, opt_state, losses = jax.lax.fori_loop(plan.first, plan.steps, step, (dict(params), opt_state, losses))
         broken = broken_clients(params, layout)
         if remember:  # a client that broke starts afresh next time
@@ -123,7 +121,7 @@ class Tools:
         """η of every slot, shape class -> [G, 1]; 0 where a slot is idle."""
         _, _, layout, _ = self.surroundings
         padded = jnp.append(self.rates, 0)
-        return {shape_class: padded[client][:, None] for shape_class, client in layout.owner.items()}
+        return {name: padded[client][:, None] for name, client in layout.owner.items()}
 
     @property
     def no_losses(self) -> StepLosses:
@@ -146,18 +144,14 @@ class Tools:
         if self.settings.clip_norm:
             gradient = clip_per_client(gradient, layout, self.settings.clip_norm)
         updates, after, rate = {}, {}, self.rate
-        for shape_class, matrix in params.items():
-            live = self.active[layout.owner[shape_class]][:, None]
+        for name, matrix in params.items():
+            live = self.active[layout.owner[name]][:, None]
             if self.remember:
-                update, moments = remembered_update(
-                    self.optimizer, gradient[shape_class], opt_state[shape_class], matrix
-                )
-                after[shape_class] = jnp.where(live, moments, opt_state[shape_class])
+                update, moments = remembered_update(self.optimizer, gradient[name], opt_state[name], matrix)
+                after[name] = jnp.where(live, moments, opt_state[name])
             else:
-                update, after[shape_class] = self.optimizer.update(
-                    gradient[shape_class], opt_state[shape_class], matrix
-                )
-            updates[shape_class] = jnp.where(live, matrix - rate[shape_class] * update, matrix)
+                update, after[name] = self.optimizer.update(gradient[name], opt_state[name], matrix)
+            updates[name] = jnp.where(live, matrix - rate[name] * update, matrix)
         return updates, after
 
 
@@ -187,8 +181,8 @@ def remembered_update(
 def broken_clients(params: Packed, layout: Layout) -> Array:
     """bool [K + 1], by position: the client holds a value that is no number."""
     broken = jnp.zeros(layout.slot.shape[0] + 1, bool)
-    for shape_class, matrix in params.items():
-        broken = broken.at[layout.owner[shape_class]].max(~jnp.isfinite(matrix).all(1))
+    for name, matrix in params.items():
+        broken = broken.at[layout.owner[name]].max(~jnp.isfinite(matrix).all(1))
     return broken
 
 
@@ -207,8 +201,8 @@ def without_broken(losses: Losses, broken: Array) -> Losses:
 def clip_per_client(grads: Packed, layout: Layout, bound: float) -> dict[str, Array]:
     """Scales each client's gradient, over all its blocks, to a global norm of at most `bound`."""
     squares = jnp.zeros(layout.slot.shape[0] + 1, jnp.float32)
-    for shape_class, matrix in grads.items():
-        squares = squares.at[layout.owner[shape_class]].add(jnp.square(matrix).sum(1))
+    for name, matrix in grads.items():
+        squares = squares.at[layout.owner[name]].add(jnp.square(matrix).sum(1))
     norm = jnp.sqrt(squares)
     factor = jnp.where(norm > bound, bound / norm, 1.0)
-    return {shape_class: matrix * factor[layout.owner[shape_class]][:, None] for shape_class, matrix in grads.items()}
+    return {name: matrix * factor[layout.owner[name]][:, None] for name, matrix in grads.items()}

@@ -88,7 +88,7 @@ def memory_plan(
 
     def packed_bytes(positions: int) -> int:
         slots = packed.capacities(partition, partition.owned, positions)
-        return sum(slots[shape_class] * int(sizes[of[0]]) for shape_class, of in packed.members(partition).items())
+        return sum(slots[name] * int(sizes[of[0]]) for name, of in packed.members(partition).items())
 
     def phase(name: str, clients: int) -> PhaseMemory:
         positions, last = -(-clients // shards), name == LAST

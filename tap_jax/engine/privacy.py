@@ -93,20 +93,15 @@ def private_aggregate(
     weights = jnp.pad(jnp.where(sent, factor[:, None], 0), ((0, 1), (0, 0)))
     place = jnp.asarray(server_layout.slot)[0]
 
-    def one(number: int, shape_class: str) -> Array:
-        weight, at = (
-            weights[layout.owner[shape_class], layout.block[shape_class]][:, None],
-            place[layout.block[shape_class]],
-        )
-        update = jnp.where(weight > 0, weight * (cohort[shape_class] - server[shape_class][at]), 0)
-        total = jnp.zeros_like(server[shape_class]).at[at].add(update)
+    def one(number: int, name: str) -> Array:
+        weight, at = weights[layout.owner[name], layout.block[name]][:, None], place[layout.block[name]]
+        update = jnp.where(weight > 0, weight * (cohort[name] - server[name][at]), 0)
+        total = jnp.zeros_like(server[name]).at[at].add(update)
         noise = deviation * jax.random.normal(jax.random.fold_in(key, number), total.shape, total.dtype)
-        owners = jnp.asarray(expected)[server_layout.block[shape_class]][:, None]
-        return jnp.where(
-            owners > 0, server[shape_class] + (total + noise) / jnp.maximum(owners, 1), server[shape_class]
-        )
+        owners = jnp.asarray(expected)[server_layout.block[name]][:, None]
+        return jnp.where(owners > 0, server[name] + (total + noise) / jnp.maximum(owners, 1), server[name])
 
-    return {shape_class: one(number, shape_class) for number, shape_class in enumerate(sorted(server))}
+    return {name: one(number, name) for number, name in enumerate(sorted(server))}
 
 
 @functools.lru_cache(maxsize=4)

@@ -91,9 +91,9 @@ class Probes:
 
         def inner(params, other, layout):
             out = jnp.zeros((len(layout.slot) + 1, self.blocks), jnp.float32)
-            for shape_class, matrix in params.items():
-                product = (matrix * other[shape_class]).reshape(-1, matrix.shape[-1]).sum(1)
-                out = out.at[layout.owner[shape_class], layout.block[shape_class]].add(product)
+            for name, matrix in params.items():
+                product = (matrix * other[name]).reshape(-1, matrix.shape[-1]).sum(1)
+                out = out.at[layout.owner[name], layout.block[name]].add(product)
             return out[:-1]
 
         return jax.jit(inner, out_shardings=self.devices.sharding(SHARED))

@@ -59,9 +59,9 @@ def update_norms(server: Packed, cohort: Packed, server_layout: Layout, layout: 
     """
     padded, place = jnp.pad(sent, ((0, 1), (0, 0))), jnp.asarray(server_layout.slot)[0]
     squares = jnp.zeros(len(sent) + 1, jnp.float32)
-    for shape_class, matrix in cohort.items():
-        client, block = layout.owner[shape_class], layout.block[shape_class]
-        length = jnp.square(matrix - server[shape_class][place[block]]).sum(1)
+    for name, matrix in cohort.items():
+        client, block = layout.owner[name], layout.block[name]
+        length = jnp.square(matrix - server[name][place[block]]).sum(1)
         squares = squares.at[client].add(jnp.where(padded[client, block], length, 0))
     return jnp.sqrt(squares[:-1])
 
@@ -77,8 +77,8 @@ def screen(
       norm: `update_norms`, or None. max_norm: see `Screening`.
     """
     padded, broken = jnp.pad(sent, ((0, 1), (0, 0))), jnp.zeros(len(sent) + 1, bool)
-    for shape_class, matrix in cohort.items():
-        client, block = layout.owner[shape_class], layout.block[shape_class]
+    for name, matrix in cohort.items():
+        client, block = layout.owner[name], layout.block[name]
         broken = broken.at[client].max(padded[client, block] & ~jnp.isfinite(matrix).all(1))
     lost = ~jnp.isfinite(losses.plain).all(1)
     # Of finite blocks, too, the difference or its square may overflow.

@@ -138,13 +138,13 @@ def _index(wave: Cohort, cohort: Cohort) -> dict[str, np.ndarray]:
     mine, theirs = _places(cohort, wave)
     source[theirs] = mine
     slot, index = np.asarray(cohort.flat_layout.slot), {}
-    for shape_class, size in cohort.shape.slots.items():
-        index[shape_class] = np.full((len(wave.table), wave.shape.slots[shape_class]), -1, np.int32)
+    for name, size in cohort.shape.slots.items():
+        index[name] = np.full((len(wave.table), wave.shape.slots[name]), -1, np.int32)
         for shard, layout in enumerate(wave.shard_layouts):
-            real = layout.owner[shape_class] < wave.positions
-            position = source[np.where(real, layout.owner[shape_class] + shard * wave.positions, -1)]
-            at = position // cohort.positions * size + slot[position, layout.block[shape_class]]
-            index[shape_class][shard] = np.where(position >= 0, at, -1)
+            real = layout.owner[name] < wave.positions
+            position = source[np.where(real, layout.owner[name] + shard * wave.positions, -1)]
+            at = position // cohort.positions * size + slot[position, layout.block[name]]
+            index[name][shard] = np.where(position >= 0, at, -1)
     return index
 
 

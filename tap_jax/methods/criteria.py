@@ -69,7 +69,7 @@ def gradient(evidence: Evidence) -> Array:
     is that of one minibatch of the task, so domains that it lacks are left out.
     """
     e = evidence
-    way = {shape_class: e.federated[shape_class] - e.personal[shape_class] for shape_class in e.personal}
+    way = {name: e.federated[name] - e.personal[name] for name in e.personal}
     length = e.cohort.inner(way, way)
     columns = []
     for o, task in enumerate(e.tasks):

@@ -47,24 +47,24 @@ MODEL = "private"
 
 def with_own(params: Params) -> dict[str, Array]:
     """The parameters as a model with A0 sees it: in the place of A1, and no private ones."""
-    return {shape_class: params.get(PRIVATE + shape_class, matrix) for shape_class, matrix in shared(params).items()}
+    return {name: params.get(PRIVATE + name, matrix) for name, matrix in shared(params).items()}
 
 
 def shared(params: Params) -> dict[str, Array]:
     """The parameters as a model with A1 sees it."""
-    return {shape_class: matrix for shape_class, matrix in params.items() if not shape_class.startswith(PRIVATE)}
+    return {name: matrix for name, matrix in params.items() if not name.startswith(PRIVATE)}
 
 
 def put(params: Params, seen: Params, own: Array) -> dict[str, Array]:
     """`params` with what a model saw put back: adapters into A0 where `own`, else into A1; the rest as it is."""
     out = dict(params)
-    for shape_class, matrix in seen.items():
-        twin = PRIVATE + shape_class
+    for name, matrix in seen.items():
+        twin = PRIVATE + name
         if twin in params:
             out[twin] = choose(own, matrix, params[twin])
-            out[shape_class] = choose(own, params[shape_class], matrix)
+            out[name] = choose(own, params[name], matrix)
         else:
-            out[shape_class] = matrix
+            out[name] = matrix
     return out
 
 

@@ -29,7 +29,7 @@ def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
     """
 
     def step(tools: Tools, params, opt_state, teacher):
-        alpha = {shape_class: scale * rate for shape_class, rate in tools.rate.items()}
+        alpha = {name: scale * rate for name, rate in tools.rate.items()}
 
         def descend(minibatch, carry):
             at, *_ = carry

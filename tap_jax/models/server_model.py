@@ -174,9 +174,9 @@ class ServerModel:
         for stream in self.streams:
             for name in self.blocks_of(stream):
                 touches[self.tasks.index(stream.task), self.block_names.index(name)] = True
-        return Partition(self.block_names, tuple(map(self._group, self.block_names)), touches, task_mask)
+        return Partition(self.block_names, tuple(map(self._shape_class, self.block_names)), touches, task_mask)
 
-    def _group(self, name: str) -> str:
+    def _shape_class(self, name: str) -> str:
         """Blocks of one shape class have equal shapes: all stacks' attentions of a stage, heads of as many classes, ...
 
         Tasks of one group (`data.task_groups`) find each of its parts in one shape class, whatever their heads' names.
