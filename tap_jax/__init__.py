@@ -59,8 +59,11 @@ Words, with the paper's symbols:
   personal (X_[i])   a client's own model, which is never sent
   phase              what a local training is for: "federated", "personal", "post", "distil", ...
   server (W̃)         the averaged blocks; frozen (Ŵ): the pre-trained weights, one copy for all
+  shape class        blocks of equal shapes, which the engine keeps in one matrix
   stream             a task's samples of one domain, which take one path through the model
+  task group         tasks that one path of the compiled program serves
   teacher, student   W̃_[i] after the last round and X_[i], in Stage 2
+  variant            a result of a run: a model, and how long it is trained after the last round
 
 From the shell: `tap-jax --help`.
 
