@@ -9,7 +9,7 @@ import pytest
 
 from tap_jax import experiment as experiments
 from tests.test_oracle import SETTINGS
-from tests.trajectories import alive, difference, play
+from tests.trajectories import alive, check_same, play
 
 ROWS = ({"ag_news": 0.2}, {"cifar100": 0.5, "ag_news": 0.7}, {"cifar100": 0.3})
 VARIANTS = ("tap", "fedavg+post")
@@ -43,17 +43,6 @@ def test_as_on_one_device(tiny, alone, mesh):
     experiment = alive(experiments.build(tiny(ROWS, FIELDS | MESHES[mesh])))
     assert experiment.engine.devices.size == len(jax.devices()) == 8
     played, finished = play(experiment)
-    for (state, line), (expected, expected_line) in zip(played, alone[0], strict=True):
-        assert line["replacements"] == expected_line["replacements"]
-        for model, by_client in expected_line["losses"].items():
-            for client, by_task in by_client.items():
-                assert line["losses"][model][client] == pytest.approx(by_task, rel=1e-5)
-        assert difference(state.server, expected.server) < 1e-5
-        for model in expected.client_models:
-            for mine, theirs in zip(state.client_models[model], expected.client_models[model], strict=True):
-                assert difference(mine, theirs) < 1e-5
-    for variant in VARIANTS:
-        for mine, theirs in zip(finished.models[variant], alone[1].models[variant], strict=True):
-            assert difference(mine, theirs) < 1e-5
+    check_same((played, finished), alone, VARIANTS)
     values = [[row["value"] for row in run.evaluate(end)] for run, end in ((experiment, finished), alone[2:0:-1])]
     np.testing.assert_allclose(*values, rtol=1e-4)

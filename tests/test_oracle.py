@@ -12,7 +12,7 @@ from tap_jax import experiment as experiments
 from tap_jax.tasks import KINDS
 from tests import oracle
 from tests.oracle import Oracle
-from tests.trajectories import TOLERANCE, agree, alive, difference, play
+from tests.trajectories import TOLERANCE, agree, alive, check_same, play
 
 ROWS = (
     {"ag_news": 0.2},  # 10 samples: two steps of three, the second one short
@@ -242,19 +242,7 @@ def test_devices_and_packed_rows_change_nothing(tiny, run):
     split = {"mesh.clients": 2, "engine.packing": "on", "engine.microbatch": 2}
     other = alive(experiments.build(tiny(ROWS, SETTINGS | split)))
     assert other.engine.devices.size == 2
-    played, finished = play(other)
-    for (state, line), (expected, expected_line) in zip(played, run[0], strict=True):
-        assert line["replacements"] == expected_line["replacements"]
-        for model, by_client in expected_line["losses"].items():
-            for client, by_task in by_client.items():
-                assert line["losses"][model][client] == pytest.approx(by_task, rel=1e-5)
-        assert difference(state.server, expected.server) < 1e-5
-        for model in expected.client_models:
-            for mine, theirs in zip(state.client_models[model], expected.client_models[model], strict=True):
-                assert difference(mine, theirs) < 1e-5
-    for variant in ("tap", "tap-no-kd", "fedavg+post"):
-        for mine, theirs in zip(finished.models[variant], run[1].models[variant], strict=True):
-            assert difference(mine, theirs) < 1e-5
+    check_same(play(other), run, ("tap", "tap-no-kd", "fedavg+post"))
 
     # The same engine, with one client whose parameters are not numbers: the others do not notice. Here client 2 shares
     # a device with clients 0 and 1, none of whom has the other's first task.

@@ -64,7 +64,23 @@ def play(experiment):
     return played, experiment.finish(state)
 
 
-def check_trunk(experiment, run, reference) -> None:
+def check_same(run, other, variants) -> None:
+    """Two runs are alike to 1e-5, replacements exactly; a run is what `play` gives."""
+    for (state, line), (expected, expected_line) in zip(run[0], other[0], strict=True):
+        assert line["replacements"] == expected_line["replacements"]
+        for model, by_client in expected_line["losses"].items():
+            for client, by_task in by_client.items():
+                assert line["losses"][model][client] == pytest.approx(by_task, rel=1e-5)
+        assert difference(state.server, expected.server) < 1e-5
+        for model in expected.client_models:
+            for mine, theirs in zip(state.client_models[model], expected.client_models[model], strict=True):
+                assert difference(mine, theirs) < 1e-5
+    for variant in variants:
+        for mine, theirs in zip(run[1].models[variant], other[1].models[variant], strict=True):
+            assert difference(mine, theirs) < 1e-5
+
+
+def check_federated(experiment, run, reference) -> None:
     """A run of a method without personal models against its oracle: losses and server's blocks of every round, and
     the finished model of every client."""
     played, finished = run

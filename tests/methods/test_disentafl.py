@@ -12,7 +12,7 @@ from tap_jax.methods import disentafl
 from tap_jax.methods.base import Row
 from tap_jax.tasks import find_task
 from tests.methods.oracles import DisentAFL, FedAvg
-from tests.trajectories import agree, alive, check_trunk, play
+from tests.trajectories import agree, alive, check_federated, play
 
 ROWS = (
     {"ag_news": 0.3},  # one group
@@ -49,7 +49,7 @@ def run(experiment):
 
 def test_run_equals_oracle(experiment, run):
     """Rounds, post-training, and post-training twice."""
-    check_trunk(experiment, run, DisentAFL(experiment))
+    check_federated(experiment, run, DisentAFL(experiment))
 
 
 @pytest.mark.parametrize("fault", ["tasks", "sum", "none"])
@@ -59,7 +59,7 @@ def test_the_comparison_notices(experiment, run, fault):
     if fault == "none":
         wrong.auxiliary = lambda latents: 0.0
     with pytest.raises(AssertionError):
-        check_trunk(experiment, run, wrong)
+        check_federated(experiment, run, wrong)
 
 
 def test_clients_with_one_group_train_as_in_fedavg(experiment, run, tiny):

@@ -9,7 +9,7 @@ from tap_jax.methods.base import LocalRule, plain_step
 from tap_jax.methods.fedavg import fedavg
 from tests.methods.oracles import FedAvg
 from tests.oracle import minibatches
-from tests.trajectories import alive, check_trunk, play
+from tests.trajectories import alive, check_federated, play
 
 ROWS = ({"ag_news": 0.2}, {"cifar100": 0.5, "ag_news": 0.5}, {"cifar100": 0.4})
 SETTINGS = {
@@ -37,7 +37,7 @@ def run(experiment):
 def test_standard_backbone_equals_oracle(experiment, run):
     """One block that all clients send and receive; rounds, +post, +2p."""
     assert "backbone" in experiment.partition.names and not any("mote" in name for name in experiment.partition.names)
-    check_trunk(experiment, run, FedAvg(experiment))
+    check_federated(experiment, run, FedAvg(experiment))
 
 
 def test_one_program_serves_p_and_2p_iterations(experiment):
@@ -78,7 +78,7 @@ def test_a_step_is_told_each_task_s_share_of_the_minibatch(tiny):
 @pytest.mark.parametrize("fault", ["clip", "uniform", "lambda"])
 def test_the_comparison_notices(experiment, run, fault):
     with pytest.raises(AssertionError):
-        check_trunk(experiment, run, FedAvg(experiment, fault))
+        check_federated(experiment, run, FedAvg(experiment, fault))
 
 
 def test_centralised_is_fedavg_of_one_client_with_all_the_data(tiny):

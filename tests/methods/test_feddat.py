@@ -6,7 +6,7 @@ import pytest
 
 from tap_jax import experiment as experiments
 from tests.methods.oracles import FedDAT
-from tests.trajectories import agree, alive, check_trunk, play
+from tests.trajectories import agree, alive, check_federated, play
 
 ROWS = ({"ag_news": 0.2}, {"fashion_mnist": 0.3, "ag_news": 0.5}, {"fashion_mnist": 0.4})
 SETTINGS = {
@@ -47,7 +47,7 @@ def check(experiment, run, reference):
         return found
 
     reference.round = round_
-    check_trunk(experiment, run, reference)
+    check_federated(experiment, run, reference)
     for (state, _), expected in zip(run[0], private, strict=True):
         for mine, blocks in zip(state.client_models["private"], expected, strict=True):
             named = {f"private/{b}": tree for b, tree in blocks.items()}

@@ -10,7 +10,7 @@ import pytest
 from tap_jax import experiment as experiments
 from tap_jax.methods.per_fedavg import meta_step
 from tests.methods.oracles import PerFedAvg
-from tests.trajectories import alive, check_trunk, play
+from tests.trajectories import alive, check_federated, play
 
 ROWS = ({"ag_news": 0.2}, {"cifar100": 0.5, "ag_news": 0.5}, {"cifar100": 0.4})
 SETTINGS = {
@@ -43,7 +43,7 @@ def run(experiment):
 def test_run_equals_oracle(experiment, run):
     """Two minibatches a step, clipping, AdamW, aggregation, post-training."""
     assert run[1].models["per-fedavg"] is None, "the server's blocks"
-    check_trunk(experiment, run, PerFedAvg(experiment))
+    check_federated(experiment, run, PerFedAvg(experiment))
 
 
 def test_the_comparison_notices(experiment, run):
@@ -56,7 +56,7 @@ def test_the_comparison_notices(experiment, run):
         wrong = PerFedAvg(experiment, fault)
         wrong.config = config
         with pytest.raises(AssertionError):
-            check_trunk(experiment, run, wrong)
+            check_federated(experiment, run, wrong)
 
 
 @pytest.mark.parametrize("exact", [False, True])
