@@ -45,13 +45,13 @@ from tap_jax.registry import Settings
 MODEL = "private"
 
 
-def with_own(params: Params) -> dict[str, Array]:
-    """The parameters as a model with A0 sees it: in the place of A1, and no private ones."""
+def with_own(params: Params | Blocks) -> dict[str, Tree]:
+    """The parameters, or a client's blocks, as a model with A0 sees them: in the place of A1, and no private ones."""
     return {name: params.get(PRIVATE + name, matrix) for name, matrix in shared(params).items()}
 
 
-def shared(params: Params) -> dict[str, Array]:
-    """The parameters as a model with A1 sees it."""
+def shared(params: Params | Blocks) -> dict[str, Tree]:
+    """The same as a model with A1 sees them."""
     return {name: matrix for name, matrix in params.items() if not name.startswith(PRIVATE)}
 
 
@@ -150,7 +150,7 @@ def feddat(
         frozen_copy = cohort.unload(received)
 
         def teachers(params: Params) -> FinishedBlocks:
-            return {k: dual(with_own_blocks(mine), frozen_copy[k]) for k, mine in cohort.unload(params).items()}
+            return {k: dual(with_own(mine), frozen_copy[k]) for k, mine in cohort.unload(params).items()}
 
         if "feddat" in variants:
             yield "feddat", teachers(params)
@@ -160,11 +160,6 @@ def feddat(
     divergence = adapter_divergence(forward, dual, weight=weight, image_loss=image_loss)
     rule = LocalRule(step, takes_teacher=True, extra_loss=divergence)
     return Method((MODEL,), feddat_round, finish, rule)
-
-
-def with_own_blocks(blocks: Blocks) -> dict:
-    """A client's blocks by name as a model with A0 sees them."""
-    return {name: blocks.get(PRIVATE + name, tree) for name, tree in blocks.items() if not name.startswith(PRIVATE)}
 
 
 def configured(settings: Settings, context: MethodContext) -> Method:
