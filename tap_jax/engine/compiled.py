@@ -135,7 +135,8 @@ class Compiled:
         mine = [[task for task, has in zip(self.tasks, row, strict=True) if has] for row in partition.task_mask]
         self.with_statistics = frozenset(k for k, found in enumerate(mine) if rule.needs_statistics(found))
         self._blank: dict[tuple, Packed] = {}
-        self.begins: str | None = None  # phase of the first training of the cohort before
+        # What `Engine.draw_ahead` goes by and has drawn: the phase with which the cohort before began, and plans.
+        self.begins: str | None = None
         self.drawn_ahead: dict[tuple, concurrent.futures.Future] = {}
         self.replaceable = partition.replaceable(settings.scope)
         self.sends = sends(model, partition, self.data)
