@@ -87,7 +87,7 @@ def export_client(
     run_folder.check_clients(workdir, federation)
     label, client = client, None if client is None else federation.number_of(client)
     names = _tasks(federation, client, label, model, tasks)
-    variant = _variant(config, model, variant)
+    variant = _variant(configuration.variants_of(config), model, variant)
     check_free(out)
     experiment = build(config, federation=federation)
     trained, step = _blocks(experiment, workdir, model, client, variant, say)
@@ -100,10 +100,10 @@ def export_client(
         "variant": variant or None,
         "round": step,
         "tasks": names,
-        "seed": config.seed,
+        "seed": experiment.engine.settings.seed,
     }
     # The checkpoint that the frozen weights come from, for what our model does not store of it.
-    source = None if config.model.start_from else config.model.weights or None
+    source = None if experiment.sections.start_from else experiment.sections.weights or None
     frozen = jax.device_get(experiment.engine.frozen)
     for name in restricted.block_names:
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained[name])):
@@ -150,9 +150,8 @@ def _tasks(
     return [name for name in names if name in wanted or not wanted]
 
 
-def _variant(config: ConfigDict, model: str, variant: str) -> str:
-    """The variant of a personal model; "" for models that come before the last phase."""
-    variants = configuration.variants_of(config)
+def _variant(variants: Sequence[str], model: str, variant: str) -> str:
+    """The variant of a personal model, of the run's; "" for models that come before the last phase."""
     if model == "personal":
         if variant:
             _one_of("variant", variant, variants)
