@@ -60,4 +60,6 @@ class Preemption:
                 os.write(2, b"tap-jax: " + why + b"; stopped at once\n")
                 os._exit(STATUS)
             self.stop = True
-            _LOG.warning("SIGTERM: the run stops after what it is doing, one round or client pass; again stops at once")
+            _LOG.warning(
+                "SIGTERM: the run stops after what it is doing, one round or client batch; again stops at once"
+            )

@@ -130,7 +130,7 @@ def memory_plan(
         host=({} if on_disk else stored)
         | ({name.replace(", at", " as read, at"): size for name, size in known.items()}),
         disk=stored if on_disk else {},
-        finished={"finished models, one variant of a pass at a time": round(owned * share)} if made else {},
+        finished={"finished models, one variant of a client batch at a time": round(owned * share)} if made else {},
     )
 
 

@@ -195,7 +195,7 @@ def _play(
     rows: list[Row] = []
     entry, stage2, since = METHODS[config.method], 0.0, trained
     for cohort, variant, mine in experiment.finish_in_batches(state, reporter.doing):
-        if entry.personal and variant == entry.default:  # the first of a pass, after its teacher's training (Table 7)
+        if entry.personal and variant == entry.default:  # the first of a batch, after its teacher's training (Table 7)
             stage2 += time.monotonic() - since
         for client, found in mine.items() if writes else ():
             write_model(workdir / "models", variant, client, found, config.rounds, name_of(experiment, client))

@@ -60,7 +60,7 @@ def planned_work(run: Experiment) -> dict[str, Work]:
         plans=PLANS,
     )
     models = 2 if personal else 1  # whose plans are measured
-    times = {"training": PLANS * models, "stage 2": models * _passes(run)}
+    times = {"training": PLANS * models, "stage 2": models * _client_batches(run)}
     found = {"training": shares.rounds, "stage 2": shares.stage2}
     total = {phase: sum(by_task.values(), Share()) * (gradients / times[phase]) for phase, by_task in found.items()}
     return {phase: Work(share.computed, share.useful) for phase, share in total.items()}
@@ -71,9 +71,9 @@ def calls(run: Experiment) -> dict[str, float]:
     settings, personal = run.engine.settings, run.method.personal_variants
     models = 1 + len(personal) if personal else max(1, len(run.method.client_models))
     last = sum(run.sections.post_periods) if settings.post_steps else 0
-    return {"training": settings.rounds * models, "stage 2": _passes(run) * last}
+    return {"training": settings.rounds * models, "stage 2": _client_batches(run) * last}
 
 
-def _passes(run: Experiment) -> int:
+def _client_batches(run: Experiment) -> int:
     """Batches of clients after the last round."""
     return -(-len(run.engine.data) // run.engine.settings.clients_at_once)
