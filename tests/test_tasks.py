@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tap_jax.config import config_hash, default_config, from_json, load_config, to_json, validate
+from tap_jax.config import config_hash, default_config, from_json, load_config, override, to_json, validate
 from tap_jax.errors import UserError
 from tap_jax.tasks import PAPER_TASKS, TASKS, Task, declare, declared, find_task
 
@@ -137,3 +137,10 @@ def get_config(argument=""):
         load_config(file, {"tasks.yray.path": "scans"})
     with pytest.raises(UserError, match="tasks.xray.classes: 'two' is of type str; use a int"):
         load_config(file, {"tasks.xray.classes": "two"})
+
+
+def test_a_loaded_configuration_takes_a_new_task():
+    """It is locked against fields that do not exist; a task's name is the user's own."""
+    config = override(load_config("demo"), {"tasks": {"xray": IMAGES}})
+    assert config.tasks.xray.label == "finding" and config.is_locked and config.tasks.is_locked
+    validate(config)

@@ -129,7 +129,8 @@ def _set_of_task(config: ConfigDict, field: str, value: Any) -> None:
     if len(rest) != 1:
         raise UserError(f"{field}: a task's fields are set one by one; write tasks.{name}.kind=... and so on")
     declaration = complete(name, {**config.tasks.get(name, {}), rest[0]: value})
-    config.tasks[name] = ConfigDict(declaration)
+    with config.tasks.unlocked():  # a locked configuration takes new values, and a new task is one
+        config.tasks[name] = ConfigDict(declaration)
 
 
 def _place(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
