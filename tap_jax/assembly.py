@@ -42,7 +42,7 @@ class Sections:
       method: what is known of the method. method_settings: what it alone reads.
       data: of data. model: of the server model. engine: of local training. metrics: of scores.
       weights, start_from: a checkpoint of frozen weights, and an export to start from; "" for none.
-      open: those of `engine.microbatch`, `engine.clients_at_once` and `model.remat` that are left to the device
+      open: those of `engine.microbatch`, `engine.clients_at_once` and `engine.remat` that are left to the device
         (`device_sizes.sized`).
       notes: what was chosen where the platform does not say it.
     """
