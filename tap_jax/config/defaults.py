@@ -200,7 +200,9 @@ def default_config() -> ConfigDict:
     # ⚙⚠ where dropout masks come from: "threefry", the same on every machine | "rbg", XLA's generator, whose masks are
     # those of a kind of device | "auto": rbg on TPUs
     engine.dropout_bits = "auto"
-    engine.clients_at_once = 0  # clients at once in phases over all clients; 0: cohort_size, or all on several devices
+    # Clients at once in phases over all clients. 0: cohort_size; all of them where accelerators form several shards, or
+    # their memory is not known.
+    engine.clients_at_once = 0
     # Memory on the host that all clients' personal blocks may take; where they would take more, they go to a store on
     # disk (workdir/store), and so does a persistent optimizer state. 0: half of the machine's, and none beyond 300
     # clients, whose checkpoints then hold tables in the place of a million arrays.

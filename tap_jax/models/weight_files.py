@@ -73,8 +73,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
             raise ValueError("no shards")
     except (ValueError, KeyError, TypeError):
         raise UserError(f"model.weights: {index} is no index of shards; download it again") from None
-    for shard in found.values():
-        if not isinstance(shard, str) or pathlib.Path(shard).name != shard:
+    for shard in dict.fromkeys(map(str, found.values())):  # once each: they have thousands of tensors
+        if pathlib.Path(shard).name != shard:
             raise UserError(f"model.weights: {index} names {shard!r}, which is no file beside it; download it again")
         if not (index.parent / shard).is_file():
             raise UserError(f"model.weights: {index.parent / shard} is missing; download it again")
