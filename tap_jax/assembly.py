@@ -286,8 +286,9 @@ def engine_settings(config: ConfigDict, clients: int, target: Platform | None = 
 
     On CPU: rows of one sample (wide rows lose to caches, and padding is work), batches of the cohort's size so
     that one program serves everything. On accelerators: rows of 32 samples or of as many tokens, packed, all clients in
-    one batch, for which `device_sizes.sized` puts what the device's memory allows. Dropout masks are of a TPU's own generator on TPUs, where Threefry's arithmetic would be two thirds of
-    what there is to compile of a forward pass; elsewhere of Threefry, whose masks are the same on every machine.
+    one batch, for which `device_sizes.sized` puts what the device's memory allows. Dropout masks are of a TPU's own
+    generator on TPUs, where Threefry's arithmetic would be two thirds of what there is to compile of a forward pass;
+    elsewhere of Threefry, whose masks are the same on every machine.
     Personal blocks may take half of the host's memory before they go to disk, and none where clients are very many.
     """
     platform = target or platforms.here()
