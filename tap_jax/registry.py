@@ -8,9 +8,12 @@ one's own is registered in a file of one's own (`--register=FILE`), with `make` 
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tap_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tap_jax.methods.base import Method, MethodContext
 
 Settings = Mapping[str, Any]  # the sections and fields that `MethodEntry.reads` names, as plain values
 SERVER = "server"  # `Variant.model` of W̃, the server's blocks
@@ -75,7 +78,7 @@ class MethodEntry:
     name: str
     variants: tuple[Variant, ...]
     always: tuple[str, ...] = ()
-    make: str | Callable[[Settings, Any], Any] = ""
+    make: "str | Callable[[Settings, MethodContext], Method]" = ""
     section: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reads: tuple[str, ...] = ()
@@ -107,8 +110,8 @@ class MethodEntry:
         """Whether the method reads a field of the configuration that not all methods read."""
         return any(field == name or field.startswith(f"{name}.") for name in self.reads)
 
-    def method(self, settings: Settings, context: Any) -> Any:
-        """The `Method`, of `settings` in a `MethodContext`."""
+    def method(self, settings: Settings, context: "MethodContext") -> "Method":
+        """The method, of `settings` in a context."""
         make = self.make
         if isinstance(make, str):
             module, _, function = make.partition(":")

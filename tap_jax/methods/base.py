@@ -15,7 +15,7 @@ shard and they are [G, n].
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,13 @@ from jax import Array
 
 from tap_jax.blocks import Blocks, Params, Tree
 from tap_jax.tasks import Task
+from tap_jax.token_logits import TokenLogits
+
+if TYPE_CHECKING:
+    from tap_jax.methods.criteria import Criterion
+
+Outputs = Array | TokenLogits  # of a forward pass: logits, images, or the factors of a text's logits
+OptState = Mapping[str, Tree]  # of an optimizer, by shape class
 
 
 class StoredModels(Protocol):
@@ -130,7 +137,9 @@ class Tools(Protocol):
     rate: Mapping[str, Array]
     no_losses: StepLosses
 
-    def gradient(self, params: Params, auxiliary: Any = None, *, minibatch: Any = 0) -> tuple[Params, StepLosses]:
+    def gradient(
+        self, params: Params, auxiliary: Any = None, *, minibatch: int | Array = 0
+    ) -> tuple[Params, StepLosses]:
         """Gradient of Σ_o λ_o ℓ_o plus the rule's `extra_loss`, on minibatch number `minibatch` of the step.
 
         Args:
@@ -142,14 +151,14 @@ class Tools(Protocol):
           The gradient, shape class -> float32 [G, n] as the parameters, 0 in free slots; and the losses, [P, O].
         """
 
-    def statistics(self, params: Params, *, minibatch: Any = 0) -> Mapping[str, Any]:
+    def statistics(self, params: Params, *, minibatch: int | Array = 0) -> Mapping[str, Tree]:
         """The rule's `statistics`, summed over a client's minibatch: name -> leaves [P, ...]; dropout as of `gradient`.
 
         Only for clients of which the rule says `needs_statistics`; others may have sums of 0, or of a part of the
         minibatch.
         """
 
-    def update(self, params: Params, opt_state: Mapping, gradient: Params) -> tuple[Params, Mapping]:
+    def update(self, params: Params, opt_state: OptState, gradient: Params) -> tuple[Params, OptState]:
         """One clipped AdamW update of the clients that take this step; the blocks of others stay as they are.
 
         Args:
@@ -162,13 +171,20 @@ class Tools(Protocol):
         """
 
 
-# `ServerModel.forward`: (frozen, parts, task, batch, key=...) -> (outputs, latents)
-Forward = Callable[..., tuple[Any, Array]]
-# (tools, params, optimizer state, teacher) -> (params, optimizer state, the step's losses)
-LocalStep = Callable[[Tools, Params, Mapping, Any], tuple[Params, Mapping, StepLosses]]
+class Forward(Protocol):
+    """A model's forward pass."""
+
+    def __call__(
+        self, frozen: Tree, parts: Tree, task: Task, batch: Mapping[str, Array], *, key: Array | None = None
+    ) -> tuple[Outputs, Array]:
+        """(outputs, latents) of a batch of the task, see `ServerModel.forward`."""
 
 
-def plain_step(tools: Tools, params: Params, opt_state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
+Stepped = tuple[Params, OptState, StepLosses]  # what a local step leaves
+LocalStep = Callable[[Tools, Params, OptState, Any], Stepped]  # of (tools, params, optimizer state, teacher)
+
+
+def plain_step(tools: Tools, params: Params, opt_state: OptState, teacher: Any) -> Stepped:
     """One gradient, one AdamW update: Local, FedAvg, TAP."""
     gradient, losses = tools.gradient(params, teacher)
     return *tools.update(params, opt_state, gradient), losses
@@ -195,8 +211,8 @@ class LocalRule:
     minibatches_per_step: int = 1
     takes_teacher: bool = False
     teacher_optional: bool = False
-    extra_loss: Callable[[Row, Array, Array, Any], Array] | None = None
-    statistics: Callable[[Row, Array], Mapping[str, Any]] | None = None
+    extra_loss: Callable[[Row, Outputs, Array, Any], Array] | None = None
+    statistics: Callable[[Row, Array], Mapping[str, Tree]] | None = None
     needs_statistics: Callable[[Sequence[Task]], bool] = lambda tasks: False
 
 
@@ -344,20 +360,36 @@ class SplitRound:
         return self.personal(cohort, state, trained.pop())  # popped: no name here keeps W̃[i] while X trains
 
 
+class Model(Protocol):
+    """What a method is given of the `ServerModel`: its tasks, and pure functions of it."""
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """O of them."""
+
+    @property
+    def forward(self) -> Forward:
+        """(outputs, latents) of a batch of a task."""
+
+    @property
+    def dual(self) -> Callable[[Blocks, Blocks], Blocks]:
+        """(parts or blocks with the first adapters, with the second) -> with both, ½ each."""
+
+
 class MethodContext(NamedTuple):
     """What a method is made for, beside its own settings (`registry.MethodEntry.make`).
 
     Attributes:
-      model: the `ServerModel`: its tasks, and its pure functions such as `forward`.
+      model: the `ServerModel`.
       variants: what the run is to yield.
       post_steps: P.
       criterion: of replacement, in the place of the settings'; None: theirs.
     """
 
-    model: Any
+    model: Model
     variants: Sequence[str]
     post_steps: int
-    criterion: Callable | None = None
+    criterion: "Criterion | None" = None
 
 
 @dataclasses.dataclass(frozen=True)

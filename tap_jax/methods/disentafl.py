@@ -17,11 +17,13 @@ Letters: G groups, D width, P clients, s samples of a row.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from tap_jax.methods.base import LocalRule, Method, MethodContext, Row, Tools
+from tap_jax.blocks import Params
+from tap_jax.methods.base import LocalRule, Method, MethodContext, OptState, Outputs, Row, Stepped, Tools
 from tap_jax.methods.fedavg import fedavg
 from tap_jax.registry import Settings
 from tap_jax.tasks import Task
@@ -86,12 +88,12 @@ def disentafl(*, weight: float) -> Method:
       weight: of the disentanglement loss (Table 21).
     """
 
-    def step(tools: Tools, params, opt_state, teacher):
+    def step(tools: Tools, params: Params, opt_state: OptState, teacher: Any) -> Stepped:
         others = counterparts(tools.statistics(params))
         gradient, losses = tools.gradient(params, others)
         return *tools.update(params, opt_state, gradient), losses
 
-    def extra_loss(row: Row, outputs: Array, latents: Array, others) -> Array:
+    def extra_loss(row: Row, outputs: Outputs, latents: Array, others: Mapping[str, Array]) -> Array:
         return weight * disentanglement(row, latents, others)
 
     rule = LocalRule(step, extra_loss=extra_loss, statistics=second_moments, needs_statistics=has_counterparts)

@@ -18,7 +18,7 @@ In a client's parameters A1 lies in the shape classes of the model's adapters an
 (`Partition.with_private`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +33,12 @@ from tap_jax.methods.base import (
     LocalRule,
     Method,
     MethodContext,
+    OptState,
+    Outputs,
     RoundMetrics,
     Row,
     State,
-    StepLosses,
+    Stepped,
     Tools,
 )
 from tap_jax.methods.losses import distillation_loss
@@ -73,7 +75,7 @@ def choose(flag: Array, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), yes, no)
 
 
-def step(tools: Tools, params: Params, opt_state: Mapping, teacher: Any) -> tuple[Params, Mapping, StepLosses]:
+def step(tools: Tools, params: Params, opt_state: OptState, teacher: Any) -> Stepped:
     """Both updates on one minibatch, as two turns of one loop, so that the gradient is compiled once.
 
     The losses are those of A1's turn, since that is what the client sends.
@@ -81,7 +83,7 @@ def step(tools: Tools, params: Params, opt_state: Mapping, teacher: Any) -> tupl
     _, received = teacher
     before = params
 
-    def turn(number, carry):
+    def turn(number: Array, carry: Stepped) -> Stepped:
         params, opt_state, sent = carry
         own = number == 1
         seen, moments = (choose(own, with_own(tree), shared(tree)) for tree in (params, opt_state))
@@ -98,14 +100,14 @@ def step(tools: Tools, params: Params, opt_state: Mapping, teacher: Any) -> tupl
 
 def adapter_divergence(
     forward: Forward, dual: Callable[[Tree, Tree], Tree], *, weight: float, image_loss: str
-) -> Callable[[Row, Any, Array, Any], Array]:
+) -> Callable[[Row, Outputs, Array, Any], Array]:
     """weight · Σ_n w_n KL_n(teacher ‖ model being trained) of a row, as `LocalRule.extra_loss`.
 
     The teacher has two sets of adapters, ½ each, and all other parts of the first. It has the row's dropout, and no
     gradient flows through it.
     """
 
-    def term(row: Row, outputs: Any, latents: Array, both: tuple[Params, Params]) -> Array:
+    def term(row: Row, outputs: Outputs, latents: Array, both: tuple[Params, Params]) -> Array:
         first, second = both
         parts = dual(row.take(first), row.take(second))
         teacher, _ = forward(row.frozen, parts, row.task, row.batch, key=row.key)

@@ -12,12 +12,18 @@ afterwards (+ post): each client goes on so from the server's blocks, for P iter
 What is evaluated without post-training is the server's blocks. α is η times `scale` (Table 21 has the same schedule).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from tap_jax.methods.base import LocalRule, LocalStep, Method, MethodContext, Tools
+from tap_jax.blocks import Params
+from tap_jax.methods.base import LocalRule, LocalStep, Method, MethodContext, OptState, StepLosses, Stepped, Tools
 from tap_jax.methods.fedavg import fedavg
 from tap_jax.registry import Settings
+
+Descent = tuple[Params, Params, StepLosses]  # w, the gradient that led there, its losses
 
 
 def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
@@ -28,10 +34,10 @@ def meta_step(*, scale: float = 1.0, exact: bool = False) -> LocalStep:
       exact: with the Hessian-vector product, by forward differentiation of the gradient; else first-order.
     """
 
-    def step(tools: Tools, params, opt_state, teacher):
+    def step(tools: Tools, params: Params, opt_state: OptState, teacher: Any) -> Stepped:
         alpha = {name: scale * rate for name, rate in tools.rate.items()}
 
-        def descend(minibatch, carry):
+        def descend(minibatch: Array, carry: Descent) -> Descent:
             at, *_ = carry
             gradient, losses = tools.gradient(at, minibatch=minibatch)
             return jax.tree.map(lambda w, a, g: w - a * g, at, alpha, gradient), gradient, losses

@@ -33,6 +33,7 @@ from tap_jax.methods.base import (
     LocalRule,
     Method,
     MethodContext,
+    Outputs,
     RoundMetrics,
     Row,
     SplitRound,
@@ -83,18 +84,18 @@ class Distillation:
     image_loss: str = "kl"
 
 
-def distillation_term(forward: Forward, choice: Distillation) -> Callable[[Row, Any, Array, Any], Array]:
+def distillation_term(forward: Forward, choice: Distillation) -> Callable[[Row, Outputs, Array, Any], Array]:
     """The second term of equation 6, Σ_n w_n β_o KL_n(teacher ‖ student), where there is a teacher; 0 where not.
 
     The teacher computes without dropout, and no gradient flows through it. As `LocalRule.extra_loss`.
     """
 
-    def term(row: Row, outputs: Any, latents: Array, auxiliary: Any) -> Array:
+    def term(row: Row, outputs: Outputs, latents: Array, auxiliary: Any) -> Array:
         if auxiliary is None:
             return jnp.zeros(())
         given, teacher = auxiliary
 
-        def with_teacher(outputs: Any) -> Array:
+        def with_teacher(outputs: Outputs) -> Array:
             found, _ = forward(row.frozen, row.take(teacher), row.task, row.batch)
             divergence = distillation_loss(
                 row.task.kind,
