@@ -25,7 +25,6 @@ FIELDS = {
     "mesh.clients": 1,
     "mesh.data": 1,
 }
-STAND_INS = {"caltech256": "caltech101", "vqa": "easy_vqa"}  # task -> another folder that may hold it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,9 +93,6 @@ def train(model: str, weights: pathlib.Path, tokenizer: pathlib.Path, chosen, fu
     shutil.rmtree(workdir, ignore_errors=True)
     fields = FIELDS | {"data.test_size": chosen.tests, "data.root": chosen.data, "data.tokenizer": tokenizer}
     fields |= {"model.weights": weights, "data.cache_dir": chosen.out / "cache"}
-    for task, other in STAND_INS.items():
-        if not (chosen.data / task).is_dir() and (chosen.data / other).is_dir():
-            fields[f"data.folders.{task}"] = other
     command = [sys.executable, "-m", "tap_jax", "train", f"--config=configs/{model}.py", f"--workdir={workdir}"]
     command += [f"--config.{field}={value}" for field, value in fields.items()]
     print(" ".join([*command[2:], *further]), flush=True)

@@ -131,7 +131,6 @@ def data_settings(config: ConfigDict) -> DataSettings:
         train_size=data.train_size,
         test_size=data.test_size,
         image_classes=data.image_classes,
-        folders={task: folder for task, folder in data.folders.items() if folder},
         cache_dir=configuration.data_cache(config),
         split=federation.split,
         natural=configuration.is_natural(config),

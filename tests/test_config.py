@@ -461,6 +461,7 @@ def test_hash_does_not_depend_on_the_process():
 def test_the_config_of_an_older_run_is_read():
     """Fields have been renamed, dropped and given words since."""
     values = json.loads(to_json(default_config()))
+    values["data"] |= {"folders": {"vqa": "", "mine": "there"}}
     values["engine"] |= {"clients_per_pass": 3, "pipeline_rounds": True, "rows_per_chunk": 8, "remat": True}
     del values["engine"]["clients_at_once"]
     found = from_json(json.dumps(values)).engine

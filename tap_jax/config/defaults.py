@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from tap_jax.errors import UserError
 from tap_jax.federation import PAPER_ROWS
 from tap_jax.registry import METHODS
-from tap_jax.tasks import PAPER_TASKS
 
 # Packages that curves can go to, and extras of their names.
 WRITERS = ("tensorboard", "wandb")
@@ -158,7 +157,6 @@ def default_config() -> ConfigDict:
     # of files per task, or with federation.split "folder" with one sub-folder per client that has one per task
     data.root = "synthetic"
     data.client_column = ""  # says whose a row is, in training and test sets; only with federation.split "column"
-    data.folders = ConfigDict(dict.fromkeys(PAPER_TASKS, ""))  # task -> sub-folder of root; "": the task's name
     data.train_size = 0  # samples per task, before the cut into groups; 0: all (900 of the embedded suite)
     data.test_size = 0  # samples per task; 0: all (150 of the embedded suite)
     data.on_bad_row = "stop"  # at a row that cannot be used | "skip": leave it out, and say how many there were

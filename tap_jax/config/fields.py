@@ -79,10 +79,9 @@ def refuse_unknown(config: ConfigDict, field: str) -> NoReturn:
     far = [leaves[leaf] for leaf in difflib.get_close_matches(parts[-1], list(leaves), n=1, cutoff=0.7)]
     close = [prefix + name for name in near] or far
     hint = f"; did you mean '{close[0]}'?" if close else ";"
-    own = "; a task of config.tasks has a path" if prefix == "data.folders." else ""
     if prefix == "tasks.":
         raise UserError(f"{field}: no task '{parts[-1]}' is declared; declared: {', '.join(section) or 'none'}")
-    raise UserError(f"{field}: unknown field{hint} {'.'.join(path) or 'config'} has: {', '.join(section)}{own}")
+    raise UserError(f"{field}: unknown field{hint} {'.'.join(path) or 'config'} has: {', '.join(section)}")
 
 
 def refuse_section(field: str, value: Any, section: ConfigDict) -> NoReturn:

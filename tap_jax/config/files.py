@@ -19,12 +19,8 @@ from tap_jax.tasks import complete, declare
 # Files of the configurations that have a name. In a clone this is a link to its top-level folder.
 NAMED = pathlib.Path(__file__).parents[1] / "configs"
 
-# Fields of older runs -> today's names; "": gone, and no result followed from it.
-FORMER = {
-    "engine.clients_per_pass": "engine.clients_at_once",
-    "engine.pipeline_rounds": "",
-    "engine.rows_per_chunk": "",
-}
+RENAMED = {"engine.clients_per_pass": "engine.clients_at_once"}  # fields of older runs -> today's names
+GONE = ("data.folders", "engine.pipeline_rounds", "engine.rows_per_chunk")  # fields and sections of older runs
 
 
 def load_config(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -149,8 +145,11 @@ def from_json(text: str) -> ConfigDict:
         raise UserError(f"config: not valid JSON ({error}); use the config.json of a run") from None
     if not isinstance(values, dict):
         raise UserError("config: not a JSON object; use the config.json of a run")
-    found = {FORMER.get(field, field): value for field, value in flat(values).items()}
-    found.pop("", None)
+    found = {
+        RENAMED.get(field, field): value
+        for field, value in flat(values).items()
+        if not any(f"{field}.".startswith(f"{gone}.") for gone in GONE)
+    }
     if isinstance(remat := found.get("engine.remat"), bool):
         found["engine.remat"] = "layer" if remat else "none"
     config = override(default_config(), found)

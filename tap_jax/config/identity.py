@@ -52,5 +52,4 @@ def _identity(config: ConfigDict) -> dict[str, Any]:
     for suffix, margins in margins_of(config).items():
         fields |= {f"margins{suffix}.{kind}": margin for kind, margin in margins.items()}
     fields["variants"] = tuple(sorted(variants_of(config)))
-    # A task registered later adds an empty folder, which changes nothing.
-    return {field: value for field, value in fields.items() if not (field.startswith("data.folders.") and not value)}
+    return fields

@@ -129,7 +129,7 @@ def _present(settings: DataSettings) -> list[Task]:
     found = [
         task
         for task in TASKS.values()
-        if task.source and (task.source.path or any(_has(place, task, settings) for place in roots))
+        if task.source and (task.source.path or any(_has(place, task) for place in roots))
     ]
     if not found:
         where = root if by_column else f"any folder of {root}"
@@ -161,7 +161,7 @@ def _with_task(task: Task, settings: DataSettings) -> list[tuple[str, DataSettin
     found = [
         (name, dataclasses.replace(settings, root=place))
         for name, place in _folders(settings.root)
-        if _has(place, task, settings)
+        if _has(place, task)
     ]
     if not found:
         raise UserError(
@@ -170,8 +170,8 @@ def _with_task(task: Task, settings: DataSettings) -> list[tuple[str, DataSettin
     return found
 
 
-def _has(root: str, task: Task, settings: DataSettings) -> bool:
-    return (pathlib.Path(root) / (settings.folders.get(task.name) or task.name)).is_dir()
+def _has(root: str, task: Task) -> bool:
+    return (pathlib.Path(root) / task.name).is_dir()
 
 
 def _check_name(name: str) -> None:

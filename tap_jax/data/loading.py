@@ -6,7 +6,6 @@ seen complete: it is written beside its place and moved there.
 """
 
 import logging
-from collections.abc import Mapping
 
 from tap_jax.data import cache, places
 from tap_jax.data.examples import Examples
@@ -24,7 +23,6 @@ def load(
     root: str,
     cache_dir: str | None = None,
     limit: int | None = None,
-    folders: Mapping[str, str] | None = None,
     client_column: str = "",
     on_bad_row: str = "stop",
 ) -> Examples:
@@ -37,7 +35,6 @@ def load(
         `reading`. A task whose source has a path is read from there.
       cache_dir: where converted splits are kept (and the hub's files); None converts every time.
       limit: at most so many samples, a fixed random subset in the file's order; None for all.
-      folders: task name -> folder under `root`, where it is not the task's name.
       client_column: the column that says whose a row is; "" where none does.
       on_bad_row: "stop" at a row that cannot be used, or "skip" it; what was skipped is in the examples' notes.
 
@@ -49,7 +46,7 @@ def load(
     if limit is not None and limit < 1:
         raise UserError(f"data.{split}_size: {limit}; use at least 1, or leave it out for all")
     owner = (client_column,) if client_column else ()
-    place = places.find(task, split, root, folders)
+    place = places.find(task, split, root)
     settings = [place.identity, places.SPLIT_SEED, places.VQA_TRAIN_ROWS, limit, on_bad_row, *owner]
     cached = cache_dir and cache.cache_path(cache_dir, task, split, settings)
     if cached and (examples := cache.read_cache(cached)) is not None:

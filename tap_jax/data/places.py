@@ -46,7 +46,7 @@ class Place:
         return [file.identity for file in self.files] or ["hub", self.hub]
 
 
-def find(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -> Place:
+def find(task: Task, split: str, root: str) -> Place:
     """Where the rows of a task are: what its own path says, or else `root`.
 
     Raises:
@@ -74,7 +74,7 @@ def find(task: Task, split: str, root: str, folders: Mapping[str, str] | None) -
                 f"{field}: there is no file or folder {place}, and no data set owner/name of the hub is named"
             )
     else:
-        place, stand_in = locate(task, named, folders)
+        place, stand_in = locate(task, named)
         if stand_in and split == "train":  # it is the same of the test split
             _LOG.warning("%s", stand_in)
     words = source.train or "train", source.test or "test"
@@ -99,13 +99,7 @@ def open_rows(task: Task, split: str, place: Place, cache_dir: str | None, also:
 
 
 def rows_of(
-    task: Task,
-    split: str,
-    *,
-    root: str,
-    cache_dir: str | None = None,
-    folders: Mapping[str, str] | None = None,
-    also: Sequence[str] = (),
+    task: Task, split: str, *, root: str, cache_dir: str | None = None, also: Sequence[str] = ()
 ) -> reading.Joined:
     """The rows of a split before any is read: how many there are, and columns by name. Arguments: `loading.load`.
 
@@ -115,7 +109,7 @@ def rows_of(
     Raises:
       UserError: data that are missing or lack a column.
     """
-    return open_rows(task, split, find(task, split, root, folders), cache_dir, also)
+    return open_rows(task, split, find(task, split, root), cache_dir, also)
 
 
 def is_hub_id(place: str) -> bool:
@@ -123,7 +117,7 @@ def is_hub_id(place: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)) and not pathlib.Path(place).exists()
 
 
-def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> tuple[pathlib.Path, str | None]:
+def locate(task: Task, root: str) -> tuple[pathlib.Path, str | None]:
     """The local folder of a task, and a line to show where it is another data set standing in (else None).
 
     Raises:
@@ -135,8 +129,7 @@ def locate(task: Task, root: str, folders: Mapping[str, str] | None = None) -> t
             f"data.root: there is no folder {base}; name one with a sub-folder for each task, or use"
             " data.root=hub or data.root=synthetic"
         )
-    chosen = (folders or {}).get(task.name)
-    names = (chosen,) if chosen else (task.name, *task.source.stand_ins)
+    names = (task.name, *task.source.stand_ins)
     for name in names:
         if (base / name).is_dir():
             differs = name != task.name

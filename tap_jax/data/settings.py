@@ -1,7 +1,6 @@
 """What a run's data are made of: the data section of a configuration, and what of the other sections they depend on."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -17,7 +16,6 @@ class DataSettings:
       tokenizer: "train", a folder or a hub id; see `text.load_tokenizer`.
       train_size, test_size: samples per task, of all clients together; 0 for all there are.
       image_classes: keep only labels below this in image classification; 0 for all.
-      folders: task name -> sub-folder of `root`, where it is not the task's name.
       cache_dir: of converted sets and trained tokenizers; None keeps nothing.
       split, alpha, parts, classes_per_client: how a set is dealt out; see `partition.assign`.
       natural: the data say who the clients are, by a "column" or a "folder" each (`split`); see `clients`. A federation
@@ -38,7 +36,6 @@ class DataSettings:
     train_size: int
     test_size: int
     image_classes: int
-    folders: Mapping[str, str]
     cache_dir: str | None
     split: str
     natural: bool
@@ -59,4 +56,4 @@ class DataSettings:
     @property
     def place(self) -> dict[str, Any]:
         """Where rows are: arguments of `places.rows_of`."""
-        return {"root": self.root, "folders": self.folders, "cache_dir": self.cache_dir}
+        return {"root": self.root, "cache_dir": self.cache_dir}
