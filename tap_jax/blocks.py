@@ -148,7 +148,9 @@ def _mean_of_owners(name: str, old: Tree, clients: Any, weights: Any) -> Tree:
     return jax.tree.map(mean, old, sent)
 
 
-def replacement_indicator(local_loss: Array, personal_loss: Array, margin: Array, seen: Array) -> Array:
+def replacement_indicator(
+    local_loss: Array, personal_loss: Array | np.ndarray, margin: Array | np.ndarray, seen: Array
+) -> Array:
     """R_i[o] of equation 3: 1 where h^(l) + m < h^(p), for tasks seen in this round.
 
     Args:

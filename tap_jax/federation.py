@@ -55,7 +55,7 @@ class Federation:
     clients: tuple[Client, ...]
     named: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.named and len({client.name for client in self.clients}) < len(self.clients):
             raise UserError("federation.clients: two of one name; name each once")
         if not self.clients:

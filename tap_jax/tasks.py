@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tap_jax import templates
 from tap_jax.errors import UserError
@@ -105,7 +105,7 @@ class Task:
     class_names: tuple[str | int, ...] = ()
     source: Source | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError(f"task {self.name}: unknown kind '{self.kind}'; use one of {', '.join(KINDS)}")
         if not self.modalities or any(m not in MODALITIES for m in self.modalities):
@@ -259,7 +259,7 @@ def _check(name: str, given: Mapping[str, Any]) -> None:
       UserError: one line on the first that does not.
     """
 
-    def refuse(field: str, wrong: str):
+    def refuse(field: str, wrong: str) -> NoReturn:
         raise UserError(f"tasks.{name}.{field}: {wrong}")
 
     kind = given["kind"]

@@ -49,7 +49,8 @@ def variants_of(config: ConfigDict) -> tuple[str, ...]:
 
 def method_settings(config: ConfigDict) -> tuple[MethodEntry, Settings]:
     """The method's entry, and the settings that it alone reads, as plain values; margins as of `margins_of`."""
-    entry, settings = METHODS[config.method], {}
+    entry = METHODS[config.method]
+    settings: dict[str, Any] = {}
     for name in entry.reads:
         if name == "margins":
             settings[name] = margins_of(config)

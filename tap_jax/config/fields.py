@@ -67,7 +67,8 @@ def refuse_unknown(config: ConfigDict, field: str) -> NoReturn:
     Raises:
       UserError: always; it names the closest field, and those of the section.
     """
-    section, path, parts = config, [], field.split(".")
+    section, parts = config, field.split(".")
+    path: list[str] = []
     for part in parts[:-1]:
         if not isinstance(section.get(part), ConfigDict):
             break

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.typing import ArrayLike
 
 from tap_jax.blocks import Blocks, Params, Tree
 from tap_jax.tasks import Task
@@ -231,7 +232,7 @@ class Cohort(Protocol):
     def broadcast(self, server: Params) -> Params:
         """W̃[i] for every client: the server's parameters [B, n] -> [D, G, n]."""
 
-    def load(self, models: Sequence[Blocks] | Mapping[int, Blocks], rest: Params | None = None) -> Params:
+    def load(self, models: ClientModels | Mapping[int, Blocks], rest: Params | None = None) -> Params:
         """The clients' blocks from models of the state; where those are of private blocks, with those of `rest`.
 
         Args:
@@ -412,7 +413,7 @@ class Method:
     personal_variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def put_rows(table: np.ndarray, clients: np.ndarray, rows: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+def put_rows(table: np.ndarray, clients: np.ndarray, rows: ArrayLike, where: ArrayLike | None = None) -> np.ndarray:
     """`table` [K, O] with the cohort's rows [P, O] written over its clients' (only `where` true, bool [P, O])."""
     out, real = np.array(table), clients >= 0
     rows = np.asarray(rows)[real]

@@ -36,8 +36,8 @@ class Evidence(NamedTuple):
     federated: Params
     personal: Params
     federated_loss: Array
-    personal_loss: Array
-    margin: Array
+    personal_loss: np.ndarray
+    margin: np.ndarray | Array
     seen: Array
     tasks: tuple[Task, ...]
 
@@ -108,4 +108,4 @@ def relative_margin(margin: np.ndarray, now: Array, before: np.ndarray) -> Array
       now, before: h^(l) [P, O]; `before` is +inf where there was none.
     """
     scale = jnp.where(jnp.isfinite(before), (now + jnp.where(jnp.isfinite(before), before, 0)) / 2, now)
-    return margin * scale
+    return scale * margin

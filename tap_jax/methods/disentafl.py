@@ -78,7 +78,7 @@ def disentanglement(row: Row, latents: Array, others: Mapping[str, Array]) -> Ar
     terms = [
         jnp.einsum("s,sd,de,se->", real, z[m], others[g][row.client], z[m]) for m, g in enumerate(groups_of(row.task))
     ]
-    return sum(terms)
+    return sum(terms, jnp.zeros(()))
 
 
 def disentafl(*, weight: float) -> Method:

@@ -1,12 +1,11 @@
 """Stage 2 that ends, client by client, when it no longer helps (the paper's open question on the choice of P)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tap_jax.blocks import Blocks, Params
-from tap_jax.methods.base import Cohort
+from tap_jax.methods.base import ClientModels, Cohort
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Patience:
 
 def distil(
     cohort: Cohort,
-    blocks: Sequence[Blocks] | Mapping[int, Blocks],
+    blocks: ClientModels,
     model: str,
     teacher: Params | None,
     patience: Patience | None = None,

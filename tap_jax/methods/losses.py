@@ -34,9 +34,9 @@ def task_loss(kind: str, outputs: Array | TokenLogits, batch: Mapping[str, Array
         `mean_over_answers` reads, and "targets" for the logits of their sequences.
     """
     if kind.endswith("classification"):
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["labels"])
+        return optax.softmax_cross_entropy_with_integer_labels(whole(outputs), batch["labels"])
     if kind == "image_generation":
-        return jnp.square(outputs - batch["images"]).mean((1, 2, 3))
+        return jnp.square(whole(outputs) - batch["images"]).mean((1, 2, 3))
     targets = batch["targets"] if "targets" in batch else batch["answers"][:, 1:]
     return mean_over_answers(token_cross_entropy(outputs, targets), batch)
 
@@ -81,6 +81,7 @@ def distillation_loss(
         kl = token_divergence(teacher, student, temperature=temperature) * temperature**power
         return mean_over_answers(kl, batch)
     chex.assert_equal_shape([teacher, student])
+    teacher, student = whole(teacher), whole(student)
     if kind == "image_generation":
         if image_loss == "mse":
             return jnp.square(teacher - student).mean((1, 2, 3))

@@ -149,9 +149,9 @@ def tap(
         """Equations 3 and 4 for one personal model -> (X, R)."""
         losses = trained.losses
         h_l, h_p = losses.mean(replacement.history), take_rows(state.personal_loss[model], cohort.clients)
-        margin = margins[model.removeprefix(MODEL)]
-        if replacement.relative:
-            margin = relative_margin(margin, h_l, take_rows(state.local_loss, cohort.clients))
+        given = margins[model.removeprefix(MODEL)]
+        before = take_rows(state.local_loss, cohort.clients)
+        margin = relative_margin(given, h_l, before) if replacement.relative else given
         personal = cohort.load(state.client_models[model])
         evidence = Evidence(cohort, trained.federated, personal, h_l, h_p, margin, losses.seen, tuple(tasks))
         indicator = replacement.criterion(evidence)
