@@ -41,7 +41,7 @@ class Program:
         """Starts compiling for arguments like these (arrays, or shapes with shardings); returns at once."""
         key = _signature(args)
         if key not in self._ready:
-            self._ready[key] = _WORKERS.submit(lambda: self._jitted.lower(*args).compile())
+            self._ready[key] = _WORKERS.submit(_compiled, self._jitted, args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """For arguments like these; nothing is compiled yet."""
@@ -51,6 +51,10 @@ class Program:
         """The function's result; arguments must lie where `prepare` was told they would."""
         ready = self._ready.get(_signature(args))
         return self._jitted(*args) if ready is None else ready.result()(*args)
+
+
+def _compiled(jitted: Any, args: tuple) -> jax.stages.Compiled:
+    return jitted.lower(*args).compile()
 
 
 def _signature(args: Any) -> Any:
