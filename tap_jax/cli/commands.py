@@ -51,7 +51,7 @@ def evaluate(workdir: str, client: str = "", coordinator: str = "", processes: i
         _finish(screen, rows, None if client else folder)
 
 
-def report(folders: Sequence[str], out: str) -> None:
+def report(folders: Sequence[str], out: str, across: str) -> None:
     """`tap-jax report`."""
     _writable("out", out)
     import jax
@@ -60,7 +60,8 @@ def report(folders: Sequence[str], out: str) -> None:
     from tap_jax.evaluation.report import write_report
     from tap_jax.planning.outline import outline
 
-    files = write_report(folders, out, parameters=lambda run: outline(run.config).table7())
+    free = tuple(filter(None, map(str.strip, across.split(","))))
+    files = write_report(folders, out, parameters=lambda run: outline(run.config).table7(), across=free)
     kinds = [f"{sum(name.startswith(f'{kind}/') for name in files)} {kind}" for kind in ("tables", "figures")]
     print(f"in {out}: report.md, report.html, {', '.join(kinds)}", flush=True)
 
@@ -275,6 +276,7 @@ _ALL = (
         report,
         (
             Flag("out", "DIR", "where the report goes: a new or empty folder, or an earlier report, which is replaced"),
+            Flag("across", "FIELD,...", "runs of one table may differ in these, too: optimizer.learning_rate", ""),
             _REGISTER,
         ),
         "makes the paper's tables and figures from finished runs",

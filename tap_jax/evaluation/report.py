@@ -22,24 +22,31 @@ _FIELDS, _LONGEST = 3, 40  # in a heading: fields, and characters of each
 PARTS = ("figures", "report.html", "report.md", "tables")  # all that a report's folder holds
 
 
-def write_report(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, parameters: Parameters) -> list[str]:
+def write_report(
+    folders: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    parameters: Parameters,
+    across: Sequence[str] = (),
+) -> list[str]:
     """Writes report.md, the same as report.html, tables/*.csv and figures/*.png into the folder `out`, all or nothing.
 
     Args:
       folders: of finished runs, or folders that contain such.
       out: a new or empty folder, or an earlier report, which is replaced.
       parameters: run -> the numbers of Table 7, from shapes alone.
+      across: see `selection.comparisons`.
 
     Returns:
       The files' paths within `out`.
 
     Raises:
-      UserError: no finished run, one that cannot be read, or `out` holds something else.
+      UserError: no finished run, one that cannot be read, `out` holds something else, or `across` names no field.
     """
     out = Path(out)
     _check_out(out)
     runs, notes = read_runs(folders)
-    files = compose(runs, notes, parameters)
+    files = compose(runs, notes, parameters, across)
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("tmp", "old"))
     try:
@@ -59,9 +66,11 @@ def write_report(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *
     return sorted(files)
 
 
-def compose(runs: Sequence[FinishedRun], notes: Sequence[str], parameters: Parameters) -> dict[str, bytes]:
+def compose(
+    runs: Sequence[FinishedRun], notes: Sequence[str], parameters: Parameters, across: Sequence[str] = ()
+) -> dict[str, bytes]:
     """All files of a report, path -> content; nothing is written."""
-    found = comparisons(runs)
+    found = comparisons(runs, across)
     models = [comparison.model for comparison in found]
     # Two experiments of one model never share a table.
     together = len(set(models)) == len(models)

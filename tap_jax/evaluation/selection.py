@@ -7,6 +7,7 @@ from typing import Any
 
 from tap_jax.config import NEUTRAL_FIELDS, margin_label
 from tap_jax.config.fields import flat
+from tap_jax.errors import UserError
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.scores import Row, Summary, summarise
 from tap_jax.registry import METHODS
@@ -76,23 +77,35 @@ class Comparison:
         return owners
 
 
-def comparisons(runs: Sequence[FinishedRun]) -> list[Comparison]:
-    """Sorts runs into comparisons by everything in their configs but seed, method and what only a method reads."""
+def comparisons(runs: Sequence[FinishedRun], across: Sequence[str] = ()) -> list[Comparison]:
+    """Sorts runs into comparisons by everything in their configs but seed, method and what only a method reads.
+
+    Args:
+      across: fields or sections in which runs of one comparison may differ, too, such as learning rates that were
+        chosen for each method.
+
+    Raises:
+      UserError: a field that no configuration of the runs has.
+    """
+    known = {field for run in runs for field in flat(run.config)}
+    for name in across:
+        if not any(_within(field, name) for field in known):
+            raise UserError(f"across: no field '{name}' in the runs; use one such as optimizer.learning_rate")
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(_identity(run, across), sort_keys=True), []).append(run)
     found = []
     for group in groups.values():
         model = group[0].model
-        rivals = [_identity(other[0]) for other in groups.values() if other[0].model == model]
-        mine = _identity(group[0])
+        rivals = [_identity(other[0], across) for other in groups.values() if other[0].model == model]
+        mine = _identity(group[0], across)
         fields = [field for field in mine if any(rival.get(field) != mine[field] for rival in rivals)]
         found.append(_chosen(model, tuple(f"{field}={_shown(mine[field])}" for field in fields), group))
     return found
 
 
-def _identity(run: FinishedRun) -> dict[str, Any]:
-    free = (*_SHARED, *(name for names in _fields_of_methods().values() for name in names))
+def _identity(run: FinishedRun, across: Sequence[str]) -> dict[str, Any]:
+    free = (*_SHARED, *across, *(name for names in _fields_of_methods().values() for name in names))
     return {
         field: value
         for field, value in flat(run.config).items()

@@ -34,6 +34,18 @@ def test_seed_method_and_backbone_do_not_part_runs_but_anything_else_does(tmp_pa
     assert value(second, "tap") == 5 and value(first, "tap") == 2.5
 
 
+def test_runs_may_differ_in_fields_that_were_chosen_for_each_method(tmp_path):
+    write_run(tmp_path / "a", scores("tap", level(1)), {"optimizer.learning_rate": 0.5})
+    write_run(tmp_path / "b", scores("feddat", level(2)), {"method": "feddat", "optimizer.learning_rate": 0.25})
+    runs = read_runs([tmp_path])[0]
+    assert len(comparisons(runs)) == 2
+    for across in (["optimizer.learning_rate"], ["optimizer"]):
+        (one,) = comparisons(runs, across)
+        assert (value(one, "tap"), value(one, "feddat"), one.differing) == (1, 2, ())
+    with pytest.raises(UserError, match="across: no field 'optimizer.rate' in the runs"):
+        comparisons(runs, ["optimizer.rate"])
+
+
 def test_the_tap_run_is_preferred_and_what_is_left_out_is_said(tmp_path):
     fedavg = write_run(tmp_path / "a", scores("fedavg", level(1)), {"method": "fedavg"})
     tap = write_run(tmp_path / "b", [*scores("tap", level(2)), *scores("fedavg", level(3))])
