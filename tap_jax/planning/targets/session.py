@@ -8,7 +8,8 @@ taken too long it is ended, and another one goes on with the next.
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from tap_jax.config import ConfigDict
@@ -25,8 +26,7 @@ def compile_all(
     *,
     minutes: float,
     say: Callable[[str], None],
-    only: Callable[[str], bool] = lambda phase: True,
-    enough: Callable[[Found], bool] = lambda one: True,
+    keep: Callable[[Found], None] = lambda one: None,
     known: Sequence[Found] = (),
 ) -> tuple[Built, list[Found]]:
     """Compiles a run's programs for a target, one after the other.
@@ -34,8 +34,7 @@ def compile_all(
     Args:
       minutes: for one program.
       say: is given a line as each begins.
-      only: of a phase: whether to compile its programs.
-      enough: of a program: whether to go on with the next.
+      keep: is given each program's result as it comes.
       known: what was found earlier of some of the programs, which are not compiled again.
 
     Raises:
@@ -44,7 +43,7 @@ def compile_all(
     found = {one.name: one for one in known}
     built = None
     while built is None or len(found) < len(built.names):
-        with _Child("serve", config, target, tuple(found), only) as child:
+        with _Child(config, target, tuple(found)) as child:
             built = child.receive(BUILDING)
             if built is None:
                 raise UserError(
@@ -59,35 +58,21 @@ def compile_all(
                     problem = f"not known after {minutes:g} minutes" if late else "the compiler ended its process"
                     one = Found(name, seconds=60 * minutes if late else 0, problem=problem)
                 found[name] = one
-                if not enough(one):
-                    return built, list(found.values())
+                keep(one)
                 if ended:
                     break  # and go on in a new process
     return built, list(found.values())
 
 
-def chosen_sizes(config: ConfigDict, target: Target) -> list[Any]:
-    """`device_sizes.choices` for the target's devices.
-
-    Raises:
-      UserError: as `compile_all`.
-    """
-    with _Child("sizes", config, target) as child:
-        found = child.receive(BUILDING)
-    if found is None:
-        raise UserError("target: the process that looks for sizes ended; name them: engine.microbatch and the like")
-    return found
-
-
 class _Child:
-    """A forked process in which a function of `describing` sends things; it is ended with the block."""
+    """A forked process in which `describing.serve` sends what it finds; it is ended with the block."""
 
-    def __init__(self, function: str, config: ConfigDict, target: Target, *args: Any):
+    def __init__(self, config: ConfigDict, target: Target, done: Collection[str]):
         context = multiprocessing.get_context("fork")
         self._mine, theirs = context.Pipe(duplex=False)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._process = context.Process(target=_run, args=(theirs, function, config, target, *args), daemon=True)
+        self._process = context.Process(target=_run, args=(theirs, config, target, done), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -122,7 +107,7 @@ class _Child:
         return found
 
 
-def _run(connection: Any, function: str, config: ConfigDict, target: Target, *args: Any) -> None:
+def _run(connection: Connection, config: ConfigDict, target: Target, done: Collection[str]) -> None:
     """In the child: what compilers print goes nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if not os.environ.get("TAP_JAX_COMPILER_OUTPUT"):
@@ -132,7 +117,7 @@ def _run(connection: Any, function: str, config: ConfigDict, target: Target, *ar
         os.environ.update(environment(target))
         from tap_jax.planning.targets import describing  # and with it JAX
 
-        getattr(describing, function)(connection.send, config, target, *args)
+        describing.serve(connection.send, config, target, done)
     except UserError as error:
         connection.send(error)
     finally:
