@@ -90,7 +90,7 @@ def test_a_convolution_is_counted_as_xla_counts_it():
 def test_rematerialisation_is_of_all_transformer_layers(name, fields):
     model = outline(load_config(f"configs/{name}.py", {"engine.remat": "layer", **fields})).model
     task = next(one for one in model.tasks if one.modalities == ("image",))
-    found = step_cost.task_flops(model, {task.name: step_cost.longest(model, task)}, samples=2)[task.name]
+    found = step_cost.task_flops(model, task, step_cost.padded_batch(task, 2, text=0, answer=0))
     assert 0.9 < found.recomputed / found.forward < 1
 
 
@@ -99,19 +99,14 @@ def test_as_many_as_xla_counts_at_base_size(name, task, monkeypatch):
     found = outline(load_config(f"configs/{name}.py"))
     model = found.model
     task = next(one for one in model.tasks if one.name == task)
-    widths = step_cost.longest(model, task) | ({"tokens": (24,)} if "text" in task.modalities else {})
-    widths |= {"answers": (12,)} if "answers" in widths else {}
-    ours = step_cost.task_flops(model, {task.name: widths}, samples=2)[task.name]
+    batch = step_cost.padded_batch(task, 2, text=24, answer=11)
+    ours = step_cost.task_flops(model, task, batch)
 
     # XLA counts the body of a loop once, so there must be none.
     scan = jax.lax.scan
     monkeypatch.setattr(jax.lax, "scan", lambda *args, **options: scan(*args, **options | {"unroll": True}))
     frozen, blocks = shapes(model)
     parts = jax.eval_shape(lambda trees: model.collect(trees, task.streams[0]), blocks)
-    batch = {
-        field: jax.ShapeDtypeStruct((2, *axes), jnp.float32 if field == "images" else jnp.int32)
-        for field, axes in widths.items()
-    }
 
     def loss(parts, frozen, batch):
         return assembly.sample_loss(model)(frozen, parts, task, batch, None)[2].sum()

@@ -12,6 +12,7 @@ from tap_jax.data.packing import RowShape, Sequences, padded
 from tap_jax.data.sampling import Rows, Table
 from tap_jax.data.task_groups import TaskGroup
 from tap_jax.data.text import TaskArrays
+from tap_jax.planning.step_cost import padded_batch
 from tap_jax.planning.useful_share import Costs, Measure, TaskCost, measure, report
 from tap_jax.tasks import find_task
 
@@ -91,7 +92,7 @@ def test_costs_of_any_length_follow_from_three(built, gradient):
         for task in run.model.tasks:
             cost = costs.task(task)
             text, answer = 7 if "text" in task.modalities else 0, 5 if task.kind == "text_generation" else 0
-            direct = costs._count(task, costs._samples(task, 1, text, answer))
+            direct = costs._count(task, padded_batch(task, 1, text=text, answer=answer))
             assert cost.sample + cost.texts(text) + cost.answers(answer) == pytest.approx(direct, rel=1e-9)
 
 

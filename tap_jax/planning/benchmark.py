@@ -25,8 +25,6 @@ from tap_jax.engine.memory import peak_memory
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment
 from tap_jax.methods.base import State
-from tap_jax.planning.flops import Flops
-from tap_jax.planning.step_cost import steps_cost, task_costs
 from tap_jax.planning.useful_share import Costs, Measure, Share
 from tap_jax.platforms import peak_tflops
 
@@ -51,10 +49,10 @@ def bench(
 
     Returns:
       client_steps_per_s, samples_per_s (median of `REPEATS` runs); tflops and mfu of what the algorithm needs for the
-      real samples and tokens, null where the method's steps or the device's peak are not known; flops_per_client_step,
-      and what rematerialisation does again; useful_share, see `planning.useful_share`; compile_s (the first run less a
-      median one); peak_bytes (of the fullest device, or of this process's host memory where devices do not tell, see
-      `peak_of`); what `_rounds` and `_turns` find, else null; and what was run.
+      real samples and tokens, null where the method's steps or the device's peak are not known; flops_per_client_step;
+      useful_share, see `planning.useful_share`; compile_s (the first run less a median one); peak_bytes (of the fullest
+      device, or of this process's host memory where devices do not tell, see `peak_of`); what `_rounds` and `_turns`
+      find, else null; and what was run.
 
     Raises:
       UserError: what `experiment.build` objects to, or arguments that do not go together.
@@ -91,7 +89,7 @@ def bench(
     return {
         "client_steps_per_s": _short(taken / median),
         "samples_per_s": _short(samples / median),
-        **_speed(run, costs, todo, widths, median, taken),
+        **_speed(run, costs, todo, median, taken),
         "useful_share": _short(_useful_share(run, costs, cohort)),
         "compile_s": _short(max(0.0, first - median)),
         "peak_bytes": peak[f"peak_{peak_of}_bytes"],
@@ -163,24 +161,19 @@ def _widths(run: Experiment, task: str) -> dict[str, tuple[int, ...]]:
 # --- floating-point operations -------------------------------------------------------------------------------------
 
 
-def _speed(
-    run: Experiment, costs: Costs, todo: Sequence[Steps], widths: Mapping, seconds: float, steps: int
-) -> dict[str, Any]:
+def _speed(run: Experiment, costs: Costs, todo: Sequence[Steps], seconds: float, steps: int) -> dict[str, Any]:
     """tflops, mfu and what they are made of; of all devices together."""
     gradients = run.sections.gradients
     if gradients is None:
-        return dict.fromkeys(("tflops", "mfu", "flops_per_client_step", "recomputed_flops_per_client_step"))
+        return dict.fromkeys(("tflops", "mfu", "flops_per_client_step"))
     # Where a step takes several gradients, each has a minibatch of its own; they are alike.
-    padded = task_costs(run.model, widths)
     useful = gradients * sum(costs.batch(batch.stream.task, batch.fields) for mine in todo for s in mine for batch in s)
-    again = gradients * sum((steps_cost(padded, mine) for mine in todo), Flops()).recomputed
     tflops = useful / seconds / 1e12
     peak = peak_tflops(jax.devices()[0].device_kind, run.model.config.dtype)
     return {
         "tflops": _short(tflops),
         "mfu": None if peak is None else _short(tflops / (peak * run.engine.devices.size)),
         "flops_per_client_step": round(useful / steps),
-        "recomputed_flops_per_client_step": round(again / steps),
     }
 
 

@@ -17,7 +17,7 @@ from tap_jax.models.server_model import ServerModel
 from tap_jax.planning.headline import devices_named
 from tap_jax.planning.outline import Outline, block_sizes
 from tap_jax.planning.planned_memory import MIB, data_bytes, mesh, plan
-from tap_jax.planning.step_cost import longest, task_flops
+from tap_jax.planning.step_cost import padded_batch, task_flops
 from tap_jax.planning.useful_share import measure, report
 
 
@@ -211,7 +211,8 @@ def _memory(found: Outline) -> str:
 def _flops(found: Outline) -> str:
     """What a local step does at most, without any data to know the lengths of texts."""
     sections, model, batch = found.sections, found.model, found.sections.engine.batch
-    costs = task_flops(model, {task.name: longest(model, task) for task in model.tasks})
+    size = {"text": model.config.max_text, "answer": model.config.max_answer - 1}
+    costs = {task.name: task_flops(model, task, padded_batch(task, 1, **size)) for task in model.tasks}
     rows = [("task", "forward", "backward", "both")]
     for name, flops in costs.items():
         rows.append((name, *(f"{value / 1e9:,.4g}" for value in (flops.forward, flops.backward, flops.total))))

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tap_jax import assembly
 from tap_jax.data.device_data import cut
 from tap_jax.data.federated import FederatedData
 from tap_jax.data.packing import RowShape, pack
@@ -26,9 +25,9 @@ from tap_jax.data.text import PAD, TaskArrays
 from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.evaluate import test_shapes
 from tap_jax.federation import Federation
-from tap_jax.models.accounting import shapes as model_shapes
 from tap_jax.models.server_model import ServerModel
-from tap_jax.planning.flops import Flops, count
+from tap_jax.planning.flops import Flops
+from tap_jax.planning.step_cost import padded_batch, task_flops
 from tap_jax.tasks import Task
 
 LOSSES = ("rows", "texts", "answers")
@@ -94,10 +93,7 @@ class Costs:
     """
 
     def __init__(self, model: ServerModel, work: str, beside: "Costs | None" = None):
-        self.model = ServerModel(dataclasses.replace(model.config, attention="einsum"), model.tasks)
-        self.work = work
-        self._frozen, self._blocks = model_shapes(self.model)
-        self._loss = assembly.sample_loss(self.model)
+        self.model, self.work = model, work
         self._flops = beside._flops if beside else functools.cache(self._flops_of)
         self.task = functools.cache(self._task)
         self.row = functools.cache(self._row)
@@ -110,15 +106,8 @@ class Costs:
 
     def _flops_of(self, task: Task, fields: Sequence[tuple[str, tuple[int, ...], Any]], decoded: bool) -> Flops:
         """Of the loss on a batch of these shapes and dtypes, or of its path vectors alone."""
-        parts = jax.eval_shape(functools.partial(self.model.collect, stream=task.streams[0]), self._blocks)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in fields}
-
-        def outcome(parts, frozen, batch):
-            if not decoded:
-                return self.model.represent(frozen, parts, task, batch).sum()
-            return self._loss(frozen, parts, task, batch, None)[2].sum()
-
-        return count(outcome, parts, self._frozen, batch)
+        return task_flops(self.model, task, batch, decoded=decoded)
 
     def batch(self, task: Task, fields: Mapping[str, np.ndarray]) -> float:
         """Of the samples of a task, each by itself and at its own length; their fields are padded."""
@@ -134,35 +123,31 @@ class Costs:
         """Whether the task's answers are generated."""
         return self.work == "prediction" and task.kind == "text_generation"
 
-    def _samples(self, task: Task, samples: int, text: int, answer: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """A padded batch; `answer` tokens are predicted."""
-        widths = {"images": ((64, 64, 3), jnp.float32)} if "image" in task.modalities else {}
-        widths |= {"tokens": ((text,), jnp.int32)} if "text" in task.modalities else {}
-        widths |= {"answers": ((answer + 1,), jnp.int32)} if task.kind == "text_generation" else {}
-        widths |= {"labels": ((), jnp.int32)} if task.classes else {}
-        return {name: jax.ShapeDtypeStruct((samples, *axes), dtype) for name, (axes, dtype) in widths.items()}
-
     def _task(self, task: Task) -> TaskCost:
         """By three lengths of each kind: attention makes both quadratic."""
         c = self.model.config
-        base = self._count(task, self._samples(task, 1, 1, 1))
+
+        def one(text: int = 1, answer: int = 1) -> int:
+            return self._count(task, padded_batch(task, 1, text=text, answer=answer))
+
+        base = one()
 
         def quadratic(longest: int, cost: Callable[[int], int]) -> tuple[float, float]:
             middle = max(2, longest // 2)
-            one, two = ((cost(n) - base) / (n - 1) for n in (middle, longest))  # a + b(n + 1)
-            square = (two - one) / (longest - middle)
-            return one - square * (middle + 1), square
+            low, high = ((cost(n) - base) / (n - 1) for n in (middle, longest))  # a + b(n + 1)
+            square = (high - low) / (longest - middle)
+            return low - square * (middle + 1), square
 
         text = answer = (0.0, 0.0)
         if "text" in task.modalities:
-            text = quadratic(c.max_text, lambda n: self._count(task, self._samples(task, 1, n, 1)))
+            text = quadratic(c.max_text, lambda n: one(text=n))
         if task.kind == "text_generation":
-            answer = quadratic(c.max_answer - 1, lambda n: self._count(task, self._samples(task, 1, 1, n)))
+            answer = quadratic(c.max_answer - 1, lambda n: one(answer=n))
         return TaskCost(base - sum(text) - sum(answer), text, answer)
 
     def _row(self, task: Task, shape: RowShape, widths: tuple[int, int]) -> float:
         """One row; padded texts and answers are as wide as `widths` says."""
-        batch = self._samples(task, shape.samples, *widths)
+        batch = padded_batch(task, shape.samples, text=widths[0], answer=widths[1])
         if shape.texts or shape.answers:
             where = jax.ShapeDtypeStruct((shape.samples,), jnp.int32)
             stored = {name: leaf for name, leaf in batch.items() if name != "images"}

@@ -42,8 +42,7 @@ def test_as_many_as_pytorch_counts_on_the_twin(tokenizer, name):
         samples = len(next(iter(batch.values())))
         if task.classes:
             batch["labels"] = np.zeros(samples, np.int32)
-        widths = {field: value.shape[1:] for field, value in batch.items()}
-        ours = step_cost.task_flops(model, {task.name: widths}, samples=samples)[task.name]
+        ours = step_cost.task_flops(model, task, batch)
 
         tensors = {field: torch.from_numpy(value) for field, value in batch.items()}
         tensors |= {field: tensors[field].long() for field in ("labels", "answers") if field in tensors}
