@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tap_jax.planning.targets import hlo
+from tests.targets.float32 import float32_products, float32_residuals
 
 TRIPS = 'backend_config={"known_trip_count":{"n":"3"}}'
 TEXT = """HloModule small, is_scheduled=true
@@ -100,14 +101,14 @@ def test_row_loops(program):
 
 
 def test_float32_products(program):
-    found = hlo.float32_products(program, 64)
+    found = float32_products(program, 64)
     assert found == ["dot f32[64,64] x f32[64,64] (d.2)"]  # operands in bfloat16 may have sums in float32
-    assert hlo.float32_products(program, 65) == []
+    assert float32_products(program, 65) == []
 
 
 def test_float32_residuals(program):
-    assert hlo.float32_residuals(program, 3, 8 * 64) == ["f32[3,8,64] (k.3)"]
-    assert hlo.float32_residuals(program, 3, 8 * 64 + 1) == []
+    assert float32_residuals(program, 3, 8 * 64) == ["f32[3,8,64] (k.3)"]
+    assert float32_residuals(program, 3, 8 * 64 + 1) == []
 
 
 def test_a_compiled_program():
@@ -132,4 +133,4 @@ def test_a_compiled_program():
     assert dict(inside) == {"all-reduce": 1} and not outside
     assert hlo.row_loops(program) == 1
     assert hlo.host_transfers(program) == []
-    assert len(hlo.float32_products(program, 48)) == 1
+    assert len(float32_products(program, 48)) == 1

@@ -14,6 +14,7 @@ from tap_jax.planning.targets import hlo, topology
 from tap_jax.planning.targets.compile import compile_program
 from tap_jax.planning.targets.programs import TRAINING, programs
 from tap_jax.platforms import platform_of
+from tests.targets.float32 import float32_products, float32_residuals
 
 pytestmark = pytest.mark.slow
 
@@ -69,11 +70,11 @@ def compiled(request):
 
 
 def test_no_wide_product_in_float32(compiled):
-    assert hlo.float32_products(compiled[0], WIDTH) == []
+    assert float32_products(compiled[0], WIDTH) == []
 
 
 def test_no_residual_of_a_scan_in_float32(compiled):
-    assert hlo.float32_residuals(compiled[0], LAYERS, ROW * TEXT * WIDTH) == []
+    assert float32_residuals(compiled[0], LAYERS, ROW * TEXT * WIDTH) == []
 
 
 def test_gradients_are_summed_once_a_step(compiled):

@@ -14,8 +14,8 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 _TRANSFERS = ("infeed", "outfeed", "send", "recv")
 _HOST_CALLS = re.compile(r"MoveToHost|MoveToDevice|xla_python|HostExecute|callback", re.IGNORECASE)
 _TO_HOST = re.compile(r"S\(5\).* copy(-start|-done)?\(")  # XLA's memory space of the host
-_PRODUCTS = ("dot", "convolution", "ragged-dot")
-_GEMM = re.compile(r"__cublas|gemm|cudnn\$conv|__onednn", re.IGNORECASE)
+PRODUCTS = ("dot", "convolution", "ragged-dot")
+GEMM = re.compile(r"__cublas|gemm|cudnn\$conv|__onednn", re.IGNORECASE)
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
 _CALLED = re.compile(
@@ -169,52 +169,12 @@ def row_loops(program: Program) -> int:
         any(loop.name in program.computations[name] for name in program.looped)
         and program.trips(loop) is None
         and any(
-            one.operation in _PRODUCTS or (one.operation == "custom-call" and _GEMM.search(one.target))
+            one.operation in PRODUCTS or (one.operation == "custom-call" and GEMM.search(one.target))
             for name in program.body(loop)
             for one in program.computations[name].values()
         )
         for loop in program.loops
     )
-
-
-def float32_products(program: Program, width: int) -> list[str]:
-    """Products of float32 matrices with a side of at least `width`, as text.
-
-    A product whose operands are all narrower than float32 may yield float32: its sums are.
-    """
-    found = []
-    for name, one in program:
-        gemm = one.operation == "custom-call" and _GEMM.search(one.target)
-        if one.operation not in _PRODUCTS and not gemm:
-            continue
-        scope = program.computations[name]
-        operands = [
-            scope[operand].shapes[0] for operand in one.operands[:2] if operand in scope and scope[operand].shapes
-        ]
-        wide = [shape for shape in operands if shape.dtype == "f32" and max(shape.sizes, default=0) >= width]
-        if wide and len(operands) == 2 and all(shape.dtype == "f32" for shape in operands):
-            found.append(f"{one.operation} {' x '.join(map(str, operands))} ({one.name})")
-    return found
-
-
-def float32_residuals(program: Program, layers: int, elements: int) -> list[str]:
-    """What scans over layers keep in float32 for the backward pass: arrays [layers, ..., D].
-
-    Args:
-      layers: of a scan. elements: that an array has at least for each of them.
-    """
-    found = set()
-    for loop in program.loops:
-        if program.trips(loop) in (None, layers):
-            found |= {
-                f"{shape} ({loop.name})"
-                for shape in loop.shapes
-                if shape.dtype == "f32"
-                and len(shape.sizes) > 2
-                and shape.sizes[0] == layers
-                and shape.elements >= layers * elements
-            }
-    return sorted(found)
 
 
 def short(counts: Mapping[str, int]) -> str:
