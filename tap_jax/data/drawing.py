@@ -22,88 +22,48 @@ COLORS = {
 PALETTE = np.array(list(COLORS.values()), np.float32)
 
 
-def _circle(u, v):
-    return np.hypot(u, v) - 1.0
-
-
-def _square(u, v):
-    return np.maximum(abs(u), abs(v)) - 0.85
-
-
-def _triangle(u, v):
-    return np.maximum(abs(u) * 0.87 - v * 0.5, v) - 0.55
-
-
-def _cross(u, v):
-    return np.minimum(np.maximum(abs(u) - 0.3, abs(v) - 1), np.maximum(abs(v) - 0.3, abs(u) - 1))
-
-
-def _ring(u, v):
-    return abs(np.hypot(u, v) - 0.75) - 0.2
-
-
-def _bar(u, v):
-    return np.maximum(abs(u) - 1.05, abs(v) - 0.32)
-
-
-def _star(u, v):
-    return np.hypot(u, v) - (0.65 + 0.35 * np.cos(5 * np.arctan2(u, -v)))
-
-
-def _diamond(u, v):
-    return (1.5 * abs(u) + 0.75 * abs(v) - 0.85) / 1.6
-
-
-def _frame(u, v):
-    return abs(np.maximum(abs(u), abs(v)) - 0.7) - 0.18
-
-
-def _crescent(u, v):
-    return np.maximum(np.hypot(u, v) - 1.0, 0.8 - np.hypot(u - 0.5, v))
-
-
 # The first few differ most: a task with few classes, and vqa, draw these only.
-SHAPES = {
-    "circle": _circle,
-    "cross": _cross,
-    "triangle": _triangle,
-    "ring": _ring,
-    "square": _square,
-    "bar": _bar,
-    "star": _star,
-    "diamond": _diamond,
-    "frame": _frame,
-    "crescent": _crescent,
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": lambda u, v: np.hypot(u, v) - 1.0,
+    "cross": lambda u, v: np.minimum(np.maximum(abs(u) - 0.3, abs(v) - 1), np.maximum(abs(v) - 0.3, abs(u) - 1)),
+    "triangle": lambda u, v: np.maximum(abs(u) * 0.87 - v * 0.5, v) - 0.55,
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.2,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) - 0.85,
+    "bar": lambda u, v: np.maximum(abs(u) - 1.05, abs(v) - 0.32),
+    "star": lambda u, v: np.hypot(u, v) - (0.65 + 0.35 * np.cos(5 * np.arctan2(u, -v))),
+    "diamond": lambda u, v: (1.5 * abs(u) + 0.75 * abs(v) - 0.85) / 1.6,
+    "frame": lambda u, v: abs(np.maximum(abs(u), abs(v)) - 0.7) - 0.18,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 1.0, 0.8 - np.hypot(u - 0.5, v)),
 }
 
 
-def _box(u, v, left, right, top, bottom):
+def _box(u: np.ndarray, v: np.ndarray, left: float, right: float, top: float, bottom: float) -> np.ndarray:
     return np.maximum(np.maximum(left - u, u - right), np.maximum(top - v, v - bottom))
 
 
-def _shirt(u, v, style):
+def _shirt(u: np.ndarray, v: np.ndarray, style: np.ndarray) -> np.ndarray:
     sleeve = np.maximum(abs(v + 0.62 - 0.5 * (abs(u) - 0.45)) - 0.2, abs(u) - 0.55 - 0.5 * style)
     body = np.minimum(_box(u, v, -0.5, 0.5, -0.85, 0.9), sleeve)
     return np.maximum(body, 0.25 - np.hypot(u, v + 0.95))
 
 
-def _trouser(u, v, style):
+def _trouser(u: np.ndarray, v: np.ndarray, style: np.ndarray) -> np.ndarray:
     gap = np.maximum(abs(u) - 0.06 - 0.12 * style, -0.45 - v)
     return np.maximum(_box(u, v, -0.48, 0.48, -0.95, 0.95), -gap)
 
 
-def _shoe(u, v, style):
+def _shoe(u: np.ndarray, v: np.ndarray, style: np.ndarray) -> np.ndarray:
     sole = _box(u, v, -0.95, 0.95, 0.35, 0.55)
     upper = np.maximum(_box(u, v, -0.95, 0.9, -0.1 - 0.7 * style, 0.45), 0.75 * u - v - 0.25)
     return np.minimum(sole, upper)
 
 
-def _bag(u, v, style):
+def _bag(u: np.ndarray, v: np.ndarray, style: np.ndarray) -> np.ndarray:
     handle = np.maximum(abs(np.hypot(u, v + 0.25) - 0.45 - 0.2 * style) - 0.07, v + 0.2)
     return np.minimum(_box(u, v, -0.85, 0.85, -0.3, 0.7), handle)
 
 
-def _dress(u, v, style):
+def _dress(u: np.ndarray, v: np.ndarray, style: np.ndarray) -> np.ndarray:
     return np.maximum(abs(u) - 0.28 - (0.1 + 0.3 * style) * np.maximum(v + 0.3, 0), abs(v) - 0.95)
 
 
