@@ -6,7 +6,7 @@
 A checkpoint is a folder or a hub id with a config.json and weights in any format of `weight_files`; what goes where
 is in `weight_tables`. Every name in the checkpoint is accounted for: missing, unknown, of a wrong shape or type, each
 is an error that names it. Weights are read one at a time, so that conversion holds one copy of them (and beside it the
-whole file where that is from before PyTorch 1.6, which can be read in one piece only).
+whole file where that is Flax's or from before PyTorch 1.6, which can be read in one piece only).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from tap_jax.errors import UserError
 from tap_jax.models.accounting import shapes
 from tap_jax.models.checkpoint_sizes import check_sizes, codebook_blocks, layer_counts, model_fields
 from tap_jax.models.server_model import Pretrained, ServerModel
-from tap_jax.models.weight_files import SHARDS, Weight, open_weights, weight_files
+from tap_jax.models.weight_files import SHARDS, SINGLE, Weight, open_weights, weight_files
 from tap_jax.models.weight_tables import PREFIX, Place, known_names, places
 from tap_jax.whole_files import replaced
 
@@ -42,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 def find(source: str) -> pathlib.Path:
     """The folder of a checkpoint: one that comes with the package, by name, `source` itself, or the hub's own cache.
 
-    Of a hub checkpoint one format is fetched, safetensors before PyTorch's.
+    Of a hub checkpoint one format is fetched, safetensors before PyTorch's before Flax's.
 
     Raises:
       UserError: no such folder, or the hub cannot give it.
@@ -56,8 +56,8 @@ def find(source: str) -> pathlib.Path:
         )
     from huggingface_hub import snapshot_download
 
-    for name, shards in SHARDS.items():
-        patterns = ["config.json", name, f"{name}.index.json", shards]
+    for name in SINGLE:
+        patterns = ["config.json", name, f"{name}.index.json", *filter(None, [SHARDS.get(name)])]
         try:
             folder = pathlib.Path(snapshot_download(source, allow_patterns=patterns))
         except (OSError, ValueError) as error:

@@ -1,24 +1,26 @@
 """The file formats of Hugging Face checkpoints: what is in a folder, tensor by tensor, read when asked for.
 
-`model.safetensors` and `pytorch_model.bin`, both also in shards. Reading never runs code: a pickle that holds more than
-tensors is refused.
+`model.safetensors`, `pytorch_model.bin` (both also in shards) and Flax's `flax_model.msgpack`. Whatever the format,
+names and layouts are PyTorch's. Reading never runs code: a pickle that holds more than tensors is refused.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import mmap
 import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tap_jax.errors import UserError
 
-# In order of preference, with patterns of their shards.
+SINGLE = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")  # in order of preference
 SHARDS = {"model.safetensors": "model-*.safetensors", "pytorch_model.bin": "pytorch_model-*.bin"}
 _POINTER = b"version https://git-lfs"  # how the file begins that a clone without Git LFS has
 _SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
@@ -48,18 +50,18 @@ def weight_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     Raises:
       UserError: there are none, a shard is missing, or the index is damaged.
     """
-    for name in SHARDS:
+    for name in SINGLE:
         if (folder / name).is_file():
             return (folder / name,)
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if name in SHARDS and index.is_file():
             return tuple(folder / shard for shard in dict.fromkeys(_weight_map(index).values()))
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"model.weights: {folder} is a PEFT adapter without its model; merge both (merge_and_unload) and save that"
         )
     raise UserError(
-        f"model.weights: no weights in {folder}; it must hold one of {', '.join(SHARDS)}, whole or in shards"
+        f"model.weights: no weights in {folder}; it must hold one of {', '.join(SINGLE)}, whole or in shards"
     )
 
 
@@ -80,7 +82,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 
 def open_weights(folder: pathlib.Path) -> dict[str, Weight]:
-    """Every tensor of a checkpoint folder by its name there.
+    """Every tensor of a checkpoint folder by its name there, in PyTorch's layout.
 
     Raises:
       UserError: no weights, a damaged file, a pickle that holds code or anything but named dense tensors, a tensor that
@@ -88,7 +90,7 @@ def open_weights(folder: pathlib.Path) -> dict[str, Weight]:
     """
     found: dict[str, Weight] = {}
     for path in weight_files(folder):
-        read = _safetensors if path.suffix == ".safetensors" else _pickled
+        read = {".safetensors": _safetensors, ".bin": _pickled, ".msgpack": _msgpack}[path.suffix]
         for name, weight in read(path):
             if name in found:
                 raise UserError(f"model.weights: '{name}' is in {found[name].file} and in {path.name}; remove one")
@@ -161,3 +163,37 @@ def _reader(tensor) -> Callable[[], np.ndarray]:
 
     tensor = tensor.detach()  # some files hold parameters
     return lambda: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _msgpack(path: pathlib.Path) -> Iterator[tuple[str, Weight]]:
+    from flax.serialization import msgpack_restore
+
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            tree = msgpack_restore(mapped)
+    except Exception as error:  # msgpack raises ValueError, ExtraData, OutOfData, ... for damage
+        raise _damaged(path, error) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"model.weights: {path} holds a {type(tree).__name__}, not a tree of arrays")
+    for name, array in _flax_leaves(tree.get("params", tree) if len(tree) == 1 else tree, ""):
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"model.weights: {path} holds '{name}', which is no array; save the parameters alone")
+        yield name, Weight(path.name, jnp.dtype(array.dtype).name, array.shape, functools.partial(_itself, array))
+
+
+def _itself(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _flax_leaves(tree: dict, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves under PyTorch's names and in its layouts, as transformers names them.
+
+    A Dense kernel is transposed, a Conv kernel is height × width × in × out.
+    """
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flax_leaves(value, f"{prefix}{name}.")
+        elif name == "kernel" and np.ndim(value) in (2, 4):
+            yield f"{prefix}weight", value.T if np.ndim(value) == 2 else value.transpose(3, 2, 0, 1)
+        else:
+            yield prefix + ("weight" if name in ("scale", "embedding", "kernel") else str(name)), value

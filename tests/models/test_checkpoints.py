@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 
+import flax.serialization
 import jax
 import numpy as np
 import pytest
@@ -172,7 +173,31 @@ def write_sharded_safetensors(model, folder):
     assert len(list(folder.glob("model-*.safetensors"))) > 1
 
 
-@pytest.mark.parametrize("write", [write_sharded_safetensors, write_bin, write_old_bin, write_sharded_bin])
+def write_msgpack(model, folder):
+    """Flax's names and layouts: kernels [in, out] and HWIO, scales and embeddings by their own names."""
+    tree = {}
+    for key, tensor in state(model).items():
+        *path, leaf = key.split(".")
+        value = tensor.numpy()
+        if leaf == "weight":
+            if value.ndim == 4:
+                leaf, value = "kernel", value.transpose(2, 3, 1, 0)
+            elif value.ndim == 1:
+                leaf = "scale"
+            elif path[-1].endswith("embeddings"):
+                leaf = "embedding"
+            else:
+                leaf, value = "kernel", value.T
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = np.ascontiguousarray(value)
+    (folder / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+
+
+@pytest.mark.parametrize(
+    "write", [write_sharded_safetensors, write_bin, write_old_bin, write_sharded_bin, write_msgpack]
+)
 @pytest.mark.parametrize("name", ["FlavaForPreTraining", "ViltForMaskedLM"])
 def test_every_format_gives_the_same_trees(saved, tmp_path, name, write):
     model, folder = saved[name]
@@ -369,13 +394,15 @@ def test_another_architecture(tmp_path, saved):
     refused("'embeddings.LayerNorm.bias' in .* is not a weight of flava", tmp_path)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"])
 @pytest.mark.parametrize("left", [0, 5, -100])
 def test_truncated_file(saved, tmp_path, file, left):
     model, folder = saved["FlavaModel"]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     if file.endswith("bin"):
         write_bin(model, tmp_path)
+    elif file.endswith("msgpack"):
+        write_msgpack(model, tmp_path)
     else:
         (tmp_path / file).write_bytes((folder / file).read_bytes())
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:left])
