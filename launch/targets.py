@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tap_jax.config import load_config
 from tap_jax.errors import UserError
-from tap_jax.planning.targets import report, roofline, session, topology
+from tap_jax.planning.targets import fit, report, roofline, session, topology
 from tap_jax.planning.targets.compile import Built, Found
 from tap_jax.platforms import Platform
 from tap_jax.whole_files import write_file
@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--configs", nargs="+", default=("configs/flava.py", "configs/vilt.py"))
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/targets"))
+    parser.add_argument("--fit", action="store_true")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ def main() -> int:
         lines = [json.loads(line) for line in kept.read_text().splitlines()]
     for config in args.configs:
         for name in args.targets:
-            key = [config, name, args.data, args.tokenizer]
+            key = [config, name, args.data, args.tokenizer, args.fit]
             before = next((line for line in lines if line["key"] == key), {"key": key, "found": []})
             if "built" in before:
                 continue
@@ -74,16 +75,21 @@ def one(config: str, name: str, args: argparse.Namespace, known: list[Found], ke
     run, target = load_config(config, fields), topology.parse(name)
     topology.require(target)
     limits = {"minutes": args.minutes, "say": lambda line: print(f"{config} on {name}: {line}", file=sys.stderr)}
+    flags = ""
+    if args.fit:
+        choice, _, _ = fit.fit(run, target, **limits)
+        run, flags = load_config(config, fields | choice.fields), choice.flags
     compiled = [program for program in known if not program.problem]
 
-    def after(program: Found) -> None:
+    def after(program: Found) -> bool:
         compiled.append(program)
         keep({"found": [dataclasses.asdict(program) for program in compiled]})
+        return True
 
-    built, found = session.compile_all(run, target, **limits, known=tuple(compiled), keep=after)
+    built, found = session.compile_all(run, target, **limits, known=tuple(compiled), enough=after)
     about = {**built._asdict(), "platform": dataclasses.asdict(built.platform)}
     about["work"] = {phase: dataclasses.asdict(work) for phase, work in built.work.items()}
-    return {"built": about, "found": [dataclasses.asdict(program) for program in found]}
+    return {"built": about, "found": [dataclasses.asdict(program) for program in found], "flags": flags}
 
 
 def page(lines: list[dict]) -> str:
@@ -97,7 +103,7 @@ def page(lines: list[dict]) -> str:
             about["work"] = {phase: roofline.Work(**work) for phase, work in about["work"].items()}
             built, found = Built(**about), [Found(**program) for program in line["found"]]
             rows += report.markdown(line["key"][1], built, found)
-            notes.append(f"- {'; '.join(built.about)}")
+            notes.append(f"- {'; '.join(built.about)}{'; ' + line['flags'] if line['flags'] else ''}")
             notes += [f"  - {problem}" for problem in report.problems(built, found)]
             notes += [f"  - {hours}"] if (hours := report.estimate(built)) else []
             total = sum(program.seconds for program in found)

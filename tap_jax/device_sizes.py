@@ -51,6 +51,20 @@ class Sizes:
     bytes: int
     time: float
 
+    @property
+    def fields(self) -> dict[str, int | str]:
+        """As fields of the configuration."""
+        return {
+            "engine.microbatch": self.microbatch,
+            "engine.clients_at_once": self.clients,
+            "engine.remat": self.remat,
+        }
+
+    @property
+    def flags(self) -> str:
+        """As arguments of the command line."""
+        return " ".join(f"--config.{field}={value}" for field, value in self.fields.items())
+
 
 def sized(sections: Sections, devices: int = 1) -> Sections:
     """The sections with the defaults of a device where they are `open`; themselves where there are none.

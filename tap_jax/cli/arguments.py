@@ -19,12 +19,12 @@ from tap_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of a command; a whole number where `default` is one, and required where it is None."""
+    """A flag of a command; a whole number or a switch where `default` is one, and required where it is None."""
 
     name: str
     value: str
     about: str
-    default: str | int | None = None
+    default: str | int | bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     name, values = command.name, flags.FlagValues()
     values.set_gnu_getopt(True)
     for flag in command.flags:
-        define = flags.DEFINE_integer if isinstance(flag.default, int) else flags.DEFINE_string
+        kind = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer}
+        define = kind.get(type(flag.default), flags.DEFINE_string)
         define(flag.name, flag.default, flag.about, flag_values=values)
     try:
         rest = values([name, *argv], known_only=True)[1:]

@@ -91,17 +91,19 @@ def export(workdir: str, client: str, format: str, out: str, model: str, variant
     print(f"in {out}: {', '.join(files)}", flush=True)
 
 
-def describe(config: ConfigDict, plans: int, target: str, minutes: int) -> None:
+def describe(config: ConfigDict, plans: int, target: str, fit: bool, minutes: int) -> None:
     """`tap-jax describe`.
 
     Raises:
       UserError: a negative number of plans, or data that cannot be read for them; a target that is unknown or cannot be
-        compiled for here.
+        compiled for here; `fit` without one.
     """
     if plans < 0:
         raise UserError(f"plans: {plans}; use a number of rounds such as 200, or 0 for none")
+    if fit and not target:
+        raise UserError("fit: for which target? name one, --target=h100 or --target=v5e:2x4")
     if target and not plans:
-        _describe_target(config, target, minutes)
+        _describe_target(config, target, fit, minutes)
         return
     if target:
         from tap_jax.planning.targets import topology
@@ -117,8 +119,9 @@ def describe(config: ConfigDict, plans: int, target: str, minutes: int) -> None:
         print(describe(outline(config), plans=plans), end="", flush=True)
 
 
-def _describe_target(config: ConfigDict, name: str, minutes: int) -> None:
+def _describe_target(config: ConfigDict, name: str, fit: bool, minutes: int) -> None:
     """Nothing of JAX starts in this process; it compiles in others."""
+    from tap_jax.planning.targets import fit as fitting
     from tap_jax.planning.targets import report, session, topology
 
     if minutes < 1:
@@ -129,8 +132,14 @@ def _describe_target(config: ConfigDict, name: str, minutes: int) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    built, found = session.compile_all(config, target, minutes=minutes, say=say)
-    print(report.report(built, found), end="", flush=True)
+    if fit:
+        choice, built, found = fitting.fit(config, target, minutes=minutes, say=say)
+    else:
+        built, found = session.compile_all(config, target, minutes=minutes, say=say)
+    print(report.report(built, found), end="")
+    if fit:
+        print(f"fits by the compiler's word, the fastest by the estimate: {choice.flags}")
+    sys.stdout.flush()
 
 
 def bench(
@@ -310,6 +319,7 @@ _ALL = (
                 "compile all programs for devices that are not here: h100, a100-40x8, v5e:2x4",
                 "",
             ),
+            Flag("fit", "", "with --target: search the fastest rows, remat and clients at once that fit", False),
             Flag("minutes", "N", "with --target: how long one program may take to compile", 30),
             _REGISTER,
         ),

@@ -136,7 +136,7 @@ def usage(name: str | None = None) -> str:
         line.append("DIR [DIR ...]")
         rows.append(("DIR", command.folders))
     for flag in command.flags:
-        shown = f"--{flag.name}={flag.value}"
+        shown = f"--{flag.name}={flag.value}" if flag.value else f"--{flag.name}"
         line.append(shown if flag.default is None else f"[{shown}]")
         rows.append((shown, flag.about))
         if flag.name == "config":

@@ -1,12 +1,16 @@
 """What the compiler says, and how it is told apart: fits, does not, is not known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tap_jax import platforms
-from tap_jax.planning.targets import report, roofline
+from tap_jax.assembly import cut
+from tap_jax.config import override
+from tap_jax.planning.targets import fit, report, roofline
 from tap_jax.planning.targets.compile import Built, Found, compile_program, refused_bytes
 from tap_jax.platforms import GIB, Platform
 
@@ -73,3 +77,20 @@ def test_known_devices():
     assert platforms.known("tpu", "TPU v5 lite").memory == int(15.75 * GIB)
     assert platforms.known("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb").memory is None
     assert platforms.here().kind == "cpu" and not platforms.here().accelerated
+
+
+def test_fit_takes_those_that_are_smaller(tiny):
+    from tap_jax.device_sizes import Sizes
+
+    sizes = [
+        Sizes(32, 4, "none", 9 * GIB, 1.0),
+        Sizes(16, 4, "none", 7 * GIB, 1.1),
+        Sizes(16, 4, "layer", 5 * GIB, 1.5),
+    ]
+    assert fit.smaller(sizes, sizes[0], 12 * GIB, 10 * GIB) == sizes[1:]
+    assert fit.smaller(sizes, sizes[0], 14 * GIB, 10 * GIB) == sizes[2:]
+    assert fit.smaller(sizes, sizes[0], 0, 10 * GIB) == sizes[1:]
+    config = tiny(({"ag_news": 0.5},) * 2)
+    small = dataclasses.replace(sizes[0], microbatch=4, clients=2)
+    assert cut(override(config, small.fields)).open == frozenset()
+    assert (config.engine.microbatch, config.engine.clients_at_once, config.engine.remat) == (4, 2, "none")

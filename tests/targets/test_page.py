@@ -29,7 +29,7 @@ def test_page(tmp_path):
     about = {**built._asdict(), "platform": dataclasses.asdict(built.platform)}
     about["work"] = {"training": dataclasses.asdict(built.work["training"])}
     found = [dataclasses.asdict(Found("one", "training", peak=90 * GIB, seconds=60))]
-    line = {"key": ["configs/flava.py", "h100", "data", "pieces"], "built": about, "found": found}
+    line = {"key": ["configs/flava.py", "h100", "data", "pieces", False], "built": about, "found": found, "flags": ""}
     text = made.page([json.loads(json.dumps(line))])
     assert "| h100 | one | no | 90 of 80 |" in text
     assert "- does not fit: one wants 90 of 80 GiB" in text
@@ -47,11 +47,11 @@ def test_each_program_is_kept_as_it_is_found(tmp_path, monkeypatch, capsys):
     """Stopped after one of two programs, the script goes on with the other."""
     made, begun = script(), []
 
-    def compile_all(run, target, *, minutes, say, known, keep):
+    def compile_all(run, target, *, minutes, say, known, enough):
         begun.append([program.name for program in known])
         if len(begun) == 1:
-            keep(Found("one", seconds=1))
-            keep(Found("two", problem="not known after 1 minutes"))
+            enough(Found("one", seconds=1))
+            enough(Found("two", problem="not known after 1 minutes"))
             raise UserError("the machine has gone")
         built = Built(("h100",), ("one", "two"), Platform("gpu", "H100", 80 * GIB), 1, {}, {})
         return built, [*known, Found("two", peak=GIB)]

@@ -76,6 +76,7 @@ def test_missing_extra(kind, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--target=h200"], "target: unknown 'h200'"),
+        (["--fit"], "fit: for which target"),
         (["--target=h100", "--minutes=0"], "minutes: 0"),
     ],
 )

@@ -1,12 +1,14 @@
 """Builds a run for a target and compiles its programs, in the process that is for it; see `session`."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
+from tap_jax import assembly, device_sizes
 from tap_jax.config import ConfigDict
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment, build
 from tap_jax.planning.targets import roofline
-from tap_jax.planning.targets.compile import Built, Found, compile_program
+from tap_jax.planning.targets.compile import Built, compile_program
 from tap_jax.planning.targets.programs import programs
 from tap_jax.planning.targets.topology import Target, devices
 from tap_jax.platforms import GIB, platform_of
@@ -30,11 +32,17 @@ def built(config: ConfigDict, target: Target) -> Experiment:
         raise
 
 
-def serve(send: Callable[[Built | Found], None], config: ConfigDict, target: Target, done: Collection[str]) -> None:
+def serve(
+    send: Callable[[Any], None],
+    config: ConfigDict,
+    target: Target,
+    done: Collection[str],
+    only: Callable[[str], bool],
+) -> None:
     """Sends `Built`, then a `Found` of each program that is not done."""
     run = built(config, target)
     engine, platform = run.engine, platform_of(run.engine.devices.mesh.devices.flat[0])
-    wanted = programs(run)
+    wanted = [program for program in programs(run) if only(program.phase)]
     send(
         Built(
             about(run, target),
@@ -65,3 +73,10 @@ def about(run: Experiment, target: Target) -> tuple[str, ...]:
         f"{model.dtype}, attention '{model.attention}', rows of {settings.microbatch}, remat {model.remat},"
         f" {settings.cohort_size} clients in a round and {settings.clients_at_once} at once after the last",
     )
+
+
+def sizes(send: Callable[[Any], None], config: ConfigDict, target: Target) -> None:
+    """Sends what fits by the estimate, the fastest first (`device_sizes.choices`)."""
+    found = devices(target)
+    sections = assembly.cut(config, platform_of(found[0]), attention="einsum")
+    send(device_sizes.choices(sections, len(found)))

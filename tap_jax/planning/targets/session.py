@@ -8,8 +8,7 @@ taken too long it is ended, and another one goes on with the next.
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tap_jax.config import ConfigDict
@@ -26,7 +25,8 @@ def compile_all(
     *,
     minutes: float,
     say: Callable[[str], None],
-    keep: Callable[[Found], None] = lambda one: None,
+    only: Callable[[str], bool] = lambda phase: True,
+    enough: Callable[[Found], bool] = lambda one: True,
     known: Sequence[Found] = (),
 ) -> tuple[Built, list[Found]]:
     """Compiles a run's programs for a target, one after the other.
@@ -34,7 +34,8 @@ def compile_all(
     Args:
       minutes: for one program.
       say: is given a line as each begins.
-      keep: is given each program's result as it comes.
+      only: of a phase: whether to compile its programs.
+      enough: of a program: whether to go on with the next.
       known: what was found earlier of some of the programs, which are not compiled again.
 
     Raises:
@@ -43,7 +44,7 @@ def compile_all(
     found = {one.name: one for one in known}
     built = None
     while built is None or len(found) < len(built.names):
-        with _Child(config, target, tuple(found)) as child:
+        with _Child("serve", config, target, tuple(found), only) as child:
             built = child.receive(BUILDING)
             if built is None:
                 raise UserError(
@@ -58,21 +59,35 @@ def compile_all(
                     problem = f"not known after {minutes:g} minutes" if late else "the compiler ended its process"
                     one = Found(name, seconds=60 * minutes if late else 0, problem=problem)
                 found[name] = one
-                keep(one)
+                if not enough(one):
+                    return built, list(found.values())
                 if ended:
                     break  # and go on in a new process
     return built, list(found.values())
 
 
-class _Child:
-    """A forked process in which `describing.serve` sends what it finds; it is ended with the block."""
+def chosen_sizes(config: ConfigDict, target: Target) -> list[Any]:
+    """`device_sizes.choices` for the target's devices.
 
-    def __init__(self, config: ConfigDict, target: Target, done: Collection[str]):
+    Raises:
+      UserError: as `compile_all`.
+    """
+    with _Child("sizes", config, target) as child:
+        found = child.receive(BUILDING)
+    if found is None:
+        raise UserError("target: the process that looks for sizes ended; name them: engine.microbatch and the like")
+    return found
+
+
+class _Child:
+    """A forked process in which a function of `describing` sends things; it is ended with the block."""
+
+    def __init__(self, function: str, config: ConfigDict, target: Target, *args: Any):
         context = multiprocessing.get_context("fork")
         self._mine, theirs = context.Pipe(duplex=False)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._process = context.Process(target=_run, args=(theirs, config, target, done), daemon=True)
+        self._process = context.Process(target=_run, args=(theirs, function, config, target, *args), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -107,7 +122,7 @@ class _Child:
         return found
 
 
-def _run(connection: Connection, config: ConfigDict, target: Target, done: Collection[str]) -> None:
+def _run(connection: Any, function: str, config: ConfigDict, target: Target, *args: Any) -> None:
     """In the child: what compilers print goes nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if not os.environ.get("TAP_JAX_COMPILER_OUTPUT"):
@@ -117,7 +132,7 @@ def _run(connection: Connection, config: ConfigDict, target: Target, done: Colle
         os.environ.update(environment(target))
         from tap_jax.planning.targets import describing  # and with it JAX
 
-        describing.serve(connection.send, config, target, done)
+        getattr(describing, function)(connection.send, config, target, *args)
     except UserError as error:
         connection.send(error)
     finally:
