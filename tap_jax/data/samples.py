@@ -1,6 +1,7 @@
 """From the rows of a split to its samples: each row converted rightly, or named as one that cannot be used."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,24 +54,37 @@ def convert(
             if attempt(row, values.check, entry, column=source.group_by) is not _FAILED:
                 together.setdefault((repr(entry), owner), []).append(row)
         groups = list(together.values())
-    groups = [groups[i] for i in subset(len(groups), limit)]
-    samples = []  # (row, its fields, those of the further rows of its group)
-    for group in groups:
-        found = [(row, attempt(row, _fields, task, columns, row, client_column)) for row in group]
-        found = [(row, fields) for row, fields in found if fields is not _FAILED]
-        if found:
-            samples.append((found[0][0], [fields for _, fields in found]))
-    if source.image and samples:
-        images = zip(samples, rows.entries(source.image, [row for row, _ in samples]), strict=True)
-        images = [(s, attempt(s[0], to_rgb64, image, column=source.image)) for s, image in images]
-        samples = [sample for sample, image in images if image is not _FAILED]
-        images = [image for _, image in images if image is not _FAILED]
+
+    def converted(chosen: Iterable[int]) -> list[_Sample]:
+        """Of groups, in the order of their rows."""
+        found = []
+        for group in (groups[i] for i in sorted(chosen)):
+            tried = [(row, attempt(row, _fields, task, columns, row, client_column)) for row in group]
+            if good := [(row, fields) for row, fields in tried if fields is not _FAILED]:
+                found.append(_Sample(good[0][0], [fields for _, fields in good]))
+        if not source.image or not found:
+            return found
+        images = rows.entries(source.image, [sample.row for sample in found])
+        pictures = [
+            attempt(s.row, to_rgb64, image, column=source.image) for s, image in zip(found, images, strict=True)
+        ]
+        return [s._replace(image=image) for s, image in zip(found, pictures, strict=True) if image is not _FAILED]
+
+    # Those that a limit keeps; for each that cannot be used, the next.
+    order = subset_order(len(groups), limit)
+    samples: list[_Sample] = []
+    most, tried = limit or len(order), 0
+    while tried < len(order) and len(samples) < most:
+        chosen = order[tried : tried + most - len(samples)]
+        samples, tried = samples + converted(chosen), tried + len(chosen)
+    samples.sort(key=lambda sample: sample.row)
     if not samples:
         raise UserError(f"data.root: {place} has no row that can be used; the first: {attempt.first}")
-    first = [group[0] for _, group in samples]
-    fields: dict = {"domains": np.array([mine["domain"] for mine in first], np.int32), "notes": attempt.notes()}
+    first = [sample.fields[0] for sample in samples]
+    fields: dict[str, Any] = {"domains": np.array([mine["domain"] for mine in first], np.int32)}
+    fields["notes"] = attempt.notes()
     if source.image:
-        fields["images"] = np.stack(images)
+        fields["images"] = np.stack([sample.image for sample in samples if sample.image is not None])
     if source.label:
         fields["labels"] = np.array([mine["label"] for mine in first], np.int32)
     if source.text:
@@ -78,7 +92,7 @@ def convert(
         if templates.is_template(source.text):
             fields["shorten"] = np.array([mine["shorten"] for mine in first], np.int32)
     if source.answer:
-        references = [[text for mine in group for text in mine["answers"]] for _, group in samples]
+        references = [[text for mine in sample.fields for text in mine["answers"]] for sample in samples]
         fields["references"] = tuple(map(tuple, references))
         fields["targets"] = tuple(group[0] for group in references)
     if client_column:
@@ -89,6 +103,14 @@ def convert(
 _FAILED = object()
 
 
+class _Sample(NamedTuple):
+    """Its first row, the fields of all rows of its group, and its picture."""
+
+    row: int
+    fields: list[dict[str, Any]]
+    image: np.ndarray | None = None
+
+
 class _Attempts:
     """Conversions of single rows: a row that cannot be used ends them, or is counted."""
 
@@ -97,7 +119,7 @@ class _Attempts:
         self.rows: set[int] = set()
         self.first = ""
 
-    def __call__(self, row: int, function: Callable, *args, **kwargs):
+    def __call__(self, row: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the function returns, or `_FAILED`."""
         try:
             return function(*args, where=f"{self.place} row {row}", **kwargs)
@@ -117,9 +139,10 @@ class _Attempts:
         )
 
 
-def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where: str) -> dict:
+def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where: str) -> dict[str, Any]:
     """What a row has besides its image: domain, label, texts, whose it is."""
-    source, found = task.source, {"domain": 0}
+    source = task.source
+    found: dict[str, Any] = {"domain": 0}
     if client_column:
         found["client"] = client_name(columns[client_column][row], where=where, column=client_column)
     if source.label:
@@ -130,8 +153,9 @@ def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where
             remedy = f"name the classes in tasks.{task.name}.class_names, or leave both out, "
         else:
             remedy = f"raise classes of {task.name}, "
-        given = {"where": where, "column": source.label, "remedy": remedy, "names": task.class_names}
-        found["label"] = values.label(entry, task.classes, **given)
+        found["label"] = values.label(
+            entry, task.classes, where=where, column=source.label, remedy=remedy, names=task.class_names
+        )
     record = {name: columns[name][row] for name in source.texts}
     for name, entry in record.items():
         values.check(entry, where=where, column=name)
@@ -185,6 +209,11 @@ def client_name(value: object, *, where: str, column: str) -> str:
 
 def subset(count: int, limit: int | None) -> np.ndarray:
     """Which of `count` rows a limit keeps, ascending: a fixed random subset; all of them without a limit."""
+    return np.sort(subset_order(count, limit)[:limit])
+
+
+def subset_order(count: int, limit: int | None) -> np.ndarray:
+    """The rows in the order in which a limit takes them."""
     if limit is None or limit >= count:
         return np.arange(count)
-    return np.sort(np.random.default_rng(SPLIT_SEED).permutation(count)[:limit])
+    return np.random.default_rng(SPLIT_SEED).permutation(count)

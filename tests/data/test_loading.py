@@ -91,6 +91,19 @@ def test_common_gen_groups_references_in_test_only(tmp_path):
     assert test.inputs[0].endswith("Concepts: a, b")
 
 
+def test_a_limit_is_filled_up_where_rows_are_skipped(tmp_path):
+    """With the rows that a larger limit would take, and without a change where none is bad."""
+    write(tmp_path / "ag_news", text=[f"text {i}" for i in range(8)], label=[0] * 8)
+    task = find_task("ag_news")
+    four, six, everything = (loading.load(task, "train", root=str(tmp_path), limit=n).inputs for n in (4, 6, None))
+    assert len(four) == 4 and set(four) < set(six)
+    lost = four[1:3]
+    write(tmp_path / "ag_news", text=list(everything), label=[None if text in lost else 0 for text in everything])
+    found = loading.load(task, "train", root=str(tmp_path), limit=4, on_bad_row="skip")
+    assert found.inputs == tuple(text for text in six if text not in lost) and "2 rows skipped" in found.notes[0]
+    assert len(loading.load(task, "train", root=str(tmp_path), limit=7, on_bad_row="skip")) == 6
+
+
 def test_stand_ins_are_reported(tmp_path, caplog):
     rows = {"image": [png(9)], "question": ["q?"], "multiple_choice_answer": ["yes"]}
     for folder in ("vqav2", "easy_vqa"):
