@@ -93,7 +93,7 @@ class Task:
       head: name of the decoder; tasks that name the same head share it.
       classes: number of classes of a classification task, else 0.
       class_names: what its label column calls them, texts or whole numbers; () where labels are numbers from 0.
-      source: its data's; None for a task that only a rule in `data.synthetic` draws.
+      source: its data's; one without columns for a task that only a rule in `data.synthetic` draws.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Task:
     head: str
     classes: int = 0
     class_names: tuple[str | int, ...] = ()
-    source: Source | None = None
+    source: Source = Source()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -297,10 +297,15 @@ def _check(name: str, given: Mapping[str, Any]) -> None:
         refuse("domain_values", "goes with domain_column; drop it or name that")
     if given["domain_values"] and len(given["domain_values"]) != len(domains):
         refuse("domain_values", f"{len(given['domain_values'])} for {len(domains)} domains; give one for each")
-    for field in ("domains", "head"):
-        for value in domains if field == "domains" else (given["head"],):
-            if "." in value or "/" in value or not value.isprintable():
+    for field, values in (("domains", domains), ("head", filter(None, [given["head"]]))):
+        for value in values:
+            if not can_name_blocks(value):
                 refuse(field, f"{value!r}; blocks are named by it, so use no '.' and no '/'")
+
+
+def can_name_blocks(value: str) -> bool:
+    """Whether a domain or a head may be called so."""
+    return bool(value) and value.isprintable() and not {".", "/"} & set(value)
 
 
 # The eight of Sec. 5.1: kinds and heads as in App. D.1 (generation heads are shared), texts as in Table 23, cut where

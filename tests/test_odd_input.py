@@ -313,7 +313,7 @@ def long_question(words, options, **kwargs):
         row = {"question": question, "subject": "professional_law", "choices": ["x"] * options, "answer": 0}
         found = read(folder, "mmlu", {name: [entry] for name, entry in row.items()})
         pieces = load_tokenizer("train", [*found.inputs, *found.targets], vocab_size=2000)
-        arrays = encode_examples(find_task("mmlu"), found, pieces, max_text=60, max_answer=8, **kwargs)
+        arrays = encode_examples(found, pieces, max_text=60, max_answer=8, **kwargs)
         (shown,), (answer,) = pieces.decode(arrays.tokens), arrays.answers.tolist()
         return re.sub("^the following .* question : ", "... ", shown), arrays.cut, answer[-1] == pieces.sep_id
 

@@ -29,7 +29,7 @@ class HandMade:
     def row(self, task, shape, widths):
         if shape.texts is None:
             return shape.samples * (100 + 10 * widths[0] + widths[0] ** 2 + 5 * widths[1])
-        text = shape.texts.count * (10 * shape.texts.tokens + shape.texts.tokens**2)
+        text = shape.texts.number * (10 * shape.texts.tokens + shape.texts.tokens**2)
         return shape.samples * 100 + text + 5 * shape.answers.total
 
     def generates(self, task):

@@ -8,6 +8,7 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def cache_path(cache_dir: str, task: Task, split: str, settings: Sequence) -> pa
 
 def write_cache(path: pathlib.Path, examples: Examples) -> None:
     """Stores a split; a reader meanwhile sees the old file or the new one, never half of it."""
-    arrays = {name: value for name, value in vars(examples).items() if isinstance(value, np.ndarray)}
+    arrays: dict[str, Any] = {name: value for name, value in vars(examples).items() if isinstance(value, np.ndarray)}
     texts = {name: getattr(examples, name) for name in ("inputs", "targets", "references", "clients", "notes")}
     arrays["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)

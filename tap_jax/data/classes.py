@@ -5,7 +5,7 @@ from typing import Any
 
 from tap_jax.data import reading, values
 from tap_jax.errors import UserError
-from tap_jax.tasks import Task
+from tap_jax.tasks import Task, can_name_blocks
 
 MOST_CLASSES = 10_000  # more different labels are numbers or names of single rows
 
@@ -25,7 +25,7 @@ def classes_of(task: Task, parts: Sequence[reading.Joined]) -> dict[str, Any]:
     """
     place, column = f"{task.name}/train, column '{task.source.label}'", task.source.label
     remedy = f"name them in tasks.{task.name}.class_names"
-    features = [part.features.get(column) for rows in parts for part in rows.parts]
+    features: list[Any] = [part.features.get(column) for rows in parts for part in rows.parts]
     named = {tuple(feature.names) for feature in features if hasattr(feature, "names")}
     if len(named) > 1:
         raise UserError(f"{place}: files disagree on the names of classes; {remedy}")
@@ -61,7 +61,7 @@ def domains_of(task: Task, parts: Sequence[reading.Joined]) -> dict[str, Any]:
     place, column = f"{task.name}/train, column '{task.source.domain_column}'", task.source.domain_column
     found = _distinct(parts, column)
     names = {str(value).strip() for value in found}
-    wrong = [name for name in names if not name or "." in name or "/" in name]
+    wrong = [name for name in names if not can_name_blocks(name)]
     if wrong or not found:
         shown = f"{wrong[0]!r} cannot name a domain" if wrong else "no domains"
         raise UserError(f"{place}: {shown}; set tasks.{task.name}.domains and domain_values")

@@ -9,12 +9,9 @@ import dataclasses
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Iterable
-
-import numpy as np
 
 from tap_jax.data import loading, places, reading, samples, sites
-from tap_jax.data.examples import PER_SAMPLE, Examples
+from tap_jax.data.examples import Examples
 from tap_jax.data.settings import DataSettings
 from tap_jax.data.values import BadRow
 from tap_jax.errors import UserError
@@ -64,8 +61,8 @@ def names_of(task: Task, split: str, settings: DataSettings) -> list[str]:
                     raise
                 names.append("")  # no client's
     else:
-        rows = {name: places.rows_of(task, split, **mine.place).count for name, mine in _with_task(task, settings)}
-        names = [name for name, count in rows.items() for _ in range(count)]
+        counts = [(name, places.rows_of(task, split, **mine.place).count) for name, mine in _with_task(task, settings)]
+        names = [name for name, count in counts for _ in range(count)]
     return [names[row] for row in samples.subset(len(names), settings.size(split) or None) if names[row]]
 
 
@@ -85,8 +82,9 @@ def read(task: Task, split: str, settings: DataSettings, *, limit: int | None = 
         return loading.load(task, split, limit=limit, **given)
     else:
         found = _with_task(task, settings)
-        parts = [(name, loading.load(task, split, **mine.place, on_bad_row=mine.on_bad_row)) for name, mine in found]
-        examples = joined(parts)
+        parts = [loading.load(task, split, **mine.place, on_bad_row=mine.on_bad_row) for _, mine in found]
+        whose = tuple(name for (name, _), part in zip(found, parts, strict=True) for _ in range(len(part)))
+        examples = dataclasses.replace(Examples.joined(parts), clients=whose)
     return examples.take(samples.subset(len(examples), limit))
 
 
@@ -94,22 +92,6 @@ def training_rows(task: Task, settings: DataSettings) -> list[reading.Joined]:
     """A task's training rows: of `settings.root`, or of every client's folder there."""
     all_of_it = [mine for _, mine in _with_task(task, settings)] if settings.split == "folder" else [settings]
     return [places.rows_of(task, "train", **mine.place) for mine in all_of_it]
-
-
-def joined(parts: Iterable[tuple[str, Examples]]) -> Examples:
-    """The samples of several clients, (name, samples), one client after the other."""
-    names, found = zip(*parts, strict=True)
-    clients = tuple(name for name, part in zip(names, found, strict=True) for _ in range(len(part)))
-
-    def together(field: str):
-        values = [getattr(part, field) for part in found]
-        if values[0] is None:
-            return None
-        arrays = isinstance(values[0], np.ndarray)
-        return np.concatenate(values) if arrays else tuple(x for part in values for x in part)
-
-    fields = [field for field in (*PER_SAMPLE, "notes") if field != "clients"]
-    return Examples(**{field: together(field) for field in fields}, clients=clients)
 
 
 def _present(settings: DataSettings) -> list[Task]:
@@ -129,7 +111,7 @@ def _present(settings: DataSettings) -> list[Task]:
     found = [
         task
         for task in TASKS.values()
-        if task.source and (task.source.path or any(_has(place, task) for place in roots))
+        if task.source.needed and (task.source.path or any(_has(place, task) for place in roots))
     ]
     if not found:
         where = root if by_column else f"any folder of {root}"

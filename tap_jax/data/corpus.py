@@ -86,7 +86,7 @@ def _draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[Picture]]:
     colors = np.stack([np.where(colors[:, i] == first, colors[:, 2], colors[:, i]) for i in range(2)], axis=1)
     large = rng.random((n, 2)) < 0.5
 
-    def shade(colors):
+    def shade(colors: np.ndarray) -> np.ndarray:
         return np.clip(colors + rng.uniform(-0.1, 0.1, colors.shape), 0, 1).astype(np.float32)
 
     angles = rng.uniform(-0.3, 0.3, n)
@@ -182,4 +182,4 @@ def _action(rng: np.random.Generator) -> str:
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]

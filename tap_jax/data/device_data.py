@@ -45,12 +45,12 @@ def cut(
     batch = {name: field.at[ids].get(mode="promise_in_bounds") for name, field in fields.items()}
     if "images" in batch:
         batch["images"] = standardise(batch["images"])
-    if shape is not None and shape.texts:
+    if shape is not None and shape.texts and text_at is not None:
         tokens = batch["tokens"]
         sample, position = _lay_out((tokens != PAD).sum(1), text_at, shape.texts)
         batch["tokens"] = jnp.where(sample < 0, PAD, tokens[sample, position])
         batch |= {"text_segments": sample, "text_positions": position, "samples": ids}
-    if shape is not None and shape.answers:
+    if shape is not None and shape.answers and answer_at is not None:
         answers = batch["answers"]
         lengths = (answers != PAD).sum(1) - 1
         sample, position = _lay_out(lengths, answer_at, shape.answers)
@@ -71,10 +71,8 @@ def _lay_out(lengths: Array, at: Array, sequences: Sequences) -> tuple[Array, Ar
     sample = order[jnp.maximum(before, 0)].astype(jnp.int32)
     position = place - at[sample]
     real = (before >= 0) & (position < lengths[sample])
-    return tuple(
-        jnp.where(real, value, nothing).reshape(sequences.count, sequences.tokens)
-        for value, nothing in ((sample, -1), (position, 0))
-    )
+    shape = sequences.number, sequences.tokens
+    return jnp.where(real, sample, -1).reshape(shape), jnp.where(real, position, 0).reshape(shape)
 
 
 def standardise(images: Array) -> Array:

@@ -37,7 +37,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def _box(u: np.ndarray, v: np.ndarray, left: float, right: float, top: float, bottom: float) -> np.ndarray:
+def _box(u: np.ndarray, v: np.ndarray, left: float, right: float, top: float | np.ndarray, bottom: float) -> np.ndarray:
     return np.maximum(np.maximum(left - u, u - right), np.maximum(top - v, v - bottom))
 
 

@@ -7,6 +7,7 @@ already cut by the task's template into what the model reads and what it must wr
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Examples:
     shorten: np.ndarray | None = None
     notes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in PER_SAMPLE:
             value = getattr(self, name)
             if value is not None and len(value) != len(self.domains):
@@ -75,7 +76,7 @@ class Examples:
     def take(self, ids: Sequence[int] | np.ndarray) -> "Examples":
         """The samples `ids` (int [M], repeats allowed), in that order."""
         ids = np.asarray(ids, dtype=np.int64)
-        taken: dict = {"notes": self.notes}
+        taken: dict[str, Any] = {"notes": self.notes}
         for name in PER_SAMPLE:
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
@@ -83,3 +84,15 @@ class Examples:
             elif value is not None:
                 taken[name] = tuple(value[i] for i in ids)
         return Examples(**taken)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Examples"]) -> "Examples":
+        """The samples of the parts, one part after the other; what the first part lacks, all lack."""
+        found: dict[str, Any] = {}
+        for name in (*PER_SAMPLE, "notes"):
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], np.ndarray):
+                found[name] = np.concatenate(values)
+            elif values[0] is not None:
+                found[name] = tuple(entry for value in values for entry in value)
+        return cls(**found)

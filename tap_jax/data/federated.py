@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -65,9 +66,9 @@ def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings)
     """
     splits = {split: {task.name: _read(task, split, settings) for task in tasks} for split in ("train", "test")}
     pieces = _tokenizer(splits["train"], settings)
-    widths = {"max_text": settings.max_text, "max_answer": settings.max_answer, "too_long": settings.too_long}
+    widths: dict[str, Any] = {name: getattr(settings, name) for name in ("max_text", "max_answer", "too_long")}
     encoded = {
-        split: {task.name: encode_examples(task, found[task.name], pieces, **widths) for task in tasks}
+        split: {task.name: encode_examples(found[task.name], pieces, **widths) for task in tasks}
         for split, found in splits.items()
     }
     train, test = encoded["train"], encoded["test"]
@@ -82,12 +83,12 @@ def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings)
     for name in train:
         train[name], test[name] = _equal_widths(train[name], test[name])
 
-    def kinds(arrays):
+    def kinds(arrays: Mapping[str, TaskArrays]) -> dict[str, np.ndarray]:
         return {name: split.domains if split.labels is None else split.labels for name, split in arrays.items()}
 
-    def deal(split, arrays):
+    def deal(split: str, arrays: Mapping[str, TaskArrays]) -> list[dict[str, np.ndarray]]:
         if federation.named:
-            names = {name: examples.clients for name, examples in splits[split].items()}
+            names = {name: examples.clients or () for name, examples in splits[split].items()}
             return by_name(federation, names, test=split == "test")
         return assign(
             federation,
@@ -118,7 +119,7 @@ def _cut_notes(
     task: Task, train: TaskArrays, test: TaskArrays, max_text: int, max_answer: int, too_long: str
 ) -> list[str]:
     """A line for a task whose inputs, and one for a task whose answers, are longer than the model takes."""
-    middle = too_long == "middle" and bool(task.source) and templates.is_template(task.source.text)
+    middle = too_long == "middle" and templates.is_template(task.source.text)
     lost = "the middle of the question or text in them" if middle else "their end"
     notes = []
     for which, (what, field, limit, loss) in enumerate(
@@ -164,7 +165,7 @@ def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
     """Texts and answers padded to the longest of all splits, so that one program serves them."""
 
     def padded(split: TaskArrays) -> TaskArrays:
-        changes = {}
+        changes: dict[str, Any] = {}
         for field in ("tokens", "answers"):
             if getattr(split, field) is not None:
                 width = max(getattr(other, field).shape[1] for other in splits)
@@ -177,7 +178,7 @@ def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
 
 def _read(task: Task, split: str, settings: DataSettings) -> Examples:
     """One split of one task, from wherever it is."""
-    limit, placed = settings.size(split), bool(task.source and task.source.path)
+    limit, placed = settings.size(split), bool(task.source.path)
     if settings.root == "synthetic" and not placed:
         return synthetic.load(task, split, size=limit or SYNTHETIC_SIZES[split], seed=settings.seed)
     drawn = settings.root == "sites"  # with the classes in use
@@ -188,7 +189,7 @@ def _read(task: Task, split: str, settings: DataSettings) -> Examples:
         found = natural.read(known, split, settings, limit=most)
     else:
         found = loading.load(known, split, **settings.place, limit=most, on_bad_row=settings.on_bad_row)
-    if reduced:
+    if reduced and found.labels is not None:
         kept = np.flatnonzero(found.labels < task.classes)
         if len(kept) == 0:
             raise UserError(

@@ -5,7 +5,7 @@ treat both alike. Fewer than 300 words in all. A rule decides every answer; whic
 offence or illness is fixed, never seeded, so that all clients face the same world.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def news(rng: np.random.Generator, label: int) -> dict:
 
     Each is the topic's own with probability .62, one shared with another topic with .26, and another topic's else.
     """
-    words = []
+    words: list[str] = []
     while len(words) < 3:
         where = rng.random()
         topic = label if where < 0.88 else (label + rng.integers(1, 4)) % 4
@@ -213,7 +213,7 @@ def joint_scene(rng: np.random.Generator) -> dict:
     actions = [_action(rng), _action(rng)]
     place = _pick(rng, tuple(_PLACES))
     if rng.random() < 0.5:
-        used = actions[0]
+        used = list(actions[0])
         text = f"a {doers[0]} and a {doers[1]} {_clause(*used)} {_PLACES[place]}."
     else:
         used = [word for action in actions for word in action]
@@ -243,5 +243,5 @@ def _third_person(verb: str) -> str:
     return verb + ("es" if verb.endswith(("ch", "sh")) else "s")
 
 
-def _pick(rng: np.random.Generator, options):
-    return options[rng.integers(len(options))]
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]

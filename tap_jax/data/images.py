@@ -6,12 +6,15 @@ Images stay uint8 until they are on the device: a quarter of the memory and of t
 import io
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tap_jax.data.examples import IMAGE_SIDE
 from tap_jax.data.values import bad
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Per RGB channel, of pixel values in [0, 1]: CIFAR-100's statistics, which the paper's runs use for every task.
 MEAN = (0.5071, 0.4865, 0.4409)
@@ -66,7 +69,7 @@ def to_rgb64(image: Any, *, where: str, column: str = "image") -> np.ndarray:
         raise bad(where, column, f"unreadable image{name and f' {name}'} ({reason})") from error
 
 
-def _turned(image):
+def _turned(image: "Image.Image") -> "Image.Image":
     from PIL import Image
 
     try:
@@ -81,7 +84,7 @@ def _turned(image):
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _in_rgb(image):
+def _in_rgb(image: "Image.Image") -> "Image.Image":
     from PIL import Image
 
     if image.mode.startswith("I;16"):

@@ -26,13 +26,13 @@ DENSE = 1.05  # tokens of packed sequences over those of the texts in them, abou
 class Sequences(NamedTuple):
     """B sequences of T tokens each."""
 
-    count: int
+    number: int
     tokens: int
 
     @property
     def total(self) -> int:
         """B·T."""
-        return self.count * self.tokens
+        return self.number * self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RowShape:
     @property
     def always(self) -> int:
         """Samples that fit into an empty row whatever their lengths."""
-        return min([self.samples, *(room.count for room in (self.texts, self.answers) if room)])
+        return min([self.samples, *(room.number for room in (self.texts, self.answers) if room)])
 
 
 class Filled(NamedTuple):
@@ -149,15 +149,16 @@ def pack(
     largest = shapes[0]
     if not (largest.texts or largest.answers):
         return _pack_in_order(shapes, samples)
-    nothing = np.zeros(samples, int)
-    texts = (texts if largest.texts else nothing).tolist()
-    answers = (answers if largest.answers else nothing).tolist()
-    rest = sorted(range(samples), key=lambda n: -texts[n])
+    sizes = [
+        [0] * samples if tokens is None or not room else tokens.tolist()
+        for tokens, room in ((texts, largest.texts), (answers, largest.answers))
+    ]
+    rest = sorted(range(samples), key=lambda n: -sizes[0][n])
     rows: list[Filled] = []
     while rest:
-        row, left = _fill(0, largest, rest, texts, answers)
+        row, left = _fill(0, largest, rest, *sizes)
         if not left:  # the last one, if no smaller ones are cheaper
-            return rows + _cheapest(shapes, row, rest, texts, answers)
+            return rows + _cheapest(shapes, row, rest, *sizes)
         rows.append(row)
         rest = left
     return rows
@@ -168,7 +169,8 @@ def _pack_in_order(shapes: Sequence[RowShape], samples: int) -> list[Filled]:
     whole, left = divmod(samples, shapes[0].samples)
     needed = [-(-left // shape.samples) for shape in shapes]
     last = min(range(len(shapes)), key=lambda size: needed[size] * shapes[size].cost)
-    rows, start = [], 0
+    rows: list[Filled] = []
+    start = 0
     for size in [0] * whole + [last] * needed[last]:
         stop = min(samples, start + shapes[size].samples)
         rows.append(Filled(size, np.arange(start, stop)))
@@ -176,11 +178,14 @@ def _pack_in_order(shapes: Sequence[RowShape], samples: int) -> list[Filled]:
     return rows
 
 
-def _cheapest(shapes: Sequence[RowShape], large: Filled, rest, texts, answers) -> list[Filled]:
+def _cheapest(
+    shapes: Sequence[RowShape], large: Filled, rest: list[int], texts: list[int], answers: list[int]
+) -> list[Filled]:
     """The samples that one large row holds, in rows of the size that computes on the fewest tokens."""
     best, least = [large], shapes[0].cost
     for size, shape in enumerate(shapes[1:], 1):
-        rows, left = [], rest
+        rows: list[Filled] = []
+        left = rest
         while left and (len(rows) + 1) * shape.cost < least:
             row, left = _fill(size, shape, left, texts, answers)
             rows.append(row)
@@ -189,7 +194,9 @@ def _cheapest(shapes: Sequence[RowShape], large: Filled, rest, texts, answers) -
     return best
 
 
-def _fill(size: int, shape: RowShape, order: Sequence[int], texts, answers) -> tuple[Filled, list[int]]:
+def _fill(
+    size: int, shape: RowShape, order: Sequence[int], texts: list[int], answers: list[int]
+) -> tuple[Filled, list[int]]:
     """A row of as many of the samples as fit, in their order, and those that do not."""
     text_room, answer_room = _Room(shape.texts), _Room(shape.answers)
     placed: list[tuple[int, int, int]] = []
@@ -211,7 +218,7 @@ class _Room:
 
     def __init__(self, sequences: Sequences | None):
         self._sequences = sequences
-        self._free = [(sequences.tokens, number) for number in range(sequences.count)] if sequences else []
+        self._free = [(sequences.tokens, number) for number in range(sequences.number)] if sequences else []
 
     def fits(self, tokens: int) -> bool:
         return self._sequences is None or bool(self._free) and self._free[-1][0] >= tokens

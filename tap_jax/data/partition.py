@@ -82,8 +82,7 @@ def assign(
             values = np.unique((classes or {}).get(task.name, kinds))
             slices = _by_class(stream, order, len(owners), kinds, values, classes_per_client)
         else:
-            kinds = (labels or {}).get(task.name)
-            slices = _by_dirichlet(stream, order, len(owners), kinds, alpha)
+            slices = _by_dirichlet(stream, order, len(owners), (labels or {}).get(task.name), alpha)
         for client, ids in zip(owners, slices, strict=True):
             if not len(ids):
                 raise UserError(

@@ -36,7 +36,9 @@ def _balanced(rng: np.random.Generator, n: int, classes: int) -> np.ndarray:
     return ((rng.permutation(n) + rng.integers(classes)) % classes).astype(np.int32)
 
 
-def _placement(rng: np.random.Generator, n: int, *, shift: float, sizes: tuple[float, float]):
+def _placement(
+    rng: np.random.Generator, n: int, *, shift: float, sizes: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
     centers = drawing.SIDE / 2 - 0.5 + rng.uniform(-shift, shift, (n, 2))
     return centers, rng.uniform(*sizes, n)
 
@@ -142,7 +144,7 @@ def _questions(task: Task, rng: np.random.Generator, n: int) -> Examples:
     return Examples(_zeros(n), images=images, inputs=inputs, targets=targets, references=tuple((t,) for t in targets))
 
 
-def _ask(rng: np.random.Generator, kind: int, shapes, colors, two: bool, side: int) -> dict:
+def _ask(rng: np.random.Generator, kind: int, shapes: np.ndarray, colors: np.ndarray, two: bool, side: int) -> dict:
     """One question about the first shape; shapes[2] and colors[2] are never in the picture."""
     shape, color = _VQA_SHAPES[shapes[0]], _VQA_COLORS[colors[0]]
     yes = rng.random() < 0.5

@@ -53,7 +53,7 @@ def find(task: Task, split: str, root: str) -> Place:
       UserError: the task has no data, or they are not there.
     """
     source = task.source
-    if source is None:
+    if not source.needed:
         raise UserError(f"data.root: no data for task {task.name}, which names no columns; declare it in config.tasks")
     field, named = (f"tasks.{task.name}.path", source.path) if source.path else ("data.root", root)
     named = os.path.expanduser(named)
@@ -87,9 +87,10 @@ def open_rows(task: Task, split: str, place: Place, cache_dir: str | None, also:
     opened = [reading.of_files(file, field=place.field) for file in place.files]
     if not opened:
         name = getattr(source, split) or split
-        parts = source.configs or (None,)
-        given = {"cache_dir": cache_dir, "field": place.field, "guessed": place.guessed}
-        opened = [reading.of_hub(place.hub, part, name, **given) for part in parts]
+        opened = [
+            reading.of_hub(place.hub, part, name, cache_dir=cache_dir, field=place.field, guessed=place.guessed)
+            for part in source.configs or (None,)
+        ]
     for rows in opened:
         _check_columns((*source.needed, *also), rows, place.field)
     if source.train and source.train == source.test and (not place.files or place.files[0].divided):
@@ -152,7 +153,8 @@ def divide_by_image(images: Iterable[Mapping], *, train_rows: int, seed: int) ->
     for row, image in enumerate(images):
         rows_of.setdefault(_digest(image), []).append(row)
     pictures = list(rows_of.values())
-    train, test = [], []
+    train: list[int] = []
+    test: list[int] = []
     for i in np.random.default_rng(seed).permutation(len(pictures)):
         (train if len(train) + len(pictures[i]) <= train_rows else test).extend(pictures[i])
     return np.sort(np.array(train, np.int64)), np.sort(np.array(test, np.int64))

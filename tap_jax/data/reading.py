@@ -18,6 +18,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ class Rows:
             found = {name: [column[row] for row in self.kept] for name, column in found.items()}
         return found
 
-    def entries(self, name: str, rows: Sequence[int] | None = None) -> Iterator:
+    def entries(self, name: str, rows: Sequence[int] | np.ndarray | None = None) -> Iterator:
         """The entries of one column one after the other, a batch in memory at a time.
 
         Args:
@@ -171,7 +172,7 @@ class Rows:
                 return
             yield batch
 
-    def _readable(self):
+    def _readable(self) -> "readable":
         return readable(*self.wrong)
 
 
@@ -214,7 +215,7 @@ class Joined:
             start = stop
 
 
-def _entries(column) -> list:
+def _entries(column: Any) -> list:
     """An arrow column as Python's values; what a json file has of several types comes as JSON, and is decoded."""
     entries = column.to_pylist()
     if str(column.type) != "extension<arrow.json>":
@@ -236,11 +237,10 @@ class readable:  # noqa: N801 - used like a function
         self.log = logging.getLogger("datasets")
         self.level = self.log.level
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.log.setLevel(logging.CRITICAL + 1)
-        return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.log.setLevel(self.level)
         import datasets
         import pyarrow

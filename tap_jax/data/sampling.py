@@ -106,8 +106,8 @@ class Plan(struct.PyTreeNode):
     rows: Mapping[str, tuple[Rows, ...]]
     clients: np.ndarray
     active: np.ndarray
-    first: np.ndarray
-    steps: np.ndarray
+    first: np.ndarray | np.int32
+    steps: np.ndarray | np.int32
 
 
 def generator(seed: int, round_: int, client: int, phase: str, minibatch: int = 0) -> np.random.Generator:
@@ -325,7 +325,7 @@ class _Pool(NamedTuple):
 
 
 def _empty(shape: RowShape, rows: int, length: int) -> Rows:
-    def whole(dtype, *axes, value=0):
+    def whole(dtype: type, *axes: int, value: int = 0) -> np.ndarray:
         return np.full((length, rows, *axes), value, dtype)
 
     table = Table(
@@ -369,9 +369,9 @@ def _add_rows(
                 table.weights[step, n, : len(row)] = pool.tokens[row] / total
                 table.share[step, n] = size / len(chosen)
                 table.number[step, n] = count
-                if filled.text_at is not None:
+                if filled.text_at is not None and table.text_at is not None:
                     table.text_at[step, n, : len(row)] = filled.text_at
-                if filled.answer_at is not None:
+                if filled.answer_at is not None and table.answer_at is not None:
                     table.answer_at[step, n, : len(row)] = filled.answer_at
                 found.count[step] += 1
                 count += 1

@@ -11,6 +11,7 @@ A task of one's own joins the suite with a rule: `register_task` in `tap_jax.fed
 import functools
 import zlib
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from tap_jax.tasks import Task
 SPLITS = ("train", "test")
 _TEST_PART = 4  # every fourth text, by its hash, belongs to the test split
 _MOST_IN_VAIN = 10_000  # draws in a row that give no new record: the rules know no more
+Record = TypeVar("Record")
 _CHUNK = 500  # pictures drawn at once; bounds the memory of a large split
 
 
@@ -46,7 +48,8 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
     if split not in SPLITS:
         raise UserError(f"split: unknown '{split}'; use one of {', '.join(SPLITS)}")
     if task.name not in RULES:
-        where = f"set tasks.{task.name}.path or data.root to its files" if task.source else f"known: {', '.join(RULES)}"
+        remedy = f"set tasks.{task.name}.path or data.root to its files"
+        where = remedy if task.source.needed else f"known: {', '.join(RULES)}"
         raise UserError(f"data.root: no synthetic data for task {task.name}; {where}")
     if size < 1:
         raise UserError(f"data.{split}_size: {size} of {task.name}; use at least 1")
@@ -56,22 +59,10 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
 
 def _in_chunks(draw: Callable, task: Task, split: str, rng: np.random.Generator, size: int) -> Examples:
     """Pictures that `draw` draws; noise from the split's own stream keeps the splits apart."""
-    return _concatenate([draw(task, rng, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)])
+    return Examples.joined([draw(task, rng, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)])
 
 
-def _concatenate(parts: list[Examples]) -> Examples:
-    first = parts[0]
-    joined = {}
-    for name in ("domains", "images", "labels"):
-        if getattr(first, name) is not None:
-            joined[name] = np.concatenate([getattr(part, name) for part in parts])
-    for name in ("inputs", "targets", "references"):
-        if getattr(first, name) is not None:
-            joined[name] = tuple(entry for part in parts for entry in getattr(part, name))
-    return Examples(**joined)
-
-
-def _collect(draw: Callable[[int], tuple[str, str, object]], task: Task, split: str, size: int) -> list:
+def _collect(draw: Callable[[int], tuple[str, str, Record]], task: Task, split: str, size: int) -> list[Record]:
     """The first `size` different records that fall in `split`.
 
     Args:
@@ -80,7 +71,8 @@ def _collect(draw: Callable[[int], tuple[str, str, object]], task: Task, split: 
       split: "train" or "test".
       size: how many.
     """
-    kept, seen, in_vain = [], set(), 0
+    kept: list[Record] = []
+    seen, in_vain = set(), 0
     while len(kept) < size:
         key, identity, record = draw(len(kept))
         in_vain += 1
@@ -100,7 +92,7 @@ def _news(task: Task, split: str, rng: np.random.Generator, size: int) -> Exampl
     if task.classes > 4:
         raise UserError(f"classes: {task.name} has 4 topics, not {task.classes}; lower it")
 
-    def draw(number: int):
+    def draw(number: int) -> tuple[str, str, dict]:
         record = grammar.news(rng, number % task.classes)
         return record["text"], record["text"], record
 
@@ -118,7 +110,7 @@ def _multiple_choice(task: Task, split: str, rng: np.random.Generator, size: int
     if unknown:
         raise UserError(f"task {task.name}: no synthetic questions on {', '.join(unknown)}; use {', '.join(known)}")
 
-    def draw(number: int):
+    def draw(number: int) -> tuple[str, str, tuple[int, str, str]]:
         domain = number % len(task.domains)
         record = grammar.question(rng, task.domains[domain])
         source, target = task.source.written(record)
@@ -133,7 +125,7 @@ def _multiple_choice(task: Task, split: str, rng: np.random.Generator, size: int
 def _concepts(task: Task, split: str, rng: np.random.Generator, size: int) -> Examples:
     """common_gen: a sentence from concepts; a test sample is a whole concept set with all its references."""
 
-    def draw(number: int):
+    def draw(number: int) -> tuple[str, str, tuple[str, tuple[str, ...]]]:
         record = grammar.scene(rng)
         sentences = [record["target"], *record["others"]]
         pairs = [task.source.written({**record, "target": sentence}) for sentence in sentences]

@@ -36,7 +36,7 @@ class TaskGroup:
 def task_groups(tasks: Sequence[Task], arrays: Mapping[str, TaskArrays]) -> tuple[TaskGroup, ...]:
     """Sorts the tasks into groups; `arrays` holds a split of each, equal in shape to the other split's."""
 
-    def signature(task: Task):
+    def signature(task: Task) -> tuple:
         shapes = tuple((field, array.shape[1:]) for field, array in fields(arrays[task.name]).items())
         return task.kind, task.modalities, task.classes, shapes
 

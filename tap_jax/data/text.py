@@ -12,13 +12,13 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from tap_jax.data.examples import Examples
 from tap_jax.errors import UserError
-from tap_jax.tasks import Task
 from tap_jax.whole_files import replaced
 
 _LOG = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class WordPiece:
     def __init__(self, backend: tokenizers.Tokenizer):
         backend.no_truncation()
         backend.no_padding()
-        ids = [backend.token_to_id(token) for token in SPECIAL]
-        missing = [token for token, id_ in zip(SPECIAL, ids, strict=True) if id_ is None]
+        ids = [id_ for token in SPECIAL if (id_ := backend.token_to_id(token)) is not None]
+        missing = [token for token in SPECIAL if backend.token_to_id(token) is None]
         if missing:
             raise UserError(
                 f"data.tokenizer: no {', '.join(missing)} in its vocabulary; use a BERT word-piece tokenizer"
@@ -194,9 +194,8 @@ def _train(corpus: list[str], vocab_size: int, cache_dir: str | None) -> WordPie
     backend.train_from_iterator(corpus, trainer)
     backend = _bert(tokenizers.models.WordPiece(backend.get_vocab(), unk_token="[UNK]"))
     backend.add_special_tokens(list(SPECIAL))
-    backend.post_processor = tokenizers.processors.BertProcessing(
-        ("[SEP]", backend.token_to_id("[SEP]")), ("[CLS]", backend.token_to_id("[CLS]"))
-    )
+    trained = WordPiece(backend)
+    backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", trained.sep_id), ("[CLS]", trained.cls_id))
     if cached:
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +203,7 @@ def _train(corpus: list[str], vocab_size: int, cache_dir: str | None) -> WordPie
                 backend.save(str(fresh))
         except OSError as error:
             _LOG.warning("data: trained word pieces are not kept in %s (%s)", cached.parent, error.strerror or error)
-    return WordPiece(backend)
+    return trained
 
 
 def _bert(model: tokenizers.models.WordPiece) -> tokenizers.Tokenizer:
@@ -251,34 +250,25 @@ class TaskArrays:
 
 
 def encode_examples(
-    task: Task,
-    examples: Examples,
-    tokenizer: WordPiece | None,
-    *,
-    max_text: int,
-    max_answer: int,
-    too_long: str = "middle",
+    examples: Examples, tokenizer: WordPiece | None, *, max_text: int, max_answer: int, too_long: str = "middle"
 ) -> TaskArrays:
     """Tokenises one split.
 
     Args:
-      task: decides which fields are kept (its modalities and kind).
       examples: N samples.
-      tokenizer: may be None for a task without text.
+      tokenizer: may be None where there are no texts.
       max_text: longest input in word pieces, [CLS] and [SEP] included.
       max_answer: longest answer in word pieces, [CLS] and [SEP] included; of longer ones the end is lost.
       too_long: longer inputs lose the "middle" of what `examples.shorten` says, or their "end".
     """
     inputs_cut = answers_cut = 0
-    fields = {"domains": examples.domains, "labels": examples.labels}
-    if "image" in task.modalities:
-        fields["images"] = examples.images
-    if "text" in task.modalities:
+    fields: dict[str, Any] = {name: getattr(examples, name) for name in ("domains", "images", "labels")}
+    if tokenizer and examples.inputs is not None:
         shorten = examples.shorten if too_long == "middle" else None
         fields["tokens"], inputs_cut = tokenizer.encode_counted(examples.inputs, max_text, shorten)
-    if task.kind == "text_generation":
+    if tokenizer and examples.targets is not None and examples.references is not None:
         answers, answers_cut = tokenizer.encode_counted(examples.targets, max_answer)
         fields["answers"] = answers
-        fields["answer_lengths"] = ((answers != tokenizer.pad_id).sum(axis=1) - 1).astype(np.int32)
+        fields["answer_lengths"] = ((answers != PAD).sum(axis=1) - 1).astype(np.int32)
         fields["references"] = tuple(tuple(map(tokenizer.normalise, group)) for group in examples.references)
     return TaskArrays(**fields, cut=(inputs_cut, answers_cut))

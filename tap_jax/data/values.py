@@ -54,7 +54,7 @@ def label(
             return list(names).index(value)
         listed = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
         raise bad(where, column, f"label {_shown(value)} is none of the classes {listed}", remedy + REMEDY)
-    if isinstance(value, (str, bytes)) or not np.isscalar(value):
+    if not isinstance(value, (int, float, np.number, np.bool_)):
         raise bad(where, column, f"label {_shown(value)} is not a number in 0..{classes - 1}", remedy + REMEDY)
     if not math.isfinite(value) or value != int(value):
         raise bad(where, column, f"label {value} is not a whole number")

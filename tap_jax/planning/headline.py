@@ -42,7 +42,7 @@ def _where(run: Experiment) -> str:
 
 def _what(run: Experiment) -> str:
     samples = [client.samples for client in run.engine.data]
-    places = {(task.source and task.source.path) or run.sections.data.root: None for task in run.federation.tasks}
+    places = {task.source.path or run.sections.data.root: None for task in run.federation.tasks}
     return (
         f"tasks: {', '.join(task.name for task in run.federation.tasks)}; data: {', '.join(places)},"
         f" {min(samples):,} to {max(samples):,} samples a client"

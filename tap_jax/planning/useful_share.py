@@ -221,7 +221,7 @@ class Measure:
             lost_rows += empty * float(full_answer)
             lost_answers += len(ids) * float(full_answer)
         else:
-            lost_answers += rows * shape.answers.count * float(cost.answers(np.array(shape.answers.tokens)))
+            lost_answers += rows * shape.answers.number * float(cost.answers(np.array(shape.answers.tokens)))
         if self.costs.generates(task):  # all places take a step as long as one answer goes on
             steps = float(cost.answers(answers.max(initial=0)))
             computed += rows * shape.samples * steps

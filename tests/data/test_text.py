@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tap_jax.data.examples import Examples
 from tap_jax.data.text import encode_examples, load_tokenizer
 from tap_jax.errors import UserError
-from tap_jax.tasks import find_task
 
 CORPUS = ["Answer: yes", "what color is the circle?", "a dog runs in the park.", "the unaffordable circle"]
 
@@ -120,14 +119,13 @@ def test_a_damaged_tokenizer_is_named(tokenizer, tmp_path, left):
 
 
 def test_arrays_of_a_generation_task(tokenizer):
-    task = find_task("common_gen")
     examples = Examples(
         np.zeros(2, np.int32),
         inputs=("a dog", "the park"),
         targets=("A dog runs.", "Yes"),
         references=(("A dog runs.", "The dog runs."), ("Yes",)),
     )
-    arrays = encode_examples(task, examples, tokenizer, max_text=16, max_answer=12)
+    arrays = encode_examples(examples, tokenizer, max_text=16, max_answer=12)
     assert len(arrays) == 2
     assert arrays.images is None and arrays.labels is None
     # [CLS] a dog runs . [SEP]: the decoder predicts all but the [CLS].
@@ -138,5 +136,5 @@ def test_arrays_of_a_generation_task(tokenizer):
 
 def test_a_picture_task_needs_no_tokenizer():
     examples = Examples(np.zeros(1, np.int32), images=np.zeros((1, 64, 64, 3), np.uint8))
-    arrays = encode_examples(find_task("caltech256"), examples, None, max_text=8, max_answer=8)
+    arrays = encode_examples(examples, None, max_text=8, max_answer=8)
     assert arrays.tokens is None and arrays.answers is None and arrays.images.shape == (1, 64, 64, 3)
