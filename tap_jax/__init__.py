@@ -116,7 +116,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tap_jax' has no attribute '{name}'; it offers {', '.join(__all__)}")
     value = getattr(importlib.import_module(f"tap_jax.{_HOMES[name]}"), name)

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jax import Array
 
 from tap_jax import config as configuration
 from tap_jax import platforms
+from tap_jax.blocks import Tree
 from tap_jax.config import ConfigDict
 from tap_jax.data import classes, clients
 from tap_jax.data.settings import DataSettings
@@ -20,7 +22,7 @@ from tap_jax.engine.settings import EngineSettings, MeshSettings
 from tap_jax.errors import UserError
 from tap_jax.evaluation.metrics import MetricSettings
 from tap_jax.federation import Federation, client_table
-from tap_jax.methods.base import Method, MethodContext
+from tap_jax.methods.base import Method, MethodContext, Outputs
 from tap_jax.methods.criteria import Criterion
 from tap_jax.methods.losses import task_loss
 from tap_jax.models.attention import why_not_cudnn
@@ -268,7 +270,9 @@ def finished_model(model: ServerModel) -> ServerModel:
 def sample_loss(model: ServerModel) -> SampleLoss:
     """(frozen, parts, task, batch, key) -> (outputs, latents, ℓ [B]): the task losses of equation 2."""
 
-    def loss(frozen, parts, task, batch, key):
+    def loss(
+        frozen: Tree, parts: Tree, task: Task, batch: Mapping[str, Array], key: Array | None
+    ) -> tuple[Outputs, Array, Array]:
         outputs, latents = model.forward(frozen, parts, task, batch, key=key)
         return outputs, latents, task_loss(task.kind, outputs, batch)
 
@@ -334,8 +338,10 @@ def engine_settings(config: ConfigDict, clients: int, target: Platform | None = 
 
 def test_notes(federation: Federation, personal: Sequence[Mapping[str, np.ndarray]] | None) -> tuple[str, ...]:
     """Which clients have no test samples of their own, and so no score; a line per task."""
+    if personal is None:
+        return ()
     notes = []
-    for task in federation.tasks if personal is not None else ():
+    for task in federation.tasks:
         lacking = [
             client.name
             for client, mine in zip(federation.clients, personal, strict=True)

@@ -91,7 +91,7 @@ def choices(sections: Sections, devices: int = 1) -> list[Sizes]:
     come first there: the program of the rounds then serves after the last one, too. Where there are more shards, many
     clients are shared out more evenly than few.
     """
-    settings, most = sections.engine, FILLED * sections.platform.memory
+    settings, most = sections.engine, FILLED * (sections.platform.memory or 0)
     alone, cohort = shards_of(settings, devices) == 1, min(settings.cohort_size, len(sections.federation.clients))
     fits = [sizes for sizes in _all(sections, devices) if sizes.bytes <= most]
     return sorted(fits, key=lambda sizes: (sizes.time, alone and sizes.clients != cohort, -sizes.clients, sizes.bytes))

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 
 from tap_jax import assembly, device_sizes
 from tap_jax.assembly import Sections
@@ -32,7 +33,7 @@ from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.evaluation.metrics import MetricSettings, TextScorer, text_scorer
 from tap_jax.evaluation.scores import Row
 from tap_jax.federation import Federation
-from tap_jax.methods.base import Method, SplitRound, State
+from tap_jax.methods.base import ClientModels, Method, SplitRound, State
 from tap_jax.methods.criteria import Criterion
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import Pretrained, ServerModel, to_compute_dtype
@@ -51,7 +52,7 @@ class Finished:
     """
 
     state: State
-    models: Mapping[str, tuple[Blocks, ...] | None]
+    models: Mapping[str, ClientModels | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +297,7 @@ def build(
     """
     validate(config)
     config = assembly.with_found(config)
-    if jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(float) != np.float32:
         raise UserError("jax_enable_x64: is on, and everything here is float32 or bfloat16; set it to False")
     if criterion and (method or not METHODS[config.method].reads_field("replacement")):
         raise UserError("criterion: replacement is TAP's; use it with method='tap' and no method of your own")
@@ -313,8 +314,9 @@ def build(
     pretrained = None if target else pretrained_weights(sections)
     data = federated.build(federation, tasks, sections.data)
     notes = (*notes, *data.notes, *assembly.test_notes(federation, data.personal_tests))
-    trained = data.tokenizer and sections.data.tokenizer == "train"  # it may have fewer word pieces than it could
-    vocab = data.tokenizer.size if trained else sections.model.vocab
+    vocab = sections.model.vocab
+    if data.tokenizer and sections.data.tokenizer == "train":  # it may have fewer word pieces than it could
+        vocab = data.tokenizer.size
     model = ServerModel(dataclasses.replace(sections.model, vocab=vocab), tasks)
     # What a client never sends, it has beside what it does: FedDAT's own adapters.
     partition = model.partition(federation.task_mask).with_private(model.adapter_blocks)
@@ -370,7 +372,7 @@ def training_data(data: FederatedData, settings: DataSettings) -> tuple[tuple[Cl
     if not settings.held_out:
         return data.clients, ()
     cut = [hold_out(mine, settings.held_out, settings.seed, k) for k, mine in enumerate(data.clients)]
-    return tuple(zip(*cut, strict=True))
+    return tuple(kept for kept, _ in cut), tuple(out for _, out in cut)
 
 
 def blocks_like(model: ServerModel) -> Blocks:
@@ -390,7 +392,7 @@ def pretrained_weights(sections: Sections) -> Pretrained | None:
         raise UserError(
             "data.tokenizer: 'train' makes word pieces that model.weights do not know; name the checkpoint's tokenizer"
         )
-    folder = os.path.join(sections.data.cache_dir, "weights")
+    folder = sections.data.cache_dir and os.path.join(sections.data.cache_dir, "weights")
     return checkpoints.load(sections.weights, ServerModel(sections.model, sections.tasks), cache_dir=folder)
 
 

@@ -62,7 +62,7 @@ def test_it_holds_the_package_alone(installed):
     held = {path.relative_to(installed) for path in (installed / "tap_jax").rglob("*.py")}
     expected = {path.relative_to(ROOT) for path in (ROOT / "tap_jax").rglob("*.py")}
     expected |= {pathlib.Path("tap_jax") / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")}
-    assert held == expected
+    assert held == expected and (installed / "tap_jax" / "py.typed").is_file()
     assert "tap-jax = tap_jax.cli.main:main" in (information / "entry_points.txt").read_text()
 
 

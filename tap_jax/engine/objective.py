@@ -23,12 +23,12 @@ from tap_jax.data.packing import RowShape
 from tap_jax.data.sampling import Plan, Table
 from tap_jax.data.task_groups import TaskGroup
 from tap_jax.engine.packed import Layout, Packed, flatten, unflatten
-from tap_jax.methods.base import LocalRule, Row, StepLosses
+from tap_jax.methods.base import LocalRule, Outputs, Row, StepLosses
 from tap_jax.tasks import Stream, Task
 
 ROWS_PER_STEP = 4096  # bound on a client's rows of one task in a step; keeps dropout keys apart
 # (frozen, parts, task, batch, key) -> (outputs, latents, loss [S] of the task)
-SampleLoss = Callable[..., tuple[Array, Array, Array]]
+SampleLoss = Callable[..., tuple[Outputs, Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,9 +78,10 @@ class Evaluator:
         self.sampler: Sampler | None = None
         self.tell: Callable[[str], None] = lambda text: None
 
-    def keep_samples(self, variant: str) -> None:
-        """From now on keeps samples of what this variant generates, in `sampler.samples`."""
+    def keep_samples(self, variant: str) -> Sampler:
+        """From now on keeps samples of what this variant generates, in the sampler's `samples`."""
         self.sampler = Sampler(self, variant)
+        return self.sampler
 
     def prepare(self, cohort: Cohort) -> None:
         """Starts compiling the programs of all task groups, for cohorts like this one, in the background."""

@@ -162,10 +162,15 @@ def _variant(variants: Sequence[str], model: str, variant: str) -> str:
 
 
 def _blocks(
-    experiment: Experiment, workdir: pathlib.Path, model: str, client: int | None, variant: str, say
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    model: str,
+    client: int | None,
+    variant: str,
+    say: Callable[[str], None],
 ) -> tuple[Blocks, int]:
     """The trained blocks, and after how many rounds."""
-    if is_finished(model, variant):
+    if client is not None and is_finished(model, variant):
         return stored_model(experiment, workdir, variant, client), experiment.config.rounds
     state = rounds.resume(Checkpoints(workdir / "checkpoints", report=say), experiment.init(workdir))
     if state is None:

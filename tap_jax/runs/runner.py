@@ -29,10 +29,10 @@ from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.engine.privacy import spent
 from tap_jax.engine.screening import totals
 from tap_jax.errors import Preempted, UserError
-from tap_jax.evaluation.results import Row, write_results
+from tap_jax.evaluation.results import write_results
 from tap_jax.evaluation.run_figures import illustrate
 from tap_jax.evaluation.samples import write_samples
-from tap_jax.evaluation.scores import summarise
+from tap_jax.evaluation.scores import Row, summarise
 from tap_jax.experiment import Experiment, build
 from tap_jax.methods.base import State
 from tap_jax.registry import METHODS, server_variants
@@ -160,7 +160,7 @@ def _play(
 ) -> list[Row]:
     """`run` from the first round on; takes the state out of `begun`."""
     config, writes = experiment.config, jax.process_index() == 0
-    experiment.evaluator.keep_samples(experiment.variants[0])
+    sampler = experiment.evaluator.keep_samples(experiment.variants[0])
     experiment.evaluator.tell = reporter.doing
     experiment.prepare()
     built = time.monotonic()
@@ -216,7 +216,7 @@ def _play(
     means = {"/".join(("score", s["variant"], s["task"], s["metric"])): s["mean"] for s in summarise(rows)}
     for curve in curves:
         curve.write(config.rounds + 1, {name: mean for name, mean in means.items() if mean is not None})
-    write_samples(workdir / "samples", experiment.evaluator.sampler.samples)
+    write_samples(workdir / "samples", sampler.samples)
     lines = rounds.read_lines(workdir / "metrics.jsonl")
     timing = {
         "build_seconds": built - started,
@@ -229,10 +229,10 @@ def _play(
     }
     replacements = [entry for line in lines for entry in line.get("replacements", [])]
     settings, clients = experiment.engine.settings, len(experiment.federation.clients)
-    privacy = settings.privacy and spent(
-        settings.privacy, clients=clients, cohort=settings.cohort_size, rounds=int(state.round)
-    )
-    if privacy:
+    privacy = None
+    if settings.privacy:
+        drawn = {"clients": clients, "cohort": settings.cohort_size, "rounds": int(state.round)}
+        privacy = spent(settings.privacy, **drawn)
         reporter.say(f"privacy: epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g} for {privacy['covers']}")
     write_results(
         workdir,

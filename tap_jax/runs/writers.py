@@ -66,19 +66,18 @@ class Guarded:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """See `Writer`."""
-        writer = self._writer
-        self._do(writer, lambda: writer.write(step, scalars))
+        self._do(self._writer, lambda writer: writer.write(step, scalars))
 
     def close(self) -> None:
         """See `Writer`."""
         writer, self._writer = self._writer, None
-        self._do(writer, lambda: writer.close())
+        self._do(writer, lambda writer: writer.close())
 
-    def _do(self, writer: Writer | None, act: Callable[[], None]) -> None:
+    def _do(self, writer: Writer | None, act: Callable[[Writer], None]) -> None:
         if writer is None:
             return
         try:
-            act()
+            act(writer)
         except Exception as error:
             if self._writer is not None:  # it was not being closed
                 self._writer = None
@@ -99,7 +98,7 @@ class TensorBoard:
 
     def __init__(self, workdir: pathlib.Path):
         self._folder = pathlib.Path(workdir) / "tensorboard"
-        self._records = None
+        self._records: Any = None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """See `Writer`. The first step of a resumed run takes the place of what earlier files have from it on."""

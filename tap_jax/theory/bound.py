@@ -70,6 +70,7 @@ from numpy.typing import ArrayLike
 
 from tap_jax.errors import UserError
 
+Values = Sequence[float] | np.ndarray  # one per block
 MENDED_OVER_PRINTED = 48 / math.sqrt(8)  # largest rate of `mended_bound` over that of Theorem 1
 
 
@@ -101,8 +102,8 @@ def terms(
     smoothness: float,
     local_steps: int,
     noise: float,
-    heterogeneity: Sequence[float],
-    owners: Sequence[float],
+    heterogeneity: Values,
+    owners: Values,
 ) -> Terms:
     """The four terms of equation 7 as printed; arguments as for `bound`."""
     first, second, third = _moments(rates)
@@ -124,8 +125,8 @@ def bound(
     smoothness: float,
     local_steps: int,
     noise: float,
-    heterogeneity: Sequence[float],
-    owners: Sequence[float],
+    heterogeneity: Values,
+    owners: Values,
 ) -> float:
     """Right-hand side of Theorem 1 (equation 7), as printed: a bound on the mean squared gradient of the server model.
 
@@ -171,10 +172,10 @@ def mended_bound(
     *,
     smoothness: float,
     local_steps: int,
-    noise: Sequence[float],
-    heterogeneity: Sequence[float],
-    owners: Sequence[float],
-    shares: Sequence[float],
+    noise: Values,
+    heterogeneity: Values,
+    owners: Values,
+    shares: Values,
 ) -> float:
     """The bound that the module text proves, on (Σ_t η_t E Σ_r p_r‖G_r(W_t)‖²) / Σ_t η_t; for rates up to 1/(√8 Lτ).
 
@@ -216,7 +217,7 @@ def _moments(rates: ArrayLike) -> tuple[float, float, float]:
     return float(eta.sum()), float((eta**2).sum()), float((eta**3).sum())
 
 
-def _check(smoothness: float, local_steps: int, vectors: dict[str, Sequence[float]]) -> None:
+def _check(smoothness: float, local_steps: int, vectors: dict[str, Values]) -> None:
     largest_rate(smoothness, local_steps)
     for name, values in vectors.items():
         lowest = np.min(np.asarray(values, float), initial=np.inf)

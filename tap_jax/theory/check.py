@@ -151,7 +151,7 @@ def _verdict(setting: Setting, federation: Quadratics, objective: str, path: np.
         away = np.square(own - federation.take(center))
         return federation.add_up(owner_weights, away).sum(-1).max((0, 1))
 
-    constants = {"smoothness": federation.smoothness, "local_steps": setting.local_steps}
+    smoothness, steps = federation.smoothness, setting.local_steps
     decrease = float((federation.value(weights, path[0]) - federation.value(weights, path[-1])).mean())
     mine = federation.blocks.shape[1]
     counted = 1 / np.bincount(federation.blocks.ravel(), np.square(inside).ravel())
@@ -164,19 +164,21 @@ def _verdict(setting: Setting, federation: Quadratics, objective: str, path: np.
         printed=terms(
             rates,
             decrease,
+            smoothness=smoothness,
+            local_steps=steps,
             noise=federation.noise,
             heterogeneity=spread(gradient, plain),
             owners=federation.owners,
-            **constants,
         ),
         mended=mended_bound(
             rates,
             decrease,
+            smoothness=smoothness,
+            local_steps=steps,
             noise=np.full(len(p), federation.noise / mine),
             heterogeneity=spread(mean, inside),
             owners=counted,
             shares=p,
-            **constants,
         ),
         printed_broken=broken(setting, objective, 1),
         mended_broken=broken(setting, objective, MENDED_OVER_PRINTED),

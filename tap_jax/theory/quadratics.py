@@ -8,6 +8,7 @@ Letters: K clients, R+1 blocks, m blocks of a client, d parameters of a block, S
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class Quadratics:
 
     def stationary(self, weights: np.ndarray) -> np.ndarray:
         """The W with ∇f(W) = 0, [R+1, d]."""
-        basis = np.eye(np.prod(self.shape)).reshape(-1, *self.shape)
+        basis = np.eye(math.prod(self.shape)).reshape(-1, *self.shape)
         zero = self.gradient(weights, np.zeros(self.shape))
         columns = (self.gradient(weights, basis) - zero).reshape(len(basis), -1)
         return np.linalg.solve(columns.T, -zero.ravel()).reshape(self.shape)

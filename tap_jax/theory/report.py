@@ -3,9 +3,10 @@
 import csv
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -37,8 +38,9 @@ def as_csv(verdicts: Sequence[Verdict]) -> str:
         run = [s.pairs, s.owners, s.local_steps, s.coupled, s.rate, s.diminishing, s.rounds, s.cohort or "all"]
         numbers = [v.measured, v.deviation, v.weighted, *v.printed, sum(v.printed), v.mended]
         broken = ["; ".join(v.printed_broken), "; ".join(v.mended_broken)]
-        ends = [v.printed_holds, v.mended_holds, *broken]
-        writer.writerow([v.objective, *run, s.uneven, s.by_data, s.still, *(f"{x:.6g}" for x in numbers), *ends])
+        shown = [f"{x:.6g}" for x in numbers]
+        held = [v.printed_holds, v.mended_holds]
+        writer.writerow([v.objective, *run, s.uneven, s.by_data, s.still, *shown, *held, *broken])
     return stream.getvalue()
 
 
@@ -93,7 +95,7 @@ def draw(verdicts: Sequence[Verdict], grown: Sequence[Verdict]) -> Figure:
     return figure
 
 
-def _against(axes, verdicts: Sequence[Verdict]) -> None:
+def _against(axes: Axes, verdicts: Sequence[Verdict]) -> None:
     low, high = 1e-5, 1e6
     kinds = (
         ("printed", False, BLUE, "o", "Theorem 1, assumptions kept"),
@@ -115,9 +117,9 @@ def _against(axes, verdicts: Sequence[Verdict]) -> None:
     axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.03), framealpha=1)
 
 
-def _growth(axes, verdicts: Sequence[Verdict], title: str) -> None:
+def _growth(axes: Axes, verdicts: Sequence[Verdict], title: str) -> None:
     pairs = sorted({v.setting.pairs for v in verdicts})
-    lines = (
+    lines: tuple[tuple[Callable[[Verdict], float], str, str, str], ...] = (
         (lambda v: sum(v.printed), BLUE, "o-", "Theorem 1"),
         (lambda v: sum(v.printed[1:]), BLUE, "o:", "its last three terms"),
         (lambda v: v.mended, GREEN, "s-", "mended bound"),
