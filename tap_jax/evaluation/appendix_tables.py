@@ -47,11 +47,11 @@ def costs(comparisons: Sequence[Comparison], parameters: Parameters) -> Grid:
     """
     lines, records, used = [], [], []
     for comparison in comparisons:
-        routed = [run for run in comparison.runs if run.backbone == "routed"]
+        routed = [run for run in comparison.runs if run.config.model.backbone == "routed"]
         counted = _counted(routed, parameters)
         for setting, mine in (
-            ("No TAP", [run for run in routed if run.method == "fedavg"]),
-            ("TAP", [run for run in routed if run.method == "tap"]),
+            ("No TAP", [run for run in routed if run.config.method == "fedavg"]),
+            ("TAP", [run for run in routed if run.config.method == "tap"]),
         ):
             prefix = "tap_" if setting == "TAP" else ""
             total, percent = (counted.get(f"{prefix}{name}") for name in ("total", "percent"))
@@ -153,7 +153,7 @@ def _samples(comparison: Comparison, variant: str, keys: Sequence[tuple[str, str
 def _counted(runs: Sequence[FinishedRun], parameters: Parameters) -> Mapping[str, float]:
     """Nothing where no run has a configuration that can still be built."""
     for run in runs:
-        if run.method != "centralised":  # its one client has every task
+        if run.config.method != "centralised":  # its one client has every task
             try:
                 return parameters(run)
             except UserError:

@@ -68,7 +68,9 @@ def margins(comparison: Comparison) -> Figure | None:
         for event in run.replacements
         if event["variant"].startswith(OWN)
     }
-    settings = dict.fromkeys([OWN, *_sorted(names), *_sorted(_tap_variants(comparison))])
+    settings = dict.fromkeys(
+        [OWN, *_sorted(names), *_sorted(name for _, name in comparison.chosen if name.startswith(f"{OWN}@"))]
+    )
     settings = [name for name in settings if comparison.events(name)]
     if len(settings) < 2:
         return None
@@ -131,8 +133,9 @@ def losses(runs: Sequence[FinishedRun]) -> Figure | None:
         unit = "MSE" if task in TASKS and TASKS[task].kind == "image_generation" else "nats"
         axis.set_ylabel(f"loss ({unit})")
     figure.supxlabel("communication round")
-    one = runs[0]
-    title = f"{MODELS[one.model]}, method {one.method}{', standard backbone' if one.backbone == 'standard' else ''}"
+    config = runs[0].config
+    standard = ", standard backbone" if config.model.backbone == "standard" else ""
+    title = f"{MODELS[config.model.name]}, method {config.method}{standard}"
     _shared_legend(
         figure, axes[0], f"{title}; dots: mean of a round, lines: mean over ±{reach} round{'s' * (reach > 1)}"
     )
@@ -155,10 +158,6 @@ def _curves(comparison: Comparison, name: str, task: str) -> np.ndarray:
 def _tasks(comparison: Comparison) -> list[str]:
     owners = comparison.owners()
     return [task for task in TASKS if task in owners] + [task for task in owners if task not in TASKS]
-
-
-def _tap_variants(comparison: Comparison) -> list[str]:
-    return [name for _, name in comparison.chosen if name.startswith(f"{OWN}@")]
 
 
 def _sorted(names: Iterable[str]) -> list[str]:

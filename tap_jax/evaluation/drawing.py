@@ -55,11 +55,11 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def grid(count: int, *, width: float = 2.9, height: float = 2.3) -> tuple[Figure, list]:
-    """A figure with `count` panels of `width` x `height` inches: three in a row, four where there are more than six."""
+def grid(count: int) -> tuple[Figure, list]:
+    """A figure with `count` panels of 2.9 x 2.3 inches: three in a row, four where there are more than six."""
     columns = min(count, 4 if count > 6 else 3)
     rows = -(-count // columns)
-    figure, axes = new_figure(rows, columns, width=width * columns + 0.4, height=height * rows + 0.9)
+    figure, axes = new_figure(rows, columns, width=2.9 * columns + 0.4, height=2.3 * rows + 0.9)
     for spare in axes.flat[count:]:
         spare.set_axis_off()
     return figure, list(axes.flat[:count])

@@ -43,26 +43,6 @@ class FinishedRun:
     timing: Mapping[str, Any]
     versions: Mapping[str, str]
 
-    @property
-    def seed(self) -> int:
-        """Of the configuration."""
-        return self.config.seed
-
-    @property
-    def method(self) -> str:
-        """Of the configuration."""
-        return self.config.method
-
-    @property
-    def model(self) -> str:
-        """One of flava, vilt."""
-        return self.config.model.name
-
-    @property
-    def backbone(self) -> str:
-        """One of routed, standard (Appendix C.4)."""
-        return self.config.model.get("backbone", "routed")
-
     def lines(self) -> list[dict]:
         """metrics.jsonl, a line per round; empty where it is gone."""
         return read_lines(self.folder / "metrics.jsonl")

@@ -84,11 +84,7 @@ def gain_map(comparison: Comparison) -> Figure | None:
             color="white" if abs(gain) > 0.7 * limit else "black",
         )
     metrics = {task: metric for (_, task), (metric, _, _) in found.items()}
-    labels = [
-        f"{TASK_LABELS.get(task, task)}, {find_metric(metrics[task]).label}"
-        f" {'↑' if find_metric(metrics[task]).higher_is_better else '↓'}"
-        for task in tasks
-    ]
+    labels = [f"{TASK_LABELS.get(task, task)}, {find_metric(metrics[task]).heading}" for task in tasks]
     axis.set_yticks(range(len(tasks)), labels)
     axis.set_xticks(range(len(clients)), [str(client) for client in clients], fontsize=7)
     axis.set_xlabel("client")

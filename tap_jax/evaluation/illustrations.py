@@ -39,13 +39,19 @@ def illustrations(section: Sequence[Comparison], prefix: str = "") -> list[Illus
         for comparison in section:
             name = MODELS[comparison.model]
             model = comparison.model
-            tap = [run for run in comparison.runs if run.method == "tap"]
+            tap = [run for run in comparison.runs if run.config.method == "tap"]
             add(f"figure_04_{model}", f"Figure 4. Replacements by margin, {name}", curves.margins(comparison), tap)
         for comparison in section:
             name, model = MODELS[comparison.model], comparison.model
             chosen = {run.id for runs in comparison.chosen.values() for run in runs}
-            for method, backbone in dict.fromkeys((run.method, run.backbone) for run in comparison.runs):
-                runs = [run for run in comparison.runs if (run.method, run.backbone) == (method, backbone)]
+            for method, backbone in dict.fromkeys(
+                (run.config.method, run.config.model.backbone) for run in comparison.runs
+            ):
+                runs = [
+                    run
+                    for run in comparison.runs
+                    if (run.config.method, run.config.model.backbone) == (method, backbone)
+                ]
                 runs = [run for run in runs if run.id in chosen]
                 if runs:
                     standard = backbone == "standard"
@@ -88,7 +94,7 @@ def text_samples(section: Sequence[Comparison]) -> list[tuple[str, str, str]]:
 
 def _samples(comparison: Comparison, kind: type[Sample]) -> tuple[FinishedRun | None, list]:
     """The first run that kept such samples, those of TAP before others, and its samples by task and client."""
-    for run in sorted(comparison.runs, key=lambda run: run.method != "tap"):
+    for run in sorted(comparison.runs, key=lambda run: run.config.method != "tap"):
         mine = [sample for sample in read_samples(run.folder / "samples") if isinstance(sample, kind)]
         if mine:
             order = [*TASKS, *(sample.task for sample in mine)]

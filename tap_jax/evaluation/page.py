@@ -101,7 +101,8 @@ def _mark_row_headers(tokens: Sequence[Token]) -> None:
     for start, token in enumerate(tokens):
         if token.type != "table_open":
             continue
-        cells = [place for place in range(start, _end(tokens, start)) if tokens[place].type in ("th_open", "td_open")]
+        end = next(place for place in range(start, len(tokens)) if tokens[place].type == "table_close")
+        cells = [place for place in range(start, end) if tokens[place].type in ("th_open", "td_open")]
         heads = [place for place in cells if tokens[place].type == "th_open"]
         right = [tokens[place].attrGet("style") == _RIGHT for place in heads]
         names = right.index(True) if True in right else 1
@@ -114,11 +115,6 @@ def _mark_row_headers(tokens: Sequence[Token]) -> None:
                 cell.attrSet("scope", "row")
             if column == names - 1:
                 cell.attrSet("class", "name")
-
-
-def _end(tokens: Sequence[Token], start: int) -> int:
-    """Where the table ends that begins at `start`."""
-    return next(place for place in range(start, len(tokens)) if tokens[place].type == "table_close")
 
 
 def _embed(image: Token, files: Mapping[str, bytes]) -> None:

@@ -109,7 +109,7 @@ def further_table(comparison: Comparison) -> Table | None:
 
 def markdown(table: Table) -> str:
     """The table in markdown, marks per model; where there are two lines, only the better one is marked."""
-    heads = [f"{column.label} {_arrow(column.metric)}" for column in table.columns]
+    heads = [f"{column.label} {find_metric(column.metric).heading}" for column in table.columns]
     text = [f"| Model | {table.heading} | " + " | ".join(heads) + " |", "|:--|:--|" + "--:|" * len(heads)]
     ranks = {model: _ranks(table, model) for model in {line.model for line in table.lines}}
     previous = None
@@ -160,7 +160,9 @@ def _line(comparison: Comparison, entry: Entry, columns: Sequence[Column]) -> Li
     summaries, owners = comparison.summaries(key), comparison.owners()
     runs = comparison.chosen.get(key, ())
     cells = tuple(_cell(column, summaries, owners) for column in columns)
-    return Line(comparison.model, entry, cells, tuple(run.id for run in runs), tuple(sorted(run.seed for run in runs)))
+    return Line(
+        comparison.model, entry, cells, tuple(run.id for run in runs), tuple(sorted(run.config.seed for run in runs))
+    )
 
 
 def _cell(column: Column, summaries: Mapping[tuple[str, str], Summary], owners: Mapping[str, int]) -> Cell:
@@ -194,11 +196,6 @@ def _ranks(table: Table, model: str) -> list[dict[str, int]]:
 
 def _printed(cell: Cell, digits: int) -> str:
     return {"diverged": DIVERGED, NOT_RUN: NOT_RUN}.get(cell.status) or f"{cell.mean:.{digits}f}"
-
-
-def _arrow(metric: str) -> str:
-    found = find_metric(metric)
-    return f"{found.label} {'↑' if found.higher_is_better else '↓'}"
 
 
 def _metrics(comparisons: Sequence[Comparison], tasks: Sequence[str]) -> list[str]:

@@ -40,6 +40,11 @@ class Metric(NamedTuple):
     higher_is_better: bool
     digits: int
 
+    @property
+    def heading(self) -> str:
+        """The label, and which way is better."""
+        return f"{self.label} {'↑' if self.higher_is_better else '↓'}"
+
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric("Acc", True, 2),

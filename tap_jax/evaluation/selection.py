@@ -96,8 +96,8 @@ def comparisons(runs: Sequence[FinishedRun], across: Sequence[str] = ()) -> list
         groups.setdefault(json.dumps(_identity(run, across), sort_keys=True), []).append(run)
     found = []
     for group in groups.values():
-        model = group[0].model
-        rivals = [_identity(other[0], across) for other in groups.values() if other[0].model == model]
+        model = group[0].config.model.name
+        rivals = [_identity(other[0], across) for other in groups.values() if other[0].config.model.name == model]
         mine = _identity(group[0], across)
         fields = [field for field in mine if any(rival.get(field) != mine[field] for rival in rivals)]
         found.append(_chosen(model, tuple(f"{field}={_shown(mine[field])}" for field in fields), group))
@@ -119,7 +119,7 @@ def _chosen(model: str, differing: tuple[str, ...], runs: Sequence[FinishedRun])
     Where runs differ in what only a method reads, most of them have its usual settings; variants of the others carry
     theirs in the name: tap@0.05 for margins, else "tap (replacement.scope=exclusive)".
     """
-    ranked = sorted(runs, key=lambda run: run.method != "tap")  # stable
+    ranked = sorted(runs, key=lambda run: run.config.method != "tap")  # stable
     methods = _fields_of_methods()
     usual = {method: _usual([run for run in ranked if _reads(run, method)], method) for method in methods}
     chosen: dict[tuple[str, str, int], FinishedRun] = {}
@@ -131,7 +131,7 @@ def _chosen(model: str, differing: tuple[str, ...], runs: Sequence[FinishedRun])
             method = next((method for method in methods if variant.startswith(method)), None)
             if method and (other := _differing(run, usual[method], method)):
                 name = _renamed(run, variant, other)
-            first = chosen.setdefault((run.backbone, name, run.seed), run)
+            first = chosen.setdefault((run.config.model.backbone, name, run.config.seed), run)
             if first is run:
                 names[run.id, variant] = name
             else:

@@ -100,7 +100,7 @@ def client_table(rows: Sequence[Row]) -> list[str]:
     lines = [f"| {variant} by client |", "|---|"]
     for task, name in columns:
         metric = find_metric(name)
-        lines[0] += f" {task} {metric.label} {'↑' if metric.higher_is_better else '↓'} |"
+        lines[0] += f" {task} {metric.heading} |"
         lines[1] += "---|"
     for client in clients:
         cells = [cell((client, task, name), find_metric(name).digits) for task, name in columns]
@@ -127,7 +127,7 @@ class _Score:
     """A line: one task's metric, or one average: values by variant, (mean, std or None) or None where diverged."""
 
     def __init__(self, name: str, metric: Metric, values: Mapping[str, tuple[float, float | None] | None]):
-        self.label = f"{name} {metric.label} {'↑' if metric.higher_is_better else '↓'}"
+        self.label = f"{name} {metric.heading}"
         self.values = values
         self.digits = metric.digits
         printed = {variant: float(self.text(variant)) for variant, value in values.items() if value is not None}

@@ -85,7 +85,7 @@ def test_runs_of_earlier_versions_are_read(tmp_path):
     stored["replacements"] = [{"round": 0, "client": 0, "task": "ag_news"}]
     (folder / "results.json").write_text(json.dumps(stored))
     ((run,), _) = read_runs([folder])
-    assert (run.backbone, run.versions, len(run.hash)) == ("routed", {}, 64)
+    assert (run.config.model.backbone, run.versions, len(run.hash)) == ("routed", {}, 64)
     assert run.replacements[0]["variant"] == "tap"
 
 
