@@ -225,7 +225,8 @@ class Experiment:
         if isinstance(models, State):
             if self.model.adapter_blocks:
                 raise UserError("method: clients of 'feddat' have models after `finish` only; evaluate what that gives")
-            models = Finished(models, {**models.client_models, self._server_variant: None})
+            server = next((variant.name for variant in self.sections.method.variants if variant.of_server), "server")
+            models = Finished(models, {**models.client_models, server: None})
         cohorts, rows = self.engine.client_batches(int(models.state.round)), []
         for variant, found in models.models.items():
             if found is None:
@@ -243,10 +244,6 @@ class Experiment:
     def evaluate_server(self, variant: str, state: State) -> list[Row]:
         """Result rows of the server's blocks, for every client."""
         return self.evaluator.evaluate_server(variant, state)
-
-    @property
-    def _server_variant(self) -> str:
-        return next((v.name for v in self.sections.method.variants if v.of_server), "server")
 
     def in_order(self, rows: Sequence[Row]) -> list[Row]:
         """Rows by variant, client and task, in the order in which the configuration and the federation name them."""

@@ -44,16 +44,6 @@ def federated_variants(name: str) -> tuple[Variant, Variant, Variant]:
     return Variant(name), Variant(f"{name}+post", periods=1), Variant(f"{name}+2p", periods=2)
 
 
-def one_gradient(settings: Settings) -> int | None:
-    """A local step takes one gradient of the task losses."""
-    return 1
-
-
-def more_than_gradients(settings: Settings) -> int | None:
-    """A local step computes more than gradients of the task losses."""
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class MethodEntry:
     """What is known of a method without its mathematics.
@@ -82,7 +72,7 @@ class MethodEntry:
     section: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reads: tuple[str, ...] = ()
-    gradients: Callable[[Settings], int | None] = one_gradient
+    gradients: Callable[[Settings], int | None] = lambda settings: 1
     personal: bool = False
     sends: bool = True
     pooled: bool = False
@@ -181,7 +171,7 @@ for _entry in (
         make="tap_jax.methods.disentafl:configured",
         section={"weight": 0.5},  # of the disentanglement loss
         reads=("disentafl",),
-        gradients=more_than_gradients,
+        gradients=lambda settings: None,
         routed=True,
     ),
     MethodEntry(
@@ -193,7 +183,7 @@ for _entry in (
             "weight": 2e-3,  # of the KL terms
         },
         reads=("feddat", "distillation.image_loss"),
-        gradients=more_than_gradients,
+        gradients=lambda settings: None,
         adapters=lambda settings: settings["feddat"]["bottleneck"],
     ),
     MethodEntry(

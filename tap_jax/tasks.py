@@ -253,11 +253,7 @@ def is_open(fields: Mapping[str, Any]) -> tuple[bool, bool]:
 
 
 def _check(name: str, given: Mapping[str, Any]) -> None:
-    """How the fields of a complete declaration go together.
-
-    Raises:
-      UserError: one line on the first that does not.
-    """
+    """How the fields of a complete declaration go together."""
 
     def refuse(field: str, wrong: str) -> NoReturn:
         raise UserError(f"tasks.{name}.{field}: {wrong}")

@@ -88,11 +88,7 @@ def fill(text: str, row: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
 
 
 def _parts(text: str) -> list[tuple[str, str | None, str]]:
-    """(text before, column or None, form) of each piece of a template.
-
-    Raises:
-      ValueError: braces that do not pair.
-    """
+    """(text before, column or None, form) of each piece of a template."""
     try:
         found = list(string.Formatter().parse(text))
         if any(conversion for *_, conversion in found):

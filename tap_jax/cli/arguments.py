@@ -104,8 +104,8 @@ def _override(config: ConfigDict, argv: Sequence[str]) -> tuple[ConfigDict, list
         elif isinstance(current, ConfigDict):
             refuse_section(field, value, current)
         else:
-            if isinstance(current, tuple) and value is not None:
-                value = _listed(value)
+            if isinstance(current, tuple) and isinstance(value and _literal(value), str):  # tap,local: no literal
+                value = repr(tuple(filter(None, map(str.strip, value.split(",")))))
             mine.append(f"--{negated or ''}config.{field}" + ("" if value is None else f"={value}"))
     program = ["tap-jax", *mine]
     values = flags.FlagValues()
@@ -123,11 +123,6 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _listed(text: str) -> str:
-    """`tap,local` as the literal ('tap', 'local'); what is a literal already stays."""
-    return text if not isinstance(_literal(text), str) else repr(tuple(filter(None, map(str.strip, text.split(",")))))
 
 
 def _readable(config: ConfigDict, message: str) -> str:

@@ -207,11 +207,7 @@ def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path | None) -> No
 
 
 def _writable(field: str, folder: str) -> None:
-    """Finds out before long work that its folder cannot be made or written to; leaves nothing there.
-
-    Raises:
-      UserError: so it is.
-    """
+    """Finds out before long work that its folder cannot be made or written to; leaves nothing there."""
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError:  # Python took bytes for characters that the locale does not have; tensorstore will not

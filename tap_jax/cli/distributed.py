@@ -158,11 +158,7 @@ def join(processes: Processes) -> None:
 
 
 def _check_port(coordinator: str, host: str) -> None:
-    """Whether process 0 can listen; where it cannot, JAX may crash.
-
-    Raises:
-      UserError: another process does already.
-    """
+    """Whether process 0 can listen; where it cannot, JAX may crash."""
     try:
         socket.create_server((host, int(coordinator.rpartition(":")[2]))).close()
     except OSError as error:

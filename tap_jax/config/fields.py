@@ -120,11 +120,7 @@ def cast(field: str, value: Any, standard: Any) -> Any:
 
 
 def _set_of_task(config: ConfigDict, field: str, value: Any) -> None:
-    """One field of a task's declaration, which may be its first.
-
-    Raises:
-      UserError: no field of one, or a value of another type.
-    """
+    """One field of a task's declaration, which may be its first."""
     _, name, *rest = field.split(".")
     if len(rest) != 1:
         raise UserError(f"{field}: a task's fields are set one by one; write tasks.{name}.kind=... and so on")

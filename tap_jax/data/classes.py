@@ -69,11 +69,7 @@ def domains_of(task: Task, parts: Sequence[reading.Joined]) -> dict[str, Any]:
 
 
 def _distinct(parts: Sequence[reading.Joined], column: str) -> Mapping[Any, None]:
-    """The values of a column but nulls, each once.
-
-    Raises:
-      UserError: lists or records.
-    """
+    """The values of a column but nulls, each once."""
     found: dict[Any, None] = {}
     for rows in parts:
         for value in rows.columns((column,))[column]:

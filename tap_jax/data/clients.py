@@ -39,7 +39,9 @@ def natural_federation(settings: DataSettings) -> Federation:
     patterns: dict[frozenset[str], int] = {}
     clients = []
     for name in sorted(counted):
-        _check_name(name)
+        if len(urllib.parse.quote(name)) > MOST_BYTES or not name.isprintable():
+            wanted = f"a printable name of at most {MOST_BYTES} bytes (3 for 'ü')"
+            raise UserError(f"data: client {name[:40]!r}: use {wanted}")
         pattern = patterns.setdefault(frozenset(counted[name]), len(patterns))
         shares = {task: mine / totals[task] for task, mine in counted[name].items()}
         clients.append(Client(name, shares, 0, pattern, counted[name]))
@@ -95,11 +97,7 @@ def training_rows(task: Task, settings: DataSettings) -> list[reading.Joined]:
 
 
 def _present(settings: DataSettings) -> list[Task]:
-    """The known tasks that have data.
-
-    Raises:
-      UserError: there are none.
-    """
+    """The known tasks that have data."""
     root, by_column = settings.root, settings.split == "column"
     if root == "sites":
         if settings.client_column != sites.COLUMN:
@@ -120,11 +118,7 @@ def _present(settings: DataSettings) -> list[Task]:
 
 
 def _folders(root: str) -> list[tuple[str, str]]:
-    """(name, folder) of each client, by name.
-
-    Raises:
-      UserError: there is no such folder, or it has none in it.
-    """
+    """(name, folder) of each client, by name."""
     base = pathlib.Path(root)
     if not base.is_dir():
         raise UserError(f"data.root: there is no folder {base}; name one with a sub-folder for each client")
@@ -135,11 +129,7 @@ def _folders(root: str) -> list[tuple[str, str]]:
 
 
 def _with_task(task: Task, settings: DataSettings) -> list[tuple[str, DataSettings]]:
-    """(name, settings with its folder as root) of each client that has the task.
-
-    Raises:
-      UserError: no client has it.
-    """
+    """(name, settings with its folder as root) of each client that has the task."""
     found = [
         (name, dataclasses.replace(settings, root=place))
         for name, place in _folders(settings.root)
@@ -154,8 +144,3 @@ def _with_task(task: Task, settings: DataSettings) -> list[tuple[str, DataSettin
 
 def _has(root: str, task: Task) -> bool:
     return (pathlib.Path(root) / task.name).is_dir()
-
-
-def _check_name(name: str) -> None:
-    if len(urllib.parse.quote(name)) > MOST_BYTES or not name.isprintable():
-        raise UserError(f"data: client {name[:40]!r}: use a printable name of at most {MOST_BYTES} bytes (3 for 'ü')")

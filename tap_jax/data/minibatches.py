@@ -46,7 +46,6 @@ def client_minibatches(
     batch: int,
     steps: int,
     epochs: int | None,
-    minibatch: int = 0,
 ) -> list[list[Batch]]:
     """Per step the batches of one client's minibatch; arguments as of `sampling.draw_plan`.
 
@@ -67,7 +66,6 @@ def client_minibatches(
         capacities={group.name: (len(group.streams),) for group in task_groups},
         starts={task.name: 0 for group in task_groups for task in group.tasks},
         epochs=epochs,
-        minibatch=minibatch,
     )
     found: list[list[Batch]] = []
     for step in np.flatnonzero(plan.active[:, 0]):

@@ -171,11 +171,7 @@ def _digest(image: Mapping | None) -> bytes:
 
 
 def _check_columns(needed: Sequence[str], rows: reading.Rows, field: str) -> None:
-    """Whether there are all columns.
-
-    Raises:
-      UserError: one is missing; the line says what was likely meant.
-    """
+    """Whether there are all columns."""
     for name in needed:
         if name in rows.names:
             continue

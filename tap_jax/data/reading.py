@@ -53,7 +53,6 @@ class Files:
       reader: the library's name of the format.
       splits: "train" and "test" -> their files, or only the split that was asked for.
       split: which one.
-      word: what the files call it; "" where they do not say.
       divided: the same files serve both splits, so they have to be divided.
     """
 
@@ -61,7 +60,6 @@ class Files:
     reader: str
     splits: Mapping[str, tuple[pathlib.Path, ...]]
     split: str
-    word: str
     divided: bool = False
 
     @property
@@ -277,22 +275,18 @@ def local(
         return [found for part in parts for found in local(place / part, split, named=named, field=field)]
     plain = {role: (place / f"{role}.parquet",) for role in _ROLES}
     if all(path.is_file() for (path,) in plain.values()):
-        return [Files(place, "parquet", {split: plain[split]}, split, split)]
+        return [Files(place, "parquet", {split: plain[split]}, split)]
     reader, by_word = _sorted_out(place, field)
     roles = tuple(_ROLES) if reader == _FOLDER else (split,)
     words = {role: _word(place, role, tuple(by_word), named, field) for role in roles}
     # The classes of an image folder are those of both splits.
     files = {role: by_word[word] for role, word in words.items() if role == split or word != words[split]}
     divided = "" != named[0] == named[1] == words[split]
-    return [Files(place, reader, files, split, words[split], divided)]
+    return [Files(place, reader, files, split, divided)]
 
 
 def _sorted_out(place: pathlib.Path, field: str) -> tuple[str, dict[str, tuple[pathlib.Path, ...]]]:
-    """The library's reader for what is in a place, and the files by the word for their split.
-
-    Raises:
-      UserError: nothing, or files of several formats.
-    """
+    """The library's reader for what is in a place, and the files by the word for their split."""
     files = [place] if place.is_file() else sorted(_files_below(place))
     readers: dict[str, list[pathlib.Path]] = {}
     for path in files:
@@ -312,19 +306,15 @@ def _sorted_out(place: pathlib.Path, field: str) -> tuple[str, dict[str, tuple[p
             f"{field}: {place.name} is of no format that is read; unpack it, or save it as parquet, csv or json lines"
         )
     if not mine:
+        among = f", but {files[0].name}" if files else ""  # it may be data in another form, such as train.csv.gz
         raise UserError(
-            f"{field}: {place} has no data (parquet, csv, json lines, arrow or images{_among(files)}); put"
+            f"{field}: {place} has no data (parquet, csv, json lines, arrow or images{among}); put"
             " train.parquet and test.parquet there, or other files with train and test in their names"
         )
     by_word: dict[str, list[pathlib.Path]] = {}
     for path in mine:
         by_word.setdefault(_word_of(path.relative_to(place), reader == _FOLDER), []).append(path)
     return reader, {word: tuple(paths) for word, paths in by_word.items()}
-
-
-def _among(files: Sequence[pathlib.Path]) -> str:
-    """One of the files, named because it may be data in another form, such as train.csv.gz."""
-    return f", but {files[0].name}" if files else ""
 
 
 def _files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -343,11 +333,7 @@ def _word_of(path: pathlib.Path, folders_only: bool) -> str:
 
 
 def _word(place: pathlib.Path, split: str, words: tuple[str, ...], named: tuple[str, str], field: str) -> str:
-    """What the files call a split.
-
-    Raises:
-      UserError: nothing that could be it, or two words.
-    """
+    """What the files call a split."""
     mine = named[split == "test"]
     if mine != split and mine in words and ("train" not in words or named[0] == "train"):
         return mine

@@ -179,11 +179,7 @@ def _fields(task: Task, columns: Columns, row: int, client_column: str, *, where
 
 
 def _answers(answer: str, record: Mapping) -> list[str]:
-    """What a row may be answered with: one text for each entry where a column that is taken as it is has a list.
-
-    Raises:
-      templates.Unfit: an empty list, or an entry that the template cannot use.
-    """
+    """What a row may be answered with: one text for each entry where a column that is taken as it is has a list."""
     several = [name for name in templates.columns(answer) if isinstance(record[name], (list, tuple))]
     plain = [name for name in several if name == answer or f"{{{name}}}" in answer]
     if not plain:

@@ -61,15 +61,13 @@ def entries(collection: str, name: str, path: tuple[str, ...], shape: tuple[int,
     place = ("layers",) if "layers" in path else ()
     for index in np.ndindex(shape[: layered + paired]):
         which = (("query", "value")[index[1]],) if paired else ()
-        yield Entry(*_translate(f"{collection}.{name}", (*place, *map(str, index[:1]), *which), ".".join(own), index))
-
-
-def _translate(start: str, lead: tuple[str, ...], ours: str, index: tuple[int, ...]):
-    for pattern, theirs, axes in TABLE:
-        renamed, found = re.subn(pattern, theirs, ours)
-        if found:
-            return ".".join((start, *lead, renamed)), index, axes
-    return ".".join((start, *lead, ours)), index, None
+        lead, ours, order = (collection, name, *place, *map(str, index[:1]), *which), ".".join(own), None
+        for pattern, theirs, axes in TABLE:
+            renamed, found = re.subn(pattern, theirs, ours)
+            if found:
+                ours, order = renamed, axes
+                break
+        yield Entry(".".join((*lead, ours)), index, order)
 
 
 def to_torch(frozen: Tree, blocks: Mapping[str, Tree]) -> dict[str, np.ndarray]:

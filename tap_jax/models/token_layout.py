@@ -34,7 +34,9 @@ class TokenLayout(struct.PyTreeNode):
     def mean(self, states: Array) -> Array:
         """The mean over each sample's real tokens, [..., B, T, D] -> [..., S, D]; 0 where there is none."""
         if self.segments is None:
-            return token_mean(states, self.real)
+            weight = self.real.astype(states.dtype)
+            weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
+            return jnp.einsum("...btd,bt->...bd", states, weight)
         owner = self.segments.reshape(-1) == jnp.arange(self.samples, dtype=self.segments.dtype)[:, None]
         weight = owner.astype(states.dtype)
         weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
@@ -44,10 +46,3 @@ class TokenLayout(struct.PyTreeNode):
 def same_segment(segments: Array) -> Array:
     """bool [B, T, T], tokens of one sample, from int32 [B, T]; padding is with padding, so that no row is empty."""
     return segments[:, :, None] == segments[:, None, :]
-
-
-def token_mean(states: Array, mask: Array) -> Array:
-    """The mean over real tokens, [..., B, T, D] -> [..., B, D], of bool mask [B, T]; 0 where there is none."""
-    weight = mask.astype(states.dtype)
-    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
-    return jnp.einsum("...btd,bt->...bd", states, weight)

@@ -178,11 +178,7 @@ def _msgpack(path: pathlib.Path) -> Iterator[tuple[str, Weight]]:
     for name, array in _flax_leaves(tree.get("params", tree) if len(tree) == 1 else tree, ""):
         if not isinstance(array, np.ndarray):
             raise UserError(f"model.weights: {path} holds '{name}', which is no array; save the parameters alone")
-        yield name, Weight(path.name, jnp.dtype(array.dtype).name, array.shape, functools.partial(_itself, array))
-
-
-def _itself(array: np.ndarray) -> np.ndarray:
-    return array
+        yield name, Weight(path.name, jnp.dtype(array.dtype).name, array.shape, lambda array=array: array)
 
 
 def _flax_leaves(tree: dict, prefix: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -191,19 +191,15 @@ def known_names(model: str, layers: Mapping[str, int], *, codebook_blocks: int =
       layers: HF's name of a layer list ("text_model.encoder.layer") -> its length.
       codebook_blocks: blocks per group of FLAVA's image codebook.
     """
-    names = set()
+    names, numbers = set(), ",".join(str(n + 1) for n in range(codebook_blocks))
     for key, _, _ in TABLES[model]:
         stack = key.partition(".{i}")[0]
         names |= {key.format(i=i) for i in range(layers[stack])} if "{i}" in key else {key}
     for pattern in UNUSED[model]:
-        names.update(_alternatives(pattern, ",".join(str(n + 1) for n in range(codebook_blocks))))
+        parts = re.split(r"\{([^}]*)}", pattern.replace("{n}", f"{{{numbers}}}"))
+        choices = [part.split(",") if odd % 2 else [part] for odd, part in enumerate(parts)]
+        names.update(map("".join, itertools.product(*choices)))
     return names
-
-
-def _alternatives(pattern: str, numbers: str) -> Iterator[str]:
-    parts = re.split(r"\{([^}]*)}", pattern.replace("{n}", f"{{{numbers}}}"))
-    choices = [part.split(",") if odd % 2 else [part] for odd, part in enumerate(parts)]
-    return map("".join, itertools.product(*choices))
 
 
 def to_huggingface(model: str, frozen: Tree, blocks: Tree) -> dict[str, np.ndarray]:

@@ -94,7 +94,7 @@ def _operation(equation: Any, active: list[bool]) -> tuple[Flops, list[bool]]:
     if name == "scan":
         return _scan(equation, active)
     if name == "while":
-        parts = [_opened(params[part]) for part in _WHILE]
+        parts = [_opened(params[part]) for part in ("cond_jaxpr", "body_jaxpr")]
         inside = [_walk(part, [False] * len(part.invars))[0] for part in parts]
         if any(cost.total for cost in inside):
             raise ValueError("flops: a loop of unknown length has products in it; use a scan")
@@ -103,20 +103,12 @@ def _operation(equation: Any, active: list[bool]) -> tuple[Flops, list[bool]]:
         branches = [_walk(_opened(branch), active[1:]) for branch in params["branches"]]
         outputs = [any(flags) for flags in zip(*(flags for _, flags in branches), strict=True)]
         return max((cost for cost, _ in branches), key=lambda cost: cost.total), outputs
-    for inner in _inside(params):
-        cost, outputs = _walk(inner, active)
+    if called := next((key for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None):
+        cost, outputs = _walk(_opened(params[called]), active)  # of jit, remat, custom derivatives
         if name.startswith(("remat", "checkpoint")) and any(active):
             cost = dataclasses.replace(cost, recomputed=cost.forward)
         return cost, outputs
     return Flops(), everywhere
-
-
-_WHILE = ("cond_jaxpr", "body_jaxpr")
-
-
-def _inside(params: dict) -> list[Any]:
-    """The function that an operation calls, if it calls one (jit, remat, custom derivatives)."""
-    return [_opened(params[key]) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params]
 
 
 def _opened(jaxpr: Any) -> Any:

@@ -64,11 +64,7 @@ def check_clients(workdir: pathlib.Path, federation: Federation) -> None:
 
 
 def _check_samples(workdir: pathlib.Path, now: list[dict]) -> None:
-    """Whether clients have as many training samples as when the run began: it would go on with other data.
-
-    Raises:
-      UserError: one has more or fewer.
-    """
+    """Whether clients have as many training samples as when the run began: it would go on with other data."""
     before = {entry["name"]: entry["tasks"] for entry in json.loads((workdir / CLIENTS).read_text(encoding="utf-8"))}
     for entry in now:
         for task, count in entry["tasks"].items():

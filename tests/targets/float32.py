@@ -1,5 +1,7 @@
 """What a compiled program does in float32 that it need not."""
 
+import math
+
 from tap_jax.planning.targets.hlo import GEMM, PRODUCTS, Program
 
 
@@ -38,6 +40,6 @@ def float32_residuals(program: Program, layers: int, elements: int) -> list[str]
                 if shape.dtype == "f32"
                 and len(shape.sizes) > 2
                 and shape.sizes[0] == layers
-                and shape.elements >= layers * elements
+                and math.prod(shape.sizes) >= layers * elements
             }
     return sorted(found)

@@ -33,8 +33,8 @@ def test_a_program_that_compiles():
     found, text = compile_program(
         lambda: jax.jit(lambda x: jnp.tanh(x) @ x.T).lower(shape), Platform("cpu", "cpu"), name="one", bodies=3
     )
-    assert found.arguments == 4 * 128 * 256 and found.outputs == 4 * 128 * 128
-    assert found.peak >= found.arguments + found.outputs and found.seconds > 0
+    assert found.arguments == 4 * 128 * 256 and found.seconds > 0
+    assert found.peak >= found.arguments + 4 * 128 * 128
     assert not found.problem and "ENTRY" in text and found.bodies == 3
     assert found.fits(Platform("cpu", "cpu")) is None
 

@@ -42,7 +42,7 @@ class Found:
     Attributes:
       name, phase, bodies: of the `programs.RunProgram`.
       seconds: of the compiler, on this machine; tracing is not in it. processor: its processor seconds, on all cores.
-      arguments, outputs, temporaries: bytes. aliased: bytes of outputs that take the place of arguments.
+      arguments, temporaries: bytes.
       peak: bytes at most at a time.
       host: bytes that this process took at most while compiling; 0: not known.
       accessed: bytes read and written, by the compiler's own count of each instruction once; None where it gives none.
@@ -57,9 +57,7 @@ class Found:
     seconds: float = 0.0
     processor: float = 0.0
     arguments: int = 0
-    outputs: int = 0
     temporaries: int = 0
-    aliased: int = 0
     peak: int = 0
     host: int = 0
     accessed: float | None = None
@@ -121,9 +119,7 @@ def compile_program(lower: Callable[[], jax.stages.Lowered], platform: Platform,
     found = Found(
         **known,
         arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
         peak=peak,
         host=_peak(before),
         accessed=_accessed(compiled),

@@ -5,7 +5,6 @@ A loop is an HLO `while`; what it runs is its body and condition and whatever th
 
 import dataclasses
 import functools
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -29,11 +28,6 @@ class Shape:
 
     dtype: str
     sizes: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """How many entries it has."""
-        return math.prod(self.sizes)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.sizes))}]"
