@@ -9,7 +9,6 @@ README.md          how to use it
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -22,17 +21,16 @@ import safetensors
 import safetensors.numpy
 import torch
 
-from tap_jax.blocks import Blocks
+from tap_jax.blocks import Blocks, Tree
 from tap_jax.data.text import WordPiece
 from tap_jax.errors import UserError
 from tap_jax.export import naming, torch_model
-from tap_jax.export.staging import staged
+from tap_jax.export.staging import staged, write_json
 from tap_jax.models import backbone
 from tap_jax.models.server_model import ServerModel
 from tap_jax.platforms import compiler_options
 from tap_jax.tasks import Stream, Task
 
-Tree = Any
 TOLERANCE = 1e-4  # of the largest output; what is further off is not written
 
 
@@ -75,7 +73,7 @@ def write_torch(
             )
     with staged(out) as folder:
         config = describe(model, tokenizer)
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         safetensors.numpy.save_file(naming.to_torch(frozen, blocks), folder / "model.safetensors", {"format": "pt"})
         shutil.copyfile(torch_model.__file__, folder / "torch_model.py")
         if tokenizer is not None:
@@ -83,7 +81,7 @@ def write_torch(
         differences = check(folder, model, frozen, blocks)
         largest = max(differences.values())
         report = {"format": "torch", **(origin or {}), "max_difference": largest, "differences": differences}
-        _write_json(folder / "tap_export.json", report)
+        write_json(folder / "tap_export.json", report)
         (folder / "README.md").write_text(_readme(config, report), encoding="utf-8")
     return largest
 
@@ -126,7 +124,7 @@ def describe(model: ServerModel, tokenizer: WordPiece | None) -> dict:
 def _described(task: Task) -> dict:
     """What a user needs of a task beside the model: the names of its classes, and its templates."""
     found = dataclasses.asdict(task)
-    source = found.pop("source") or {}
+    source = found.pop("source")
     found["class_names"] = task.class_names[: task.classes]  # fewer with data.image_classes
     return found | {field: source[field] for field in ("text", "answer") if source.get(field)}
 
@@ -231,10 +229,6 @@ def _gap(twin, stream: Stream, inputs: dict, ours: np.ndarray, theirs: np.ndarra
             scores = twin(stream.task.name, domain=stream.domain, answers=prefix, **one)[0, t]
         gap = max(gap, float((scores[theirs[n, t]] - scores[ours[n, t]]).abs()))
     return gap
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _readme(config: Mapping, report: Mapping) -> str:

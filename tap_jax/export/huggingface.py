@@ -5,7 +5,6 @@ tap_export.json                 where it comes from, and how far its outputs are
 README.md                       what is in it, and what is not
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,10 @@ from typing import Any
 import jax
 import safetensors.torch
 
-from tap_jax.blocks import Blocks
+from tap_jax.blocks import Blocks, Tree
 from tap_jax.export import twin
-from tap_jax.export.staging import staged
+from tap_jax.export.staging import staged, write_json
 from tap_jax.models.server_model import ServerModel
-
-Tree = Any
 
 
 def write_huggingface(
@@ -65,9 +62,7 @@ def write_huggingface(
         found = check(folder, model, frozen, blocks)
         report = {"format": "huggingface", **(origin or {}), "weights": source}
         report |= {"max_difference": max(found.values()), "differences": found, "initialised": fresh}
-        (folder / "tap_export.json").write_text(
-            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "tap_export.json", report)
         (folder / "README.md").write_text(_readme(kind, source, fresh, report), encoding="utf-8")
     return report["max_difference"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-Tree = Any
+from tap_jax.blocks import Tree
 
 # End of our path -> PyTorch's name, and the order of our axes in it; what is not here keeps its name and axes.
 TABLE = (

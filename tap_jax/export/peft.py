@@ -7,7 +7,6 @@ tap_export.json         where it comes from, and how far its outputs are from th
 README.md               how to use it
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -18,15 +17,13 @@ import numpy as np
 import safetensors.numpy
 import safetensors.torch
 
-from tap_jax.blocks import Blocks
+from tap_jax.blocks import Blocks, Tree
 from tap_jax.errors import UserError
 from tap_jax.export import naming, twin
-from tap_jax.export.staging import staged
+from tap_jax.export.staging import staged, write_json
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
 from tap_jax.models.weight_tables import TABLES, places, to_huggingface
-
-Tree = Any
 
 
 def write_peft(
@@ -91,9 +88,7 @@ def write_peft(
         found = check(folder, model, frozen, blocks, source)
         report = {"format": "peft", **(origin or {}), "weights": source}
         report |= {"max_difference": max(found.values()), "differences": found}
-        (folder / "tap_export.json").write_text(
-            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "tap_export.json", report)
         (folder / "README.md").write_text(_readme(kind.__name__, source, bool(embeddings), report), encoding="utf-8")
     return report["max_difference"]
 

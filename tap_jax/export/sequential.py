@@ -10,20 +10,17 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tap_jax.blocks import Blocks
+from tap_jax.blocks import Blocks, Tree
 from tap_jax.data.minibatches import Batch
 from tap_jax.data.text import WordPiece
 from tap_jax.export import folder, naming, torch_model
 from tap_jax.models.server_model import ServerModel
-
-Tree = Any
 
 
 class SequentialTrainer:

@@ -1,10 +1,12 @@
 """Folders that are there whole or not at all."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 from tap_jax.errors import UserError
 
@@ -53,3 +55,8 @@ def staged(out: str | os.PathLike) -> Iterator[pathlib.Path]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """For people to read."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,20 +5,19 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tap_jax.blocks import Blocks
+from tap_jax.blocks import Blocks, Tree
 from tap_jax.data.text import WordPiece
 from tap_jax.errors import UserError
 from tap_jax.export import naming, torch_model
 from tap_jax.models.accounting import shapes
 from tap_jax.models.server_model import ServerModel
 
-Tree = Any
 # Sizes of a model that shapes do not show, or not well; a run that starts from an export must have the same.
 _SAME = (
     "name", "width", "heads", "mlp", "image_size", "patch", "upsample", "vocab", "backbone", "backbone_layers",

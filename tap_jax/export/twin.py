@@ -2,14 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 import torch
 import transformers
 
-from tap_jax.blocks import Blocks
+from tap_jax.blocks import Blocks, Tree
 from tap_jax.errors import UserError
 from tap_jax.models import checkpoints
 from tap_jax.models.checkpoint_sizes import check_sizes, huggingface_config
@@ -18,7 +17,6 @@ from tap_jax.models.server_model import ServerModel
 from tap_jax.models.vilt import position_table
 from tap_jax.models.weight_tables import to_huggingface
 
-Tree = Any
 TOLERANCE = 1e-4  # of the largest output; what is further off is not written
 CLASSES = {"flava": transformers.FlavaModel, "vilt": transformers.ViltModel}
 
