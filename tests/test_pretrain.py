@@ -1,10 +1,13 @@
 """launch/pretrain.py: from nothing to a checkpoint that a run reads, on drawn data and on a folder."""
 
+import contextlib
 import csv
 import importlib.util
+import io
 import json
 import pathlib
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,15 +37,23 @@ def script():
 
 @pytest.fixture(scope="module", params=["flava", "vilt"])
 def made(request, script, tmp_path_factory):
-    out = tmp_path_factory.mktemp(request.param) / "out"
-    before = torch.get_num_threads()
-    assert script.main([request.param, f"--out={out}", *TINY]) == 0
-    assert torch.get_num_threads() == before
-    return request.param, out
+    """The model's name, the folder, and what was printed."""
+    out, printed = tmp_path_factory.mktemp(request.param) / "out", io.StringIO()
+    with mock.patch.object(torch, "set_num_threads") as asked, contextlib.redirect_stdout(printed):
+        assert script.main([request.param, f"--out={out}", *TINY]) == 0
+    asked.assert_not_called()
+    return request.param, out, printed.getvalue()
+
+
+@pytest.fixture
+def no_probe(script, monkeypatch):
+    """The features are made, but nothing is fitted to them, which takes longer than so short a training."""
+    monkeypatch.setattr(script, "accuracy", lambda x, labels: 0.5)
+    monkeypatch.setattr(script, "explained", lambda x, y: 0.5)
 
 
 def test_a_run_can_read_it(made):
-    name, out = made
+    name, out, _ = made
     fields = checkpoints.model_fields(out)
     assert fields | SIZES | IMAGES[name] | {"name": name} == fields
     config = ModelConfig(**fields, max_text=64)
@@ -50,23 +61,22 @@ def test_a_run_can_read_it(made):
     assert f"{fields['vocab']} word pieces" in (out / "README.md").read_text()
 
 
-def test_what_to_set_is_printed(made, script, tmp_path, capsys):
-    name, _ = made
-    script.main([name, f"--out={tmp_path / 'again'}", *TINY])
-    printed = capsys.readouterr().out.splitlines()[-1].split()
+def test_what_to_set_is_printed(made):
+    name, out, printed = made
+    printed = printed.splitlines()[-1].split()
     fields = dict(field.removeprefix("--config.").split("=") for field in printed)
     config = default_config()
     config.model.name = name
-    assert fields.pop("data.tokenizer") == fields.pop("model.weights") == str(tmp_path / "again")
+    assert fields.pop("data.tokenizer") == fields.pop("model.weights") == str(out)
     for field, value in fields.items():
         config.model[field.removeprefix("model.")] = int(value)
     config.model.backbone_layers = (1, 1)
     names = {field.name for field in ModelConfig.__dataclass_fields__.values()} & set(config.model)
-    checkpoints.check_sizes(tmp_path / "again", ModelConfig(**{field: config.model[field] for field in names}))
+    checkpoints.check_sizes(out, ModelConfig(**{field: config.model[field] for field in names}))
 
 
 def test_losses_and_probe_are_left_beside_it(made):
-    name, out = made
+    name, out, _ = made
     with open(out / "losses.csv") as file:
         lines = list(csv.DictReader(file))
     wanted = {"flava": ["mim", "mlm", "mmm_image", "mmm_text", "itm", "global_contrastive"]}
@@ -77,8 +87,9 @@ def test_losses_and_probe_are_left_beside_it(made):
     assert set(found["random"]) == set(found["trained"]) and len(found["random"]) == 8
 
 
-def test_same_seed_same_weights(made, script, tmp_path):
-    name, out = made
+def test_same_seed_same_weights(made, no_probe, script, tmp_path):
+    """And they do not depend on what the probe finds."""
+    name, out, _ = made
     script.main([name, f"--out={tmp_path / 'again'}", *TINY])
     script.main([name, f"--out={tmp_path / 'other'}", *TINY, "--seed=1"])
     folders = (out, tmp_path / "again", tmp_path / "other")
@@ -86,7 +97,7 @@ def test_same_seed_same_weights(made, script, tmp_path):
     assert first == again != other
 
 
-def test_learning_lowers_the_losses(script, tmp_path):
+def test_learning_lowers_the_losses(no_probe, script, tmp_path):
     script.main(["vilt", f"--out={tmp_path / 'out'}", *TINY, "--steps=150", "--width=16", "--learning-rate=1e-2"])
     with open(tmp_path / "out" / "losses.csv") as file:
         lines = list(csv.DictReader(file))
@@ -109,7 +120,7 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def test_a_folder_of_ones_own(script, folder, tmp_path):
+def test_a_folder_of_ones_own(no_probe, script, folder, tmp_path):
     out = tmp_path / "out"
     assert script.main(["flava", f"--out={out}", f"--data={folder}", *TINY, "--codes=4"]) == 0
     card = (out / "README.md").read_text()
