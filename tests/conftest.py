@@ -13,6 +13,8 @@ import shutil
 import subprocess
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# Products of NumPy, SciPy and PyTorch are tiny here; threads of theirs would spend their time waiting for each other.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # The tests compile much and run little: unoptimised code without the new fusion emitters compiles five times faster.
 # TAP_TEST_XLA_FLAGS="" runs them with the compiler's defaults.
 # One LLVM module per program, not 32 to be compiled side by side, saves a tenth more.
