@@ -51,15 +51,15 @@ def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
     name, values = command.name, flags.FlagValues()
     values.set_gnu_getopt(True)
     for flag in command.flags:
-        kind = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer}
-        define = kind.get(type(flag.default), flags.DEFINE_string)
+        kinds: dict[type, Callable[..., Any]] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer}
+        define = kinds.get(type(flag.default), flags.DEFINE_string)
         define(flag.name, flag.default, flag.about, flag_values=values)
     try:
         rest = values([name, *argv], known_only=True)[1:]
     except flags.Error as error:
         wrong = re.match(r"flag --(\w+)=(.*?): invalid literal", str(error), re.DOTALL)
         raise UserError(f"{wrong[1]}: '{wrong[2]}' is no whole number" if wrong else str(error)) from None
-    found = {flag.name: values[flag.name].value for flag in command.flags}
+    found: dict[str, Any] = {flag.name: values[flag.name].value for flag in command.flags}
     known = [f"--{flag.name}" for flag in command.flags]
     for flag in command.flags:
         if not found[flag.name] and flag.default is None:
@@ -75,10 +75,10 @@ def parse(command: Command, argv: Sequence[str]) -> dict[str, Any]:
         known.append("--config.KEY")
         found["config"], rest = _override(configuration.load_config(found["config"]), rest)
     for argument in rest:
-        flag = argument.split("=")[0]
-        close = difflib.get_close_matches(flag, known, n=1)
+        given = argument.split("=")[0]
+        close = difflib.get_close_matches(given, known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"unknown argument '{flag}'; {hint}{name} takes {', '.join(known)}")
+        raise UserError(f"unknown argument '{given}'; {hint}{name} takes {', '.join(known)}")
     return found
 
 

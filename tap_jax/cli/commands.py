@@ -9,7 +9,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tap_jax import config as configuration
 from tap_jax.cli import distributed, preemption, startup, terminal
@@ -17,6 +17,11 @@ from tap_jax.cli.arguments import Command, Flag
 from tap_jax.config import ConfigDict
 from tap_jax.config.defaults import WRITERS
 from tap_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tap_jax.evaluation.scores import Row
+    from tap_jax.experiment import Experiment
+    from tap_jax.runs.runner import Reporter
 
 
 def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -176,11 +181,13 @@ def bench(
     print(json.dumps(found), flush=True)
 
 
-def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]], begin: Callable[[], None] = lambda: None):
+def _reporter(
+    screen: terminal.Terminal, lines: Callable[[Any], list[str]], begin: Callable[[], None] = lambda: None
+) -> "Reporter":
     """`lines`: of an experiment, what to say once it is built; `begin` is called before the first round."""
     from tap_jax.runs.runner import Reporter
 
-    def built(run) -> None:
+    def built(run: "Experiment") -> None:
         for line in lines(run):
             screen.say(line)
 
@@ -191,7 +198,7 @@ def _reporter(screen: terminal.Terminal, lines: Callable[[Any], list[str]], begi
     return Reporter(screen.say, screen.progress, built, begins, screen.last, screen.scored, doing=screen.doing)
 
 
-def _finish(screen: terminal.Terminal, rows, workdir: pathlib.Path | None) -> None:
+def _finish(screen: terminal.Terminal, rows: "Sequence[Row]", workdir: pathlib.Path | None) -> None:
     """The table of scores, and what was written where."""
     from tap_jax.evaluation.tables import text_table
 

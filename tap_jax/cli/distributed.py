@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tap_jax.errors import UserError
 
@@ -119,7 +119,10 @@ def join(processes: Processes) -> None:
 
     global _index
     _index = processes.index
-    arguments = {"initialization_timeout": 2 * MEETING_SECONDS, "shutdown_timeout_seconds": LEAVING_SECONDS}
+    arguments: dict[str, Any] = {
+        "initialization_timeout": 2 * MEETING_SECONDS,
+        "shutdown_timeout_seconds": LEAVING_SECONDS,
+    }
     if processes.coordinator == "auto":
         if _has_its_own_devices():
             arguments["local_device_ids"] = []  # all that it sees; else JAX takes one by the process's local number

@@ -43,7 +43,7 @@ class Preemption:
             self._listener.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._listener is not None:
             signal.signal(signal.SIGTERM, self._before)
             signal.set_wakeup_fd(self._fd_before)

@@ -46,7 +46,7 @@ class Terminal:
     def __enter__(self) -> "Terminal":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
         self._doing, self._ended = None, True
 
@@ -166,8 +166,9 @@ class Terminal:
             if len(shown) + len(text) + 2 > self._room:
                 break
             shown += f", {text}"
-        self._bar.set_postfix_str(shown[2:], refresh=False)
-        self._bar.update(done - self._bar.n)
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown[2:], refresh=False)
+            self._bar.update(done - self._bar.n)
         if done == total:
             self._close()
 
@@ -248,7 +249,7 @@ def plain_logging() -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._said: set[str] = set()
 

@@ -76,7 +76,7 @@ def costs(comparisons: Sequence[Comparison], parameters: Parameters) -> Grid:
             absent = "not measured" if mine else NOT_RUN
             cells = [absent if v is None else f.format(v) for f, v in zip(formats, values, strict=True)]
             cells[-1] = "—" if setting == "No TAP" else cells[-1]
-            lines.append((record["model"], setting, *cells))
+            lines.append((MODELS[comparison.model], setting, *cells))
     return Grid(
         "Table 7",
         "Parameters and memory with and without TAP, seconds of Stage 2 (both models' last phase), mean over clients",
@@ -144,7 +144,7 @@ def significance(comparisons: Sequence[Comparison]) -> Grid:
 def _samples(comparison: Comparison, variant: str, keys: Sequence[tuple[str, str]]) -> dict[tuple, Sample | None]:
     """(task, metric) -> mean, std and count, None where diverged, absent where not run."""
     return {
-        key: None if s["mean"] is None else Sample(s["mean"], s["std"], s["observations"])
+        key: None if s["mean"] is None else Sample(s["mean"], s["std"] or 0.0, s["observations"])
         for key, s in comparison.summaries(("routed", variant)).items()
         if key in keys
     }

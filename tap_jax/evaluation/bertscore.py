@@ -9,7 +9,7 @@ Letters: B texts or pairs of a batch, T tokens, D width of the BERT.
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class _Bert:
 
     def compare(self, wanted: dict[str, dict[str, None]]) -> dict[tuple[str, str], float]:
         """candidate -> references; F1 x100 of each pair. Batches hold candidates of like length."""
-        found = {}
+        found: dict[tuple[str, str], float] = {}
         for candidates in self._batches(wanted):
             ours = self._embed(candidates)
             theirs = self._references({text for candidate in candidates for text in wanted[candidate]})
@@ -170,7 +170,7 @@ class _Bert:
                     self._bytes += embedding.nbytes
         return known
 
-    def _batches(self, texts) -> Iterator[list[str]]:
+    def _batches(self, texts: Iterable[str]) -> Iterator[list[str]]:
         """Texts by length, a batch as many as `tokens` hold at the longest's length."""
         batch: list[str] = []
         for text in sorted(texts, key=lambda text: (len(self.ids(text)), text)):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -68,10 +69,9 @@ def margins(comparison: Comparison) -> Figure | None:
         for event in run.replacements
         if event["variant"].startswith(OWN)
     }
-    settings = dict.fromkeys(
-        [OWN, *_sorted(names), *_sorted(name for _, name in comparison.chosen if name.startswith(f"{OWN}@"))]
-    )
-    settings = [name for name in settings if comparison.events(name)]
+    further = (name for _, name in comparison.chosen if name.startswith(f"{OWN}@"))
+    known = dict.fromkeys([OWN, *_sorted(names), *_sorted(further)])
+    settings = [name for name in known if comparison.events(name)]
     if len(settings) < 2:
         return None
     own = comparison.events(OWN)
@@ -144,8 +144,8 @@ def losses(runs: Sequence[FinishedRun]) -> Figure | None:
 
 def running_mean(rounds: Sequence[int], values: np.ndarray, reach: int) -> np.ndarray:
     """Per round the mean of the values of all rounds at most `reach` away."""
-    rounds = np.asarray(rounds)
-    return np.array([values[np.abs(rounds - centre) <= reach].mean() for centre in rounds])
+    at = np.asarray(rounds)
+    return np.array([values[np.abs(at - centre) <= reach].mean() for centre in at])
 
 
 def _curves(comparison: Comparison, name: str, task: str) -> np.ndarray:
@@ -181,7 +181,7 @@ def _seeds(comparison: Comparison, name: str) -> str:
     return f" (mean of {count} seeds)" if count > 1 else ""
 
 
-def _counts(axis) -> None:
+def _counts(axis: Axes) -> None:
     """Whole numbers from 0 on, rounds from 1 on."""
     axis.set_xlim(left=1)
     axis.set_ylim(bottom=0)
@@ -189,6 +189,6 @@ def _counts(axis) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
-def _shared_legend(figure, axis, title: str) -> None:
+def _shared_legend(figure: Figure, axis: Axes, title: str) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), title=title, frameon=False)

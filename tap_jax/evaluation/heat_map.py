@@ -17,23 +17,24 @@ _LIMIT = 50  # % of gain at which colours end at the latest
 _MOST = 60  # clients that a map has room for
 
 
-def client_scores(comparison: Comparison, variant: str) -> dict[tuple[int, str], tuple[str, float]]:
+def client_scores(comparison: Comparison, variant: str) -> dict[tuple[int | str, str], tuple[str, float]]:
     """(client, task) -> (main metric, mean over seeds), without those that diverged.
 
     The main metric is accuracy, MSE, and for generated text the last one scored (METEOR of the paper's two).
     """
-    values: dict[tuple[int, str], dict[str, list[float | None]]] = {}
+    values: dict[tuple[int | str, str], dict[str, list[float | None]]] = {}
     for row in comparison.rows(("routed", variant)):
         values.setdefault((row["client"], row["task"]), {}).setdefault(row["metric"], []).append(row["value"])
     found = {}
     for key, metrics in values.items():
         metric, scores = list(metrics.items())[-1]
-        if None not in scores:
-            found[key] = (metric, float(np.mean(scores)))
+        numbers = [score for score in scores if score is not None]
+        if len(numbers) == len(scores):
+            found[key] = (metric, float(np.mean(numbers)))
     return found
 
 
-def gains(comparison: Comparison) -> dict[tuple[int, str], tuple[str, float, float]]:
+def gains(comparison: Comparison) -> dict[tuple[int | str, str], tuple[str, float, float]]:
     """(client, task) -> (metric, TAP's score, its gain over FedAvg + Post-train in % of the latter)."""
     ours, theirs = client_scores(comparison, "tap"), client_scores(comparison, BASELINE)
     found = {}

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from matplotlib.figure import Figure
+
 from tap_jax.evaluation import curves, drawing, heat_map
 from tap_jax.evaluation.finished import FinishedRun
 from tap_jax.evaluation.layouts import MODELS, TASK_LABELS
@@ -27,7 +29,7 @@ def illustrations(section: Sequence[Comparison], prefix: str = "") -> list[Illus
     """All pictures that the runs of some comparisons allow, at most one comparison per model."""
     found = []
 
-    def add(name: str, caption: str, figure, runs: Sequence[FinishedRun]) -> None:
+    def add(name: str, caption: str, figure: Figure | None, runs: Sequence[FinishedRun]) -> None:
         if figure is not None:
             ids = tuple(dict.fromkeys(run.id for run in runs))
             found.append(Illustration(prefix + name, caption, drawing.png(figure), ids))
@@ -102,9 +104,9 @@ def _samples(comparison: Comparison, kind: type[Sample]) -> tuple[FinishedRun | 
     return None, []
 
 
-def _contact_sheet(images: Sequence[ImageSample]):
+def _contact_sheet(images: Sequence[ImageSample]) -> Figure:
     """Per task its targets, and below them what each client's model makes of them."""
-    clients: dict[tuple[str, int], list[ImageSample]] = {}
+    clients: dict[tuple[str, int | str], list[ImageSample]] = {}
     for image in images:
         clients.setdefault((image.task, image.client), []).append(image)
     rows, shown = [], None

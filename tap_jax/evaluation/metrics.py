@@ -322,7 +322,7 @@ def _open_wordnet(root: Any) -> Any:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Synonyms(WordNetCorpusReader):
-        def open(self, file):
+        def open(self, file: str) -> Any:
             try:
                 return super().open(file)
             except OSError:
@@ -331,8 +331,8 @@ def _open_wordnet(root: Any) -> Any:
                 # Names of the lexicographers' files; a synset looks its own up and METEOR never asks for it.
                 return io.StringIO("".join(f"{number:02d} file{number:02d} 0\n" for number in range(45)))
 
-        def map_wn(self, version="wordnet"):
-            return None  # the way to other languages; reads index.sense of a second WordNet
+        def map_wn(self, version: str = "wordnet") -> None:
+            pass  # the way to other languages; reads index.sense of a second WordNet
 
     if isinstance(root, str) and not hasattr(root, "open") and root not in nltk.data.path:
         nltk.data.path.append(root)  # nltk reads only below its data path

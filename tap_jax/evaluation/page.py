@@ -10,7 +10,7 @@ comments are dropped.
 import base64
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def html_page(markdown: str, files: Mapping[str, bytes] | None = None) -> str:
     return _PAGE.format(title=escape(title), style=_STYLE, body=body.strip())
 
 
-def _all(tokens: Sequence[Token]):
+def _all(tokens: Sequence[Token]) -> Iterator[Token]:
     for token in tokens:
         yield token
         yield from token.children or ()
@@ -193,7 +193,7 @@ def _raw(markup: str) -> Token:
 def _contents(headings: Sequence[_Heading], parser: MarkdownIt) -> str:
     lines = []
     for heading in headings:
-        shown = parser.renderer.renderInline(heading.inline.children or [], parser.options, {})
+        shown = parser.renderer.render([heading.inline], parser.options, {})
         lines.append(f'<li class="{heading.opening.tag}"><a href="#{heading.id}">{shown}</a></li>\n')
     return (
         '<nav aria-label="Contents"><details open><summary>Contents</summary>\n'

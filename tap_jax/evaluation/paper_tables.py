@@ -166,16 +166,17 @@ def _line(comparison: Comparison, entry: Entry, columns: Sequence[Column]) -> Li
 
 
 def _cell(column: Column, summaries: Mapping[tuple[str, str], Summary], owners: Mapping[str, int]) -> Cell:
-    found = [summaries.get((task, column.metric)) for task in column.tasks]
-    if None in found:
+    found = [summaries[task, column.metric] for task in column.tasks if (task, column.metric) in summaries]
+    if len(found) < len(column.tasks):
         return Cell()
     observations = sum(summary["observations"] for summary in found)
-    if any(summary["mean"] is None for summary in found):
+    means = [summary["mean"] for summary in found if summary["mean"] is not None]
+    if len(means) < len(found):
         return Cell("diverged", observations=observations)
     if len(found) == 1:
         return Cell("ok", found[0]["mean"], found[0]["std"], observations)
     weights = [owners[task] for task in column.tasks]
-    return Cell("ok", float(np.average([s["mean"] for s in found], weights=weights)), None, observations)
+    return Cell("ok", float(np.average(means, weights=weights)), None, observations)
 
 
 def _ranks(table: Table, model: str) -> list[dict[str, int]]:

@@ -13,16 +13,19 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from tap_jax.blocks import Params
+from tap_jax.blocks import Params, Tree
 from tap_jax.data.device_data import cut
 from tap_jax.data.packing import RowShape
 from tap_jax.data.task_groups import TaskGroup
 from tap_jax.data.text import WordPiece
 from tap_jax.engine.engine import Engine
-from tap_jax.engine.objective import take_parts
+from tap_jax.engine.objective import Part, take_parts
 from tap_jax.engine.packed import Layout
 from tap_jax.engine.parallel import CLIENTS, ROWS, SHARED
+from tap_jax.models.server_model import ServerModel
 from tap_jax.tasks import Task
+
+Output = Callable[[Task, Array, Mapping[str, Array]], Array]  # (task, outputs, batch) -> what is kept of them
 
 
 class TestRows(struct.PyTreeNode):
@@ -64,7 +67,7 @@ class TestRows(struct.PyTreeNode):
 
 
 def predictor(
-    engine: Engine, group: TaskGroup, shapes: Sequence[RowShape], tokenizer: WordPiece | None, output: Callable
+    engine: Engine, group: TaskGroup, shapes: Sequence[RowShape], tokenizer: WordPiece | None, output: Output
 ) -> Callable:
     """(frozen, fields, params, layout, rows) -> per shape [D, E, N, S, ...]: what `output` makes of it, or answers.
 
@@ -89,16 +92,26 @@ def image(task: Task, outputs: Array, batch: Mapping[str, Array]) -> Array:
 
 
 def _predict(
-    output, model, task: Task, table, shapes, tokenizer, frozen, fields, params: Params, layout: Layout, tests
+    output: Output,
+    model: ServerModel,
+    task: Task,
+    table: Mapping[str, Part],
+    shapes: Sequence[RowShape],
+    tokenizer: WordPiece | None,
+    frozen: Tree,
+    fields: Mapping[str, Array],
+    params: Params,
+    layout: Layout,
+    tests: Sequence[TestRows],
 ) -> tuple[Array, ...]:
     """Predictions of every row of a shard, per shape [N, S, ...]; rows past `count` are not computed."""
 
-    def one(rows: TestRows, shape: RowShape, n):
+    def one(rows: TestRows, shape: RowShape, n: Array) -> Array:
         parts = take_parts(params, layout, table, rows.client[n], rows.stream[n])
         text_at = None if rows.text_at is None else rows.text_at[n]
         batch = cut(fields, jnp.maximum(rows.ids[n], 0), shape, text_at)
         vectors = model.represent(frozen, parts, task, batch)
-        if task.kind == "text_generation":
+        if task.kind == "text_generation" and tokenizer:
             length = batch["answers"].shape[1] - 1
             return model.generate(
                 parts["head"],

@@ -121,11 +121,11 @@ _LEGEND = (
 
 def _tables(section: Sequence[Comparison], parameters: Parameters) -> list[Table | Grid]:
     """In the paper's order, then what it does not have."""
-    ordered: list[Table | Grid] = paper_tables.paper_tables(section)
-    ordered += [appendix_tables.costs(section, parameters), appendix_tables.significance(section)]
+    further = appendix_tables.costs(section, parameters), appendix_tables.significance(section)
+    ordered: list[Table | Grid] = [*paper_tables.paper_tables(section), *further]
     ordered.sort(key=lambda table: int(table.name.removeprefix("Table ")))
-    further = [paper_tables.further_table(comparison) for comparison in section]
-    return ordered + [table for table in further if table is not None]
+    others = map(paper_tables.further_table, section)
+    return ordered + [table for table in others if table is not None]
 
 
 def _heading(number: int, comparison: Comparison) -> list[str]:

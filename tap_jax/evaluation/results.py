@@ -42,8 +42,8 @@ def write_results(
     """
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{**row, "value": float(row["value"]) if finite(row["value"]) else None} for row in rows]
-    origin = {"config_hash": config_hash} if config_hash else {}
+    rows = [Row({**row, "value": float(row["value"] or 0) if finite(row["value"]) else None}) for row in rows]
+    origin: dict[str, Any] = {"config_hash": config_hash} if config_hash else {}
     origin |= {"versions": versions} if versions else {}
     results = {"config": config, **origin, "results": rows, "replacements": list(replacements), "timing": timing}
     results |= {name: found for name, found in (("screening", screening), ("privacy", privacy)) if found}

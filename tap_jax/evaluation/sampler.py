@@ -1,5 +1,7 @@
 """Keeps samples of what one variant generates, while it is evaluated."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 
@@ -13,6 +15,9 @@ from tap_jax.evaluation.samples import EXAMPLES, OWNERS, ImageSample, Sample, Te
 from tap_jax.platforms import compiler_options
 from tap_jax.tasks import Stream, Task
 
+if TYPE_CHECKING:
+    from tap_jax.evaluation.evaluate import Evaluator
+
 
 class Sampler:
     """Samples of the first owners of each generative task; texts are those that were scored, images made anew.
@@ -25,7 +30,7 @@ class Sampler:
       samples: those kept so far.
     """
 
-    def __init__(self, evaluator, variant: str):
+    def __init__(self, evaluator: "Evaluator", variant: str):
         self.evaluator, self.variant = evaluator, variant
         self.engine, self.tests = evaluator.engine, evaluator.tests
         self.samples: list[Sample] = []

@@ -9,6 +9,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,8 @@ def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
     if images:
         buffer = io.BytesIO()
         names = [field.name for field in dataclasses.fields(ImageSample)]
-        np.savez_compressed(buffer, **{name: np.array([getattr(image, name) for image in images]) for name in names})
+        columns: dict[str, Any] = {name: np.array([getattr(image, name) for image in images]) for name in names}
+        np.savez_compressed(buffer, **columns)
         write_file(folder / "images.npz", buffer.getvalue())
 
 

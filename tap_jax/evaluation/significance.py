@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 
     mean: float
     std: float
-    count: int
+    number: int
 
 
 def p_value(ours: Sample, theirs: Sample) -> float:
@@ -31,18 +31,18 @@ def p_value(ours: Sample, theirs: Sample) -> float:
 
     Two constant sides have no variance to test against: p is 0 where they differ, 1 where they are equal.
     """
-    if min(ours.count, theirs.count) < 2:
+    if min(ours.number, theirs.number) < 2:
         return math.nan
     if ours.std == theirs.std == 0:
         return float(ours.mean == theirs.mean)
 
     def unbiased(sample: Sample) -> float:
-        return sample.std * math.sqrt(sample.count / (sample.count - 1))
+        return sample.std * math.sqrt(sample.number / (sample.number - 1))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nearly identical data: p is then what it is
         found = stats.ttest_ind_from_stats(
-            ours.mean, unbiased(ours), ours.count, theirs.mean, unbiased(theirs), theirs.count, equal_var=False
+            ours.mean, unbiased(ours), ours.number, theirs.mean, unbiased(theirs), theirs.number, equal_var=False
         )
     return float(found.pvalue)
 

@@ -83,15 +83,15 @@ def client_table(rows: Sequence[Row]) -> list[str]:
 
     Of more than `MOST_CLIENTS`, a line says where their scores are.
     """
-    clients = list(dict.fromkeys(row["client"] for row in rows))
-    if not clients or not all(isinstance(client, str) for client in clients):
+    clients = [client for client in dict.fromkeys(row["client"] for row in rows) if isinstance(client, str)]
+    if not clients:
         return []
     if len(clients) > MOST_CLIENTS:
         return [f"Scores of each of the {len(clients):,} clients are in results.json.\n"]
     variant = rows[0]["variant"]
     mine = [row for row in rows if row["variant"] == variant]
     columns = list(dict.fromkeys((row["task"], row["metric"]) for row in mine))
-    found = {(row["client"], row["task"], row["metric"]): row["value"] for row in mine}
+    found = {(str(row["client"]), row["task"], row["metric"]): row["value"] for row in mine}
 
     def cell(key: tuple[str, str, str], digits: int) -> str:
         value = found.get(key)
@@ -155,8 +155,8 @@ def _table(rows: Sequence[Row]) -> _Table:
     seen = dict.fromkeys(row["task"] for row in rows)
     tasks = [task for task in TASKS if task in seen] + [task for task in seen if task not in TASKS]
     summaries = {(s["variant"], s["task"], s["metric"]): s for s in summarise(rows)}
-    names = dict.fromkeys(metric for _, _, metric in summaries)
-    names = [name for name in METRICS if name in names] + [name for name in names if name not in METRICS]
+    scored = dict.fromkeys(metric for _, _, metric in summaries)
+    names = [name for name in METRICS if name in scored] + [name for name in scored if name not in METRICS]
     shown = {task: [name for name in names if any((v, task, name) in summaries for v in variants)] for task in tasks}
     scores = []
     for task in tasks:
@@ -168,8 +168,8 @@ def _table(rows: Sequence[Row]) -> _Table:
         for name in names:
             of_kind = [t for t in tasks if t in TASKS and TASKS[t].kind == kind and name in shown[t]]
             if len(of_kind) > 1:
-                lists = {v: [summaries.get((v, task, name)) for task in of_kind] for v in variants}
-                values = {v: _average(found) for v, found in lists.items() if None not in found}
+                whole = [v for v in variants if all((v, task, name) in summaries for task in of_kind)]
+                values = {v: _average([summaries[v, task, name] for task in of_kind]) for v in whole}
                 scores.append(_Score(heading, find_metric(name), values))
     return _Table(scores, variants)
 
