@@ -105,7 +105,7 @@ def test_a_packed_row_costs_what_its_sequences_cost(built, gradient):
             expected = shape.samples * cost.sample
             for sequences, one in ((shape.texts, cost.texts), (shape.answers, cost.answers)):
                 if sequences:
-                    expected += sequences.count * float(one(np.array(sequences.tokens)))
+                    expected += sequences.number * float(one(np.array(sequences.tokens)))
             # The mean over a sample's tokens is a product with all tokens of the row.
             assert expected <= gradient.row(task, shape, (8, 8)) * 1.001
             assert gradient.row(task, shape, (8, 8)) <= 1.15 * expected

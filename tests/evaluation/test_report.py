@@ -329,7 +329,7 @@ def test_an_interrupted_exchange_brings_the_old_report_back(tmp_path, monkeypatc
 
 def test_folders_and_flags_may_stand_in_any_order():
     for argv in (["a", "b", "--out=o"], ["--out=o", "a", "b"], ["a", "--out", "o", "b"]):
-        assert parse(COMMANDS["report"], argv) == {"out": "o", "folders": ["a", "b"]}
+        assert parse(COMMANDS["report"], argv) == {"out": "o", "across": "", "folders": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
