@@ -4,7 +4,7 @@ It follows from shapes alone: nothing is allocated, and of the data only the cli
 them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from tap_jax.device_sizes import sized
 from tap_jax.experiment import training_data
 from tap_jax.models.accounting import account, counted_in_paper, shapes
 from tap_jax.models.server_model import ServerModel
+from tap_jax.planning.columns import columns
 from tap_jax.planning.headline import devices_named
 from tap_jax.planning.outline import Outline, block_sizes
 from tap_jax.planning.planned_memory import MIB, data_bytes, mesh, plan
@@ -253,11 +254,5 @@ def useful(found: Outline, plans: int, devices: int = 1) -> str:
     return "\n".join([title, *report(shares)])
 
 
-def _columns(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
-    """Lines of aligned columns; those numbered in `left` lean to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    return "\n".join(f"  {line}".rstrip() for line in lines)
+def _columns(rows: Sequence[Sequence[str]], *, left: Collection[int]) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in columns(rows, left=left))

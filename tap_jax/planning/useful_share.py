@@ -26,6 +26,7 @@ from tap_jax.engine.settings import EngineSettings
 from tap_jax.evaluation.evaluate import test_shapes
 from tap_jax.federation import Federation
 from tap_jax.models.server_model import ServerModel
+from tap_jax.planning.columns import columns
 from tap_jax.planning.flops import Flops
 from tap_jax.planning.step_cost import padded_batch, task_flops
 from tap_jax.tasks import Task
@@ -346,9 +347,8 @@ def report(shares: Shares) -> list[str]:
         for name, share in (*by_task.items(), ("all", total)):
             lost = (share.lost[kind] / max(share.computed, 1) for kind in LOSSES)
             rows.append((phase, name, f"{share.share:.3f}", *(f"{abs(part):.3f}" for part in lost)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         *lines,
         "Floating-point operations of real samples and tokens over those computed; recomputation is in neither:",
-        *("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
+        *(f"  {line}" for line in columns(rows, left=range(len(rows[0])))),
     ]

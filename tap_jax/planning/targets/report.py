@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from tap_jax.planning.columns import columns
 from tap_jax.planning.targets import hlo, roofline
 from tap_jax.planning.targets.compile import Built, Found, gib
 
@@ -31,7 +32,7 @@ def report(built: Built, found: Sequence[Found]) -> str:
     Args:
       built: of the run. found: of its programs.
     """
-    lines = [*built.about, "", _table([_HEAD, *(_row(built, one) for one in found)]), ""]
+    lines = [*built.about, "", *columns([_HEAD, *(_row(built, one) for one in found)]), ""]
     lines += [
         "Memory in GiB on one device (host: of the compiler's process). TFLOP of one call on all devices, by the plans",
         f"of {roofline.PLANS} rounds; useful: the share of real samples and tokens. GB as the compiler counts them,",
@@ -99,16 +100,6 @@ def _row(built: Built, one: Found) -> tuple[str, ...]:
         f"{one.seconds:,.0f} s" + (f" ({one.processor:,.0f} CPU s)" if one.processor else ""),
         if_known(str(one.loops)),
         "-" if time is None else f"{time:,.3g} s",
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
     )
 
 
