@@ -54,9 +54,11 @@ from tap_jax.errors import UserError
 from tap_jax.tasks import TASKS
 
 PROBE_SEED = 1009  # of training sets that no configuration here draws
-PROBE_SIZE, PROBE_SHOTS, PROBE_REPEATS = 1600, 4, 10  # samples, how many of a class to fit on, and how often anew
+PROBE_SIZE, PROBE_REPEATS = 1600, 10  # samples, and how often some of them are drawn to fit on
+PROBE_SHOTS = (4, 16)  # of a class; a client of the demo has about as many as the latter
 PENALTIES = np.logspace(-4, 2, 13)  # of the squared weights, times the number of samples
 MASKED_WORDS, MASKED_PATCHES = 0.3, 0.4  # parts
+MASKED_CAPTIONS = 0.5  # of a caption's words, for ViLT: the more are hidden, the more must come from the picture
 IMAGES = (".png", ".jpg", ".jpeg")
 IGNORED = -100  # a label that no loss reads
 
@@ -113,11 +115,11 @@ def run(chosen: argparse.Namespace) -> None:
     random = probe(model, features, tokenizer, chosen)
     print(f"probe of random weights: {random}", flush=True)
     curves = train(model, data, chosen)
-    trained = probe(model, features, tokenizer, chosen)
+    scores = {"random": random, "trained": probe(model, features, tokenizer, chosen)}
     chosen.out.mkdir(parents=True, exist_ok=True)
-    write(chosen, model, tokenizer, data, curves, {"random": random, "trained": trained})
-    for name, score in trained.items():
-        print(f"probe {name}: {score:.3f}, of random weights {random[name]:.3f}")
+    write(chosen, model, tokenizer, data, curves, scores)
+    for name, found in scores["trained"].items():
+        print(f"probe {name}: {found}, of random weights {random[name]}")
     print(f"written to {chosen.out}; use it with\n  {usage(chosen, tokenizer.size)}")
 
 
@@ -241,14 +243,14 @@ def some_sentences(data: Data, batch: int) -> torch.Tensor:
     return trimmed(data.sentences[start + torch.randint(window, (batch,))])
 
 
-def masked_words(tokens: torch.Tensor, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_words(tokens: torch.Tensor, data: Data, part: float = MASKED_WORDS) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens with some masked, labels [B, T]) as BERT has it: of those chosen 80 % [MASK], 10 % others, 10 % kept.
 
     All words are labels, also those that were not chosen (ELECTRA's All-Tokens MLM, Clark et al. 2020, Sec. 3.4), so
     that the features keep apart words that stand in the same places.
     """
     words = tokens >= len(SPECIAL)
-    chosen = (torch.rand(tokens.shape) < MASKED_WORDS) & words
+    chosen = (torch.rand(tokens.shape) < part) & words
     labels = tokens.masked_fill(~words, IGNORED)
     how = torch.rand(tokens.shape)
     changed = tokens.masked_fill(chosen & (how < 0.8), data.mask)
@@ -389,7 +391,7 @@ def vilt_losses(model, data: Data, batch: int) -> dict[str, torch.Tensor]:
     """ViltForMaskedLM's loss of two batches: captioned pictures, and sentences beside an empty picture."""
     at = torch.randint(len(data.captions), (batch,))
     tokens = trimmed(data.captions[at])
-    masked, labels = masked_words(tokens, data)
+    masked, labels = masked_words(tokens, data, MASKED_CAPTIONS)
     shown = data.images[data.shown[at]]
     losses = {"captions": model(masked, attention_mask=(tokens != 0).long(), pixel_values=shown, labels=labels).loss}
     if data.sentences is not None:
@@ -476,8 +478,10 @@ def vilt_features(model, images: torch.Tensor | None, tokens: torch.Tensor | Non
     return mean_over(found, torch.cat([tokens != 0, rest], 1))
 
 
-def probe(model, features: Callable, tokenizer: WordPiece, chosen: argparse.Namespace) -> dict[str, float]:
-    """Task -> accuracy of a ridge regression on frozen features; for tasks that rebuild a picture, explained variance.
+def probe(model, features: Callable, tokenizer: WordPiece, chosen: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Task -> samples a class -> accuracy of a logistic regression on frozen features.
+
+    For tasks that rebuild a picture, the variance that a ridge regression on ten times as many samples explains.
 
     Targets: the label; of mmlu and vqa the answer; of common_gen the verb; of the picture 8x8 pixels.
     """
@@ -498,11 +502,11 @@ def probe(model, features: Callable, tokenizer: WordPiece, chosen: argparse.Name
             ]
         x = torch.cat(parts).double().numpy()
         if task.kind == "image_generation":
-            target = pixels(examples.images, 8).flatten(1).double().numpy()
-            scores[name] = float(explained(x, target))
+            score, target = explained, pixels(examples.images, 8).flatten(1).double().numpy()
         else:
-            scores[name] = float(accuracy(x, answers(name, examples)))
-    return {name: round(score, 4) for name, score in scores.items()}
+            score, target = accuracy, answers(name, examples)
+        scores[name] = {str(shots): round(float(score(x, target, shots)), 4) for shots in PROBE_SHOTS}
+    return scores
 
 
 def answers(name: str, examples) -> np.ndarray:
@@ -516,11 +520,13 @@ def answers(name: str, examples) -> np.ndarray:
     return np.unique(found, return_inverse=True)[1]
 
 
-def divided(x: np.ndarray, y: np.ndarray, kinds: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], ...]]:
+def divided(
+    x: np.ndarray, y: np.ndarray, kinds: np.ndarray, shots: int
+) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], ...]]:
     """PROBE_REPEATS divisions of the samples -> ((x, y) to fit, to choose the penalty, to score), x standardised.
 
     Args:
-      kinds: int [N]; PROBE_SHOTS of each fit, as many others choose, all others score.
+      kinds: int [N]; `shots` of each fit, as many others choose, all others score.
     """
     for repeat in range(PROBE_REPEATS):
         order = np.random.default_rng([PROBE_SEED, repeat]).permutation(len(x))
@@ -528,15 +534,15 @@ def divided(x: np.ndarray, y: np.ndarray, kinds: np.ndarray) -> Iterator[tuple[t
         for kind in np.unique(kinds):
             mine = order[kinds[order] == kind]
             nth[mine] = np.arange(len(mine))
-        part = np.minimum(nth // PROBE_SHOTS, 2)
+        part = np.minimum(nth // shots, 2)
         mean, deviation = x[part == 0].mean(0), x[part == 0].std(0) + 1e-8
         yield tuple(((x[part == i] - mean) / deviation, y[part == i]) for i in range(3))
 
 
-def accuracy(x: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(x: np.ndarray, labels: np.ndarray, shots: int) -> float:
     """Of logistic regression."""
     scores = []
-    for fit, choose, rest in divided(x, labels, labels):
+    for fit, choose, rest in divided(x, labels, labels, shots):
         models = [logistic(*fit, penalty) for penalty in PENALTIES]
         hits = lambda model, part: (model(part[0]) == part[1]).mean()  # noqa: E731
         scores.append(hits(max(models, key=lambda model: hits(model, choose)), rest))
@@ -562,11 +568,11 @@ def logistic(x: np.ndarray, labels: np.ndarray, penalty: float) -> Callable[[np.
     return lambda x: (x @ weights[:-1] + weights[-1]).argmax(1)
 
 
-def explained(x: np.ndarray, y: np.ndarray) -> float:
+def explained(x: np.ndarray, y: np.ndarray, shots: int) -> float:
     """Part of the variance that ridge regression explains; y is float [N, M]."""
     scores = []
     kinds = np.arange(len(x)) % 10  # as many samples as of ten classes
-    for fit, choose, rest in divided(x, y, kinds):
+    for fit, choose, rest in divided(x, y, kinds, shots):
         models = [ridge(*fit, penalty) for penalty in PENALTIES]
         error = lambda model, part: np.square(model(part[0]) - part[1]).mean()  # noqa: E731
         best = min(models, key=lambda model: error(model, choose))
@@ -639,12 +645,19 @@ def card(chosen, inner, data: Data, curves: Sequence[dict], scores: dict) -> str
     """README.md of the folder."""
     of = dict.fromkeys(("fashion_mnist", "caltech256"), "explained variance of 8x8 pixels")
     of |= {"mmlu": "accuracy, the answer", "vqa": "accuracy, the answer", "common_gen": "accuracy, the verb"}
+    random, trained = scores["random"], scores["trained"]
+    kinds = [(str(shots), which) for shots in PROBE_SHOTS for which in (random, trained)]
     rows = "\n".join(
-        f"| {name}, {of.get(name, 'accuracy')} | {scores['random'][name]:.3f} | {scores['trained'][name]:.3f} |"
-        for name in scores["trained"]
+        f"| {name}, {of.get(name, 'accuracy')} | {' | '.join(f'{which[name][shots]:.3f}' for shots, which in kinds)} |"
+        for name in trained
     )
-    behind = [name for name, score in scores["trained"].items() if score <= scores["random"][name]]
-    note = f"\nNo better than random weights: {', '.join(behind)}.\n" if behind else ""
+    behind = [
+        f"{', '.join(names)} ({shots})"
+        for shots in map(str, PROBE_SHOTS)
+        if (names := [name for name in trained if trained[name][shots] <= random[name][shots]])
+    ]
+    note = f"\nNo better than random weights: {'; '.join(behind)}.\n" if behind else ""
+    heads = " | ".join(f"{which}, {shots} a class" for shots in PROBE_SHOTS for which in ("random", "pre-trained"))
     skipped = ("model", "out")
     options = " ".join(
         f"--{name.replace('_', '-')}={value}"
@@ -668,12 +681,12 @@ and for tests; it knows nothing of the world.
   {curves[-1]["step"]:,} steps. Last losses: {", ".join(f"{k} {v:.3f}" for k, v in list(curves[-1].items())[1:])}
   (`losses.csv`, `losses.png`).
 - **Linear probe** on the embedded tasks, by the mean token of the frozen model's last layer: logistic regression on
-  {PROBE_SHOTS} samples a class, ridge regression on {10 * PROBE_SHOTS} where a picture is rebuilt. As many others
-  chose the penalty, and the rest of {PROBE_SIZE:,} from the training set (seed {PROBE_SEED}) are scored; means of
-  {PROBE_REPEATS} draws. No test set was read. "Random" is the same model before its first step.
+  {" or ".join(map(str, PROBE_SHOTS))} samples a class, ridge regression on ten times as many where it is a picture.
+  As many others chose the penalty, and the rest of {PROBE_SIZE:,} from the training set (seed {PROBE_SEED}) are scored;
+  means of {PROBE_REPEATS} draws. No test set was read. "Random" is the same model before its first step.
 
-| task | random | pre-trained |
-|---|---|---|
+| task | {heads} |
+|{"---|" * (1 + 2 * len(PROBE_SHOTS))}
 {rows}
 {note}
 `transformers.{kind}.from_pretrained(DIR)` reads it, and tap_jax as `model.weights` and `data.tokenizer`.

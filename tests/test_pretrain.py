@@ -30,8 +30,9 @@ def script():
     spec = importlib.util.spec_from_file_location("pretrain", ROOT / "launch" / "pretrain.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.PROBE_SIZE = 120  # what the samples are worth is no matter here
-    module.PROBE_REPEATS = 2
+    # What the samples are worth is no matter here.
+    module.PROBE_SIZE, module.PROBE_SHOTS, module.PROBE_REPEATS = 120, (2, 4), 2
+    module.PENALTIES = np.array([0.01, 1.0])
     return module
 
 
@@ -48,8 +49,8 @@ def made(request, script, tmp_path_factory):
 @pytest.fixture
 def no_probe(script, monkeypatch):
     """The features are made, but nothing is fitted to them, which takes longer than so short a training."""
-    monkeypatch.setattr(script, "accuracy", lambda x, labels: 0.5)
-    monkeypatch.setattr(script, "explained", lambda x, y: 0.5)
+    monkeypatch.setattr(script, "accuracy", lambda x, labels, shots: 0.5)
+    monkeypatch.setattr(script, "explained", lambda x, y, shots: 0.5)
 
 
 def test_a_run_can_read_it(made):
@@ -85,6 +86,7 @@ def test_losses_and_probe_are_left_beside_it(made):
     assert Image.open(out / "losses.png").size[0] == 700
     found = json.loads((out / "probe.json").read_text())
     assert set(found["random"]) == set(found["trained"]) and len(found["random"]) == 8
+    assert all(set(by_shots) == {"2", "4"} for scores in found.values() for by_shots in scores.values())
 
 
 def test_same_seed_same_weights(made, no_probe, script, tmp_path):
@@ -203,15 +205,14 @@ def test_the_adaptor_is_tap_jax_s(script, monkeypatch):
     assert abs(first.std() / np.mean(spreads) - 1) < 0.3
 
 
-def test_probe_fits_what_is_linear_and_nothing_else(script, monkeypatch):
-    monkeypatch.setattr(script, "PROBE_SHOTS", 20)
+def test_probe_fits_what_is_linear_and_nothing_else(script):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((600, 4))
     labels = (x[:, 0] > 0).astype(int)
     noise = rng.integers(0, 2, len(x))
-    assert script.accuracy(x, labels) > 0.85 > 0.65 > script.accuracy(x, noise)
-    assert script.explained(x, x[:, :2] @ rng.standard_normal((2, 3))) > 0.8
-    assert script.explained(x, rng.standard_normal((len(x), 3))) < 0.1
+    assert script.accuracy(x, labels, 20) > 0.85 > 0.65 > script.accuracy(x, noise, 20)
+    assert script.explained(x, x[:, :2] @ rng.standard_normal((2, 3)), 20) > 0.8
+    assert script.explained(x, rng.standard_normal((len(x), 3)), 20) < 0.1
 
 
 def test_vilt_reads_a_text_as_if_there_were_no_picture(script):
