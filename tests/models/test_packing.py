@@ -14,6 +14,7 @@ from tap_jax.methods.losses import distillation_loss
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
 from tap_jax.tasks import find_task
+from tests.models import reference
 
 CONFIG = ModelConfig(
     width=24, heads=3, mlp=40, image_layers=1, text_layers=2, image_size=32, patch=8, upsample=0.5, vocab=50,
@@ -57,8 +58,8 @@ def stored(task, rng):
 def test_packed_and_padded_are_the_same(task, change):
     task, rng = find_task(task), np.random.default_rng(0)
     model = ServerModel(dataclasses.replace(CONFIG, **change), (task,))
-    frozen, blocks = model.init(jax.random.key(0))
-    blocks = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), blocks)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    frozen, blocks = jax.tree.map(jnp.asarray, reference.random_weights(shapes, np.random.default_rng(1)))
     parts, fields = model.collect(blocks, task.streams[0]), stored(task, rng)
     shape = RowShape(9, Sequences(5, 48), Sequences(4, 32) if "answers" in fields else None, cost=1)
     texts = np.asarray((fields["tokens"] != 0).sum(1))
