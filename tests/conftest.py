@@ -42,8 +42,11 @@ from tap_jax.engine.memory import give_back_memory
 LONG = (
     "test_readme.py",
     "test_oracle.py",
-    "test_mesh.py",
     "test_benchmark.py",
+    "test_pretrained.py",
+    "test_mesh.py",
+    "models/test_residuals.py",
+    "models/test_packing.py",
     "test_named_clients.py",
     "test_processes.py",
     "test_notebooks.py",
