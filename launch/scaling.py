@@ -29,6 +29,7 @@ import numpy as np
 from tap_jax.cli import startup
 from tap_jax.config import ConfigDict, config_hash, load_config
 from tap_jax.data import synthetic
+from tap_jax.engine.cohort import client_batches
 from tap_jax.evaluation import drawing
 from tap_jax.tasks import find_task, register_task
 from tap_jax.whole_files import write_file
@@ -181,7 +182,7 @@ def played(config: ConfigDict, pairs: int) -> list[Value]:
     for cohort, variant, models in built.finish_in_batches(state):
         rows += built.evaluate_cohort(variant, cohort, models)
     rows = [row for row in rows if row["metric"] in SCORES]
-    for cohort in built.engine.client_batches(config.rounds):
+    for cohort in client_batches(built.engine, config.rounds):
         losses = np.asarray(cohort.held_out_loss(cohort.broadcast(state.server)))
         for client, of_tasks in zip(cohort.clients, losses, strict=True):
             for task in built.federation.tasks_of(client) if client >= 0 else ():

@@ -26,7 +26,7 @@ from tap_jax.data.federated import FederatedData
 from tap_jax.data.sampling import ClientData, hold_out
 from tap_jax.data.settings import DataSettings
 from tap_jax.engine import parallel, rounds
-from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.cohort import Cohort, client_batches
 from tap_jax.engine.engine import Engine
 from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
@@ -168,7 +168,7 @@ class Experiment:
         Yields:
           (the cohort, variant, client number -> blocks on the host); variants of the server's blocks are left out.
         """
-        cohorts = self.engine.client_batches(int(state.round), state.moments)
+        cohorts = client_batches(self.engine, int(state.round))
         for number, cohort in enumerate(cohorts, 1):
             name = f"last phase, client batch {number}/{len(cohorts)}: training"
             tell(name)
@@ -179,13 +179,13 @@ class Experiment:
 
     def prepare(self) -> None:
         """Starts compiling all that a whole run needs, in the background; optional."""
-        cohort = self.engine.cohort(range(self.engine.settings.cohort_size), 0)
-        everyone = self.engine.client_batches(0)[0]
+        cohort = Cohort.of(self.engine, range(self.engine.settings.cohort_size), 0)
+        everyone = client_batches(self.engine, 0)[0]
         most = range(self.engine.settings.window_clients(len(self.federation.clients)))
         # A teacher comes after the last round, to as many clients as then train at once.
         cohort.prepare(takes_teacher=cohort.positions == everyone.positions or not self.engine.rule.teacher_optional)
-        if len(most) > len(cohort.given):
-            self.engine.cohort(most, [0] * len(most)).prepare(takes_teacher=False)
+        if len(most) > self.engine.settings.cohort_size:
+            Cohort.of(self.engine, most, [0] * len(most)).prepare(takes_teacher=False)
         everyone.prepare()
         self.evaluator.prepare(everyone)
 
@@ -227,7 +227,7 @@ class Experiment:
                 raise UserError("method: clients of 'feddat' have models after `finish` only; evaluate what that gives")
             server = next((variant.name for variant in self.sections.method.variants if variant.of_server), "server")
             models = Finished(models, {**models.client_models, server: None})
-        cohorts, rows = self.engine.client_batches(int(models.state.round)), []
+        cohorts, rows = client_batches(self.engine, int(models.state.round)), []
         for variant, found in models.models.items():
             if found is None:
                 rows += self.evaluate_server(variant, models.state)

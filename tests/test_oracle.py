@@ -9,6 +9,7 @@ import pytest
 
 from tap_jax import blocks
 from tap_jax import experiment as experiments
+from tap_jax.engine.cohort import Cohort
 from tap_jax.tasks import KINDS
 from tests import oracle
 from tests.oracle import Oracle
@@ -248,13 +249,13 @@ def test_devices_and_packed_rows_change_nothing(tiny, run):
     # a device with clients 0 and 1, none of whom has the other's first task.
     healthy = run[0][-1][0].client_models["personal"]
     for clients in ([0, 2, 3], [1, 2, 3]):
-        cohort = other.engine.cohort(clients, 0)
+        cohort = Cohort.of(other.engine, clients, 0)
         results = {}
         for sick in (None, *clients):
             models = [
                 jax.tree.map(lambda x: np.full_like(x, np.nan), m) if k == sick else m for k, m in enumerate(healthy)
             ]
-            params, losses = cohort.train(cohort.load(models), "personal")
+            _, params, losses = cohort.train(other.init(), cohort.load(models), "personal")
             results[sick] = cohort.unload(params), dict(zip(cohort.clients, np.asarray(losses.plain), strict=True))
         for sick in clients:
             assert not np.isfinite(results[sick][1][sick]).all()

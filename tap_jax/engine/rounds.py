@@ -15,10 +15,11 @@ from tap_jax.blocks import Blocks, Partition
 from tap_jax.engine import parallel, store
 from tap_jax.engine.agreement import any_says
 from tap_jax.engine.checkpointing import Checkpoints
-from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.cohort import Cohort, cohort_of_round
 from tap_jax.engine.engine import Engine
+from tap_jax.engine.moments import on_host
 from tap_jax.engine.privacy import epsilon
-from tap_jax.engine.screening import describe, dropped, norms
+from tap_jax.engine.screening import Verdicts, describe, dropped, norms
 from tap_jax.engine.windows import play_parts
 from tap_jax.errors import Preempted, UserError
 from tap_jax.methods.base import Method, RoundMetrics, SplitRound, State, put_rows
@@ -99,12 +100,12 @@ def play_round(
     if clients is not None and settings.privacy:
         raise ValueError("privacy is accounted for cohorts that are drawn; leave clients out")
     if clients is None:
-        clients = engine.drawn(state.round)
-        engine.draw_ahead(state.round + 1)
-    cohort = engine.cohort(clients, state.round, state.moments)
+        cohort = cohort_of_round(engine, state.round, method.first_phase)
+    else:
+        cohort = Cohort.of(engine, clients, state.round)
     after, metrics = method.round(cohort, state)
-    after = _kept(cohort, after)
-    line = _line(engine, cohort, state.round, metrics)
+    after, verdicts = _settled(cohort, after)
+    line = _line(cohort, metrics, verdicts)
     return _noted(after, cohort, metrics), line
 
 
@@ -130,31 +131,30 @@ def play_window(
     if last - first == 1 or not isinstance(method.round, SplitRound):
         state, line = play_round(engine, method, state)
         return state, [line]
-    drawn = [engine.drawn(round_) for round_ in range(first, last)]
-    found = play_parts(engine, method.round, state, drawn, _kept, stop)
+    found = play_parts(engine, method, state, last, _settled, stop)
     if found is None:
         return None
     state, played = found
-    for cohort, metrics in played:
+    for cohort, metrics, _ in played:
         state = _noted(state, cohort, metrics)
-    return state, [_line(engine, cohort, cohort.round, metrics) for cohort, metrics in played]
+    return state, [_line(*one) for one in played]
 
 
-def _kept(cohort: Cohort, state: State) -> State:
-    """The state after a part of a cohort's round, with what the cohort keeps itself.
+def _settled(cohort: Cohort, state: State) -> tuple[State, tuple[Verdicts, ...]]:
+    """The state after a part of a cohort's round, without what is of that part alone, and its verdicts.
 
     Raises:
       UserError: an update was dropped, and `screening.on_broken` is "stop".
     """
-    if cohort.engine.settings.screening.stop and (
-        broken := dropped(cohort.verdicts, cohort.clients, cohort.engine.labels)
-    ):
+    stop, labels = cohort.engine.settings.screening.stop, cohort.engine.labels
+    if stop and (broken := dropped(state.verdicts, cohort.clients, labels)):
         found = ", ".join(map(describe, broken))
         raise UserError(
             f"screening.on_broken: 'stop', and round {cohort.round + 1} has a broken update: {found}; look at the"
             " client's data and optimizer.learning_rate, or call train again with 'drop' to go on without it"
         )
-    return state.replace(moments=cohort.moments())
+    moments = {name: on_host(states) for name, states in state.moments.items()}
+    return state.replace(moments=moments, verdicts=()), state.verdicts
 
 
 def _noted(state: State, cohort: Cohort, metrics: RoundMetrics) -> State:
@@ -175,8 +175,9 @@ def _check_clients(clients: Sequence[int], most: int, total: int) -> None:
         )
 
 
-def _line(engine: Engine, cohort: Cohort, round_: int, metrics: RoundMetrics) -> dict:
-    metrics, settings = jax.device_get(metrics), engine.settings
+def _line(cohort: Cohort, metrics: RoundMetrics, verdicts: Sequence[Verdicts]) -> dict:
+    engine, round_, metrics = cohort.engine, cohort.round, jax.device_get(metrics)
+    settings = engine.settings
     names = [task.name for task in engine.tasks]
     real = [position for position, client in enumerate(cohort.clients) if client >= 0]
     real.sort(key=lambda position: cohort.clients[position])
@@ -212,9 +213,9 @@ def _line(engine: Engine, cohort: Cohort, round_: int, metrics: RoundMetrics) ->
         sizes *= engine.partition.sent  # private blocks stay where they are
         line["bytes_sent"] = {str(label[p]): int(engine.sends[cohort.clients[p]] @ sizes) for p in real}
         line["bytes_received"] = int(engine.partition.owned.sum(0) @ sizes)
-    if cohort.verdicts:
-        line["dropped"] = dropped(cohort.verdicts, cohort.clients, engine.labels)
-        if found := norms(cohort.verdicts, cohort.clients, engine.labels):
+    if verdicts:
+        line["dropped"] = dropped(verdicts, cohort.clients, engine.labels)
+        if found := norms(verdicts, cohort.clients, engine.labels):
             line["update_norms"] = found
         if settings.privacy:
             line["epsilon"] = epsilon(

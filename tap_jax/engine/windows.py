@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from jax import Array
 
-from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.cohort import Cohort, cohort_of_round
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.parallel import CLIENTS
-from tap_jax.methods.base import RoundMetrics, SplitRound, State, Trained
+from tap_jax.engine.screening import Verdicts
+from tap_jax.methods.base import Method, RoundMetrics, State, Trained
 
 # Rounds that wait for the devices at once. The host draws the next one's plans meanwhile, and a run that is to stop
 # does so soon.
@@ -52,51 +53,53 @@ def waves(drawn: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
 
 def play_parts(
     engine: Engine,
-    round_: SplitRound,
+    method: Method,
     state: State,
-    drawn: Sequence[Sequence[int]],
-    played: Callable[[Cohort, State], State],
+    last: int,
+    settled: Callable[[Cohort, State], tuple[State, tuple[Verdicts, ...]]],
     stop: Callable[[], bool],
-) -> tuple[State, list[tuple[Cohort, RoundMetrics]]] | None:
+) -> tuple[State, list[tuple[Cohort, RoundMetrics, tuple[Verdicts, ...]]]] | None:
     """The rounds of a window.
 
     Args:
-      drawn: the clients of every round.
-      played: called with every cohort after its part, and the state then -> the state with what a cohort keeps itself.
+      method: its round is a `SplitRound`.
+      last: the first round behind the window.
+      settled: called with every cohort after its part, and the state then -> the state without what is of that part
+        alone, and its verdicts.
       stop: asked before every part but the first.
 
     Returns:
-      The state after the window, and of every round the cohort and its metrics; or None where `stop`
+      The state after the window, and of every round the cohort, its metrics and its verdicts; or None where `stop`
       said yes.
     """
-    first, cohorts, kept = int(state.round), [], []
-    for n, clients in enumerate(drawn):
+    first, cohorts, kept, verdicts = int(state.round), [], [], []
+    for n in range(last - first):
         if n >= IN_FLIGHT:
             jax.block_until_ready(kept[n - IN_FLIGHT].losses)
         if n and stop():
             return None
-        engine.draw_ahead(first + n + 1)
-        cohort = engine.cohort(clients, first + n, state.moments)
-        state, trained = round_.federated(cohort, state)
-        state = played(cohort, state)
+        cohort = cohort_of_round(engine, first + n, method.first_phase)
+        state, trained = method.round.federated(cohort, state)
+        state, screened = settled(cohort, state)
         cohorts.append(cohort)
         kept.append(trained)
+        verdicts.append(screened)
         del trained
     jax.block_until_ready(kept[-1].losses)
-    found, ahead = [], waves(drawn)
+    found, ahead = [], waves([engine.plans.clients(round_) for round_ in range(first, last)])
     for number, wave in enumerate(ahead):
         if stop():
             return None
-        cohort = engine.cohort([client for _, client in wave], [first + n for n, _ in wave], state.moments)
+        cohort = Cohort.of(engine, [client for _, client in wave], [first + n for n, _ in wave])
         needed = [trained if _places(of, cohort).size else None for of, trained in zip(cohorts, kept, strict=True)]
         later = {n for wave in ahead[number + 1 :] for n, _ in wave}
         kept = [trained if n in later else None for n, trained in enumerate(kept)]
         together = [_together(engine, cohort, cohorts, needed)]
         del needed
-        state, metrics = round_.personal(cohort, state, together.pop())
-        state = played(cohort, state)
+        state, metrics = method.round.personal(cohort, state, together.pop())
+        state, _ = settled(cohort, state)
         found.append((cohort, jax.tree.map(np.asarray, metrics)))
-    return state, [(cohort, _of_round(cohort, found)) for cohort in cohorts]
+    return state, [(cohort, _of_round(cohort, found), mine) for cohort, mine in zip(cohorts, verdicts, strict=True)]
 
 
 def _places(one: Cohort, other: Cohort) -> np.ndarray:

@@ -14,7 +14,7 @@ from tap_jax.data.packing import RowShape, capacities, pack, padded
 from tap_jax.data.sampling import row_shapes
 from tap_jax.data.task_groups import TaskGroup, offsets
 from tap_jax.data.text import TaskArrays, WordPiece
-from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.cohort import Cohort, client_batches
 from tap_jax.engine.engine import Engine
 from tap_jax.engine.parallel import ROWS, SHARED
 from tap_jax.engine.programs import Program, abstract
@@ -251,7 +251,7 @@ class Evaluator:
             name: {int(k) for k in (found if self.personal else found[:1]) if len(self.ids(int(k), name))}
             for name, found in owners.items()
         }
-        for cohort in self.engine.client_batches(0):
+        for cohort in client_batches(self.engine, 0):
             present = {name: clients & {int(k) for k in cohort.clients} for name, clients in wanted.items()}
             if any(present.values()):
                 params = cohort.broadcast(state.server)

@@ -66,8 +66,10 @@ class State(struct.PyTreeNode):
       seen: bool [K, O], tasks that have ever been in a minibatch of the rounds.
       heard: bool [K, O], those of them whose federated loss was a number at least once.
       moments: where optimizer states persist, name of a trained model -> per client, block -> float32 [1 + 2n]: steps
-        taken, first and second moments; else empty. Cohorts are given them and the loop takes them back: methods
-        need not know.
+        taken, first and second moments; else empty. `Cohort.train` goes on with them and gives the state with what it
+        leaves, which may be on the devices until the round is over (`engine.moments`).
+      verdicts: what screening found in the aggregations of a round (`engine.screening.Verdicts`); the loop over rounds
+        takes it out, so between rounds there is none.
     """
 
     round: int
@@ -79,6 +81,7 @@ class State(struct.PyTreeNode):
     seen: np.ndarray
     heard: np.ndarray
     moments: Mapping[str, ClientModels] = struct.field(default_factory=dict)
+    verdicts: tuple[Any, ...] = ()
 
 
 class Losses(Protocol):
@@ -221,7 +224,7 @@ PLAIN = LocalRule()
 
 
 class Cohort(Protocol):
-    """Clients that train together.
+    """Clients that train together. It is data: what a training or an aggregation changes is in what it returns.
 
     Attributes:
       clients: int [P], client numbers, -1 at an empty position.
@@ -255,6 +258,7 @@ class Cohort(Protocol):
 
     def train(
         self,
+        state: State,
         params: Params,
         phase: str,
         *,
@@ -262,30 +266,58 @@ class Cohort(Protocol):
         post: bool = False,
         twice: bool = False,
         teacher: Params | None = None,
-        steps: tuple[int, int] | None = None,
-        idle: np.ndarray | None = None,
-    ) -> tuple[Params, "Losses"]:
-        """Local training -> (params, Losses): τ steps of the round, or P steps after the last one.
+    ) -> tuple[State, Params, "Losses"]:
+        """Local training -> (state, params, losses): τ steps of the round, or P steps after the last one.
 
         With `twice` 2P steps after the last round, of which the first P are those without it (App. C.1).
 
-        `phase`, one of `data.sampling.PHASES`, names the random stream of minibatches and dropout. `model` is what is
-        trained, where optimizer states persist (default: what the phase says). The parameters given are consumed (who
-        needs them again broadcasts or loads them again), the teacher's are not; for TAP's rule the loss is equation 6
-        where there is a teacher. `steps`: only those from the first to before the second; where
-        the first is not 0, the optimizer goes on from the call before. `idle`, bool [P]: positions that take none.
+        Args:
+          state: of it, the optimizer states that persist.
+          params: what is trained, [D, G, n]. They are consumed: who needs them again broadcasts or loads them again.
+          phase: one of `data.sampling.PHASES`; names the random stream of minibatches and dropout.
+          model: what is trained, where optimizer states persist; default: what the phase says.
+          teacher: not consumed; for TAP's rule the loss is equation 6 where there is one.
+
+        Returns:
+          The state with the optimizer states that a training of the rounds leaves, where they persist; else, and after
+          the last round, as it was. The trained parameters and the losses, [P, O].
         """
 
-    def aggregate(self, server: Params, params: Params, losses: "Losses") -> Params:
+    def train_steps(
+        self,
+        params: Params,
+        opt_state: OptState | None,
+        phase: str,
+        steps: tuple[int, int],
+        *,
+        post: bool = False,
+        twice: bool = False,
+        teacher: Params | None = None,
+        idle: np.ndarray | None = None,
+    ) -> tuple[Params, OptState | None, "Losses"]:
+        """A part of what `train` does -> (params, optimizer states, losses).
+
+        Args:
+          params: consumed.
+          opt_state: with which it begins, of `opt_state` or of the part before; not consumed. None: it starts afresh
+            and gives none back.
+          steps: from the first to before the second.
+          idle: bool [P], positions that take none.
+        """
+
+    def opt_state(self, state: State, phase: str, *, model: str | None = None) -> OptState:
+        """The optimizer states with which `train` begins where they persist, and zeros where they do not."""
+
+    def aggregate(self, state: State, params: Params, losses: "Losses") -> State:
         """Component-wise FedAvg, or its private form; an update that screening drops has no say.
 
         Args:
-          server: what was broadcast in this round, [B, n].
+          state: its server's blocks are those broadcast in this round.
           params: what the clients send, [D, G, n].
           losses: of the training that made it; screening reads them.
 
         Returns:
-          The server's new parameters, [B, n].
+          The state with the server's new parameters; its `verdicts` say whose updates were dropped.
         """
 
     def replace(self, personal: Params, federated: Params, indicator: Array) -> Params:
@@ -404,6 +436,8 @@ class Method:
         last round. It leaves out variants whose models are the server's blocks.
       rule: how clients train locally.
       personal_variants: name of a personal model -> its variant, for each with margins of its own.
+      first_phase: of the first training of a round, whose minibatches are drawn while the round before it runs. Another
+        one costs time, and changes nothing else.
     """
 
     client_models: tuple[str, ...]
@@ -411,6 +445,7 @@ class Method:
     finish: Callable[[Cohort, State, Sequence[str]], Iterator[tuple[str, FinishedBlocks]]]
     rule: LocalRule = PLAIN
     personal_variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    first_phase: str = "federated"
 
 
 def put_rows(table: np.ndarray, clients: np.ndarray, rows: ArrayLike, where: ArrayLike | None = None) -> np.ndarray:

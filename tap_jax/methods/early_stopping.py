@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from tap_jax.blocks import Blocks, Params
-from tap_jax.methods.base import ClientModels, Cohort
+from tap_jax.methods.base import Cohort, OptState, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Patience:
 
 def distil(
     cohort: Cohort,
-    blocks: ClientModels,
+    state: State,
     model: str,
     teacher: Params | None,
     patience: Patience | None = None,
@@ -37,24 +37,19 @@ def distil(
     A client without held-out samples takes all P steps.
 
     Args:
-      blocks: the students, by client number; `model`: whose they are.
+      model: of the state's, the students.
       teacher: not consumed; None: the tasks' losses alone.
     """
-    params = cohort.load(blocks)
+    params = cohort.load(state.client_models[model])
     if patience is None:
-        return cohort.unload(cohort.train(params, "distil", model=model, post=True, teacher=teacher)[0])
+        return cohort.unload(cohort.train(state, params, "distil", model=model, post=True, teacher=teacher)[1])
+    opt_state: OptState | None = cohort.opt_state(state, "distil", model=model)
     least = np.asarray(cohort.held_out_loss(params)).sum(1)
     found, stale, start = cohort.unload(params), np.zeros(len(least), int), 0
     while start < patience.steps and (stale < patience.looks).any():
         stop = min(start + patience.every, patience.steps)
-        params, _ = cohort.train(
-            params,
-            "distil",
-            model=model,
-            post=True,
-            teacher=teacher,
-            steps=(start, stop),
-            idle=stale >= patience.looks,
+        params, opt_state, _ = cohort.train_steps(
+            params, opt_state, "distil", (start, stop), post=True, teacher=teacher, idle=stale >= patience.looks
         )
         now = np.asarray(cohort.held_out_loss(params)).sum(1)
         # A loss of 0: nothing is held out, so nothing says when to stop.

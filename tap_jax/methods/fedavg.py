@@ -16,17 +16,14 @@ from tap_jax.registry import Settings, federated_variants
 
 def federated_round(cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
     """One round of FedAvg: returns the state with the server's new blocks and the loss of the seen tasks."""
-    federated, losses = cohort.train(cohort.broadcast(state.server), "federated")
-    return state.replace(
-        round=state.round + 1,
-        server=cohort.aggregate(state.server, federated, losses),
-    ), RoundMetrics(losses.seen, federated_loss=losses.mean())
+    state, federated, losses = cohort.train(state, cohort.broadcast(state.server), "federated")
+    state = cohort.aggregate(state, federated, losses)
+    return state.replace(round=state.round + 1), RoundMetrics(losses.seen, federated_loss=losses.mean())
 
 
 def post_trained(cohort: Cohort, state: State, *, twice: bool = False) -> Params:
     """W̃[i] of every client after P more iterations from the server's blocks, or 2P, [D, G, n]; TAP's teacher."""
-    params, _ = cohort.train(cohort.broadcast(state.server), "post", post=True, twice=twice)
-    return params
+    return cohort.train(state, cohort.broadcast(state.server), "post", post=True, twice=twice)[1]
 
 
 def fedavg(name: str = "fedavg", rule: LocalRule = PLAIN) -> Method:

@@ -140,10 +140,10 @@ def feddat(
 
     def feddat_round(cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
         params, received = start(cohort, state)
-        params, losses = cohort.train(params, "federated", teacher=received)
+        state, params, losses = cohort.train(state, params, "federated", teacher=received)
+        state = cohort.aggregate(state, params, losses)
         return state.replace(
             round=state.round + 1,
-            server=cohort.aggregate(state.server, params, losses),
             client_models={**state.client_models, MODEL: cohort.put(state.client_models[MODEL], params)},
         ), RoundMetrics(losses.seen, federated_loss=losses.mean())
 
@@ -157,7 +157,7 @@ def feddat(
         if "feddat" in variants:
             yield "feddat", teachers(params)
         if "feddat+post" in variants:
-            yield "feddat+post", teachers(cohort.train(params, "post", post=True, teacher=received)[0])
+            yield "feddat+post", teachers(cohort.train(state, params, "post", post=True, teacher=received)[1])
 
     divergence = adapter_divergence(forward, dual, weight=weight, image_loss=image_loss)
     rule = LocalRule(step, takes_teacher=True, extra_loss=divergence)

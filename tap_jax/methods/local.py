@@ -15,7 +15,7 @@ MODEL = "local"
 
 def train_local(cohort: Cohort, state: State) -> tuple[State, RoundMetrics]:
     """The cohort's local models go on for τ iterations; the round counter is left alone."""
-    params, losses = cohort.train(cohort.load(state.client_models[MODEL]), "local")
+    state, params, losses = cohort.train(state, cohort.load(state.client_models[MODEL]), "local")
     models = cohort.put(state.client_models[MODEL], params)
     state = state.replace(client_models={**state.client_models, MODEL: models})
     return state, RoundMetrics(losses.seen, local_loss=losses.mean())
@@ -39,7 +39,7 @@ def as_it_is(cohort: Cohort, state: State, model: str) -> FinishedBlocks:
 
 def local() -> Method:
     """Local as a method."""
-    return Method((MODEL,), local_round, finish)
+    return Method((MODEL,), local_round, finish, first_phase="local")
 
 
 def configured(settings: Settings, context: MethodContext) -> Method:

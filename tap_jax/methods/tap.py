@@ -141,9 +141,9 @@ def tap(
 
     def train_federated(cohort: Cohort, state: State) -> tuple[State, Trained]:
         """W̃[i] of every client, and what the server makes of them."""
-        trained = Trained(*cohort.train(cohort.broadcast(state.server), "federated"))
-        server = cohort.aggregate(state.server, trained.federated, trained.losses)
-        return state.replace(round=state.round + 1, server=server), trained
+        state, federated, losses = cohort.train(state, cohort.broadcast(state.server), "federated")
+        state = cohort.aggregate(state, federated, losses)
+        return state.replace(round=state.round + 1), Trained(federated, losses)
 
     def replace_blocks(cohort: Cohort, state: State, model: str, trained: Trained) -> tuple[Params, Array]:
         """Equations 3 and 4 for one personal model -> (X, R)."""
@@ -166,7 +166,7 @@ def tap(
         cohort: Cohort, state: State, model: str, personal: Params, indicator: Array
     ) -> tuple[State, Array]:
         """The rest of Stage 1 of one personal model -> (state, its losses)."""
-        personal, own = cohort.train(personal, "personal", model=model)
+        state, personal, own = cohort.train(state, personal, "personal", model=model)
         count = take_rows(state.replacements[model], cohort.clients) + np.asarray(indicator)
         h_p = put_rows(state.personal_loss[model], cohort.clients, own.mean(replacement.history), own.seen)
         return state.replace(
@@ -199,7 +199,7 @@ def tap(
         teacher = post_trained(cohort, state)
 
         def student(model: str, teacher: Params | None = teacher) -> FinishedBlocks:
-            return distil(cohort, state.client_models[model], model, teacher, patience)
+            return distil(cohort, state, model, teacher, patience)
 
         # First, so that the time until it is there is Stage 2's.
         for model, variant in personal_models.items():

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from tap_jax import experiment
-from tap_jax.blocks import Params
 from tap_jax.config import ConfigDict, method_settings
 from tap_jax.data.minibatches import Batch, client_minibatches
 from tap_jax.data.sampling import sample_cohort
@@ -63,22 +62,22 @@ def bench(
     config = config.copy_and_resolve_references()
     # The phase after the rounds is timed: it takes all its steps however few samples a client has. Rounds need the
     # program for the configuration's own steps, which can stop earlier.
-    some = (0, steps) if rounds else None
     if not rounds:
         config.local_steps = config.post_steps = steps
     say("bench: reading data, building the model")
     run = experiment.build(config)
     engine = run.engine
     clients = sample_cohort(engine.settings.seed, 0, len(run.federation.clients), engine.settings.cohort_size).tolist()
-    cohort, server = engine.cohort(clients, 0), engine.server_params(run.initial_blocks)
+    cohort = Cohort.of(engine, clients, 0)
     todo = [_minibatches(run, client, steps) for client in clients]
 
     say(f"bench: compiling, then {REPEATS} runs of {steps} steps with {len(clients)} clients")
-    first, losses = _train(cohort, server, some)
+    train = functools.partial(_train, cohort, run.init(), steps)
+    first, losses = train()
     played = _rounds(run, rounds, say) if rounds else dict.fromkeys(ROUND_FIELDS)
     peak = peak_memory(engine.devices.local)  # before PyTorch takes memory
     ready = functools.partial(_rival, run, clients, todo, fused=against == "torch-fused") if against else None
-    times, compared = _turns(run, cohort, functools.partial(_train, cohort, server, some), ready, losses)
+    times, compared = _turns(run, cohort, train, ready, losses)
 
     median, taken = statistics.median(times), sum(map(len, todo))
     samples = sum(len(batch) for mine in todo for step in mine for batch in step)
@@ -129,11 +128,12 @@ def _check(steps: int, rounds: int, against: str, post_steps: int, method: str, 
         raise UserError("against: PyTorch trains in one process; drop --coordinator")
 
 
-def _train(cohort: Cohort, server: Params, steps: tuple[int, int] | None) -> tuple[float, Losses]:
-    """Seconds for all or some steps of the cohort, from the server's blocks, and the losses."""
-    params = jax.block_until_ready(cohort.broadcast(server))
+def _train(cohort: Cohort, state: State, steps: int) -> tuple[float, Losses]:
+    """Seconds for so many steps of the cohort, from the server's blocks, and the losses."""
+    params = jax.block_until_ready(cohort.broadcast(state.server))
+    opt_state = cohort.opt_state(state, "post") if cohort.engine.settings.persist else None
     started = time.perf_counter()
-    _, losses = jax.block_until_ready(cohort.train(params, "post", post=True, steps=steps, goes_on=False))
+    _, _, losses = jax.block_until_ready(cohort.train_steps(params, opt_state, "post", (0, steps), post=True))
     return time.perf_counter() - started, losses
 
 
@@ -228,7 +228,7 @@ def _stage2(run: Experiment, state: State, variant: str) -> dict[str, Any]:
         first.setdefault(client.pattern, number)
     chosen, size, seconds = list(first.values()), run.engine.settings.cohort_size, 0.0
     for part in (chosen[start : start + size] for start in range(0, len(chosen), size)):
-        cohort = run.engine.cohort(part, int(state.round), state.moments)
+        cohort = Cohort.of(run.engine, part, int(state.round))
         started = time.perf_counter()
         next(iter(run.method.finish(cohort, state, (variant,))))  # the models come to the host: nothing is left to wait
         seconds += time.perf_counter() - started

@@ -24,6 +24,7 @@ from tap_jax.config import ConfigDict
 from tap_jax.engine import rounds
 from tap_jax.engine.agreement import any_says, in_step
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.cohort import Cohort, client_batches
 from tap_jax.engine.memory import give_back_memory, peak_memory
 from tap_jax.engine.model_files import read_model, write_model
 from tap_jax.engine.privacy import spent
@@ -328,13 +329,13 @@ def _evaluate(
     _announce(experiment, reporter)
     experiment.evaluator.tell = reporter.doing
     rows = []
-    cohorts = [experiment.engine.cohort([client], state.round)] if client is not None else None
+    cohorts = [Cohort.of(experiment.engine, [client], state.round)] if client is not None else None
     for variant in experiment.variants:
         if variant in server_variants():
             rows += experiment.evaluate_server(variant, state)
             reporter.scored(variant)
             continue
-        for cohort in cohorts or experiment.engine.client_batches(state.round):
+        for cohort in cohorts or client_batches(experiment.engine, state.round):
             models = {int(k): stored_model(experiment, workdir, variant, int(k)) for k in cohort.clients if k >= 0}
             rows += experiment.evaluate_cohort(variant, cohort, models)
             reporter.scored(variant)

@@ -1,6 +1,8 @@
 """One program for every cohort, no arithmetic for tasks nobody has, and nothing that is not a number gets out."""
 
 import collections
+import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from tap_jax.blocks import replacement_indicator
 from tap_jax.engine import cohort as cohorts
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import broken_clients, without_broken
+from tap_jax.engine.plans import Plans
 from tap_jax.methods.base import LocalRule
 from tap_jax.models.server_model import ServerModel
 from tests.oracle import minibatches
@@ -68,8 +71,9 @@ def rows_needed(experiment, clients, phase, round_=0, *, post=False) -> dict[str
 
 
 def train(experiment, clients, phase="federated", round_=0, **kwargs):
-    cohort = experiment.engine.cohort(clients, round_)
-    return cohort.train(cohort.broadcast(experiment.init().server), phase, **kwargs)
+    cohort = Cohort.of(experiment.engine, clients, round_)
+    state = experiment.init()
+    return cohort.train(state, cohort.broadcast(state.server), phase, **kwargs)
 
 
 def test_one_program_and_only_useful_rows(counted):
@@ -87,10 +91,12 @@ def test_one_program_and_only_useful_rows(counted):
 
     ran = counter.run(lambda: train(experiment, [1, 3], "post", 3, post=True))
     assert ran == rows_needed(experiment, [1, 3], "post", 3, post=True)
-    cohort = experiment.engine.cohort([1, 3], 3)
-    server = experiment.init().server
+    cohort = Cohort.of(experiment.engine, [1, 3], 3)
+    state = experiment.init()
     ran = counter.run(
-        lambda: cohort.train(cohort.broadcast(server), "distil", post=True, teacher=cohort.broadcast(server))
+        lambda: cohort.train(
+            state, cohort.broadcast(state.server), "distil", post=True, teacher=cohort.broadcast(state.server)
+        )[1:]
     )
     needed = rows_needed(experiment, [1, 3], "distil", 3, post=True)
     assert ran == {task: 2 * count for task, count in needed.items()}, "the teacher's pass, and no other"
@@ -103,8 +109,9 @@ def test_one_program_and_only_useful_rows(counted):
 def test_a_small_client_stops_earlier(counted):
     experiment, _ = counted
     assert experiment.data.clients[0].samples == 10
-    cohort = experiment.engine.cohort([0, 3], 0)
-    _, losses = cohort.train(cohort.broadcast(experiment.init().server), "federated")
+    cohort = Cohort.of(experiment.engine, [0, 3], 0)
+    state = experiment.init()
+    _, _, losses = cohort.train(state, cohort.broadcast(state.server), "federated")
     steps = dict(zip(cohort.clients, np.asarray(losses.steps).sum(1), strict=True))
     assert steps == {0: 2, 3: 3}
 
@@ -113,15 +120,15 @@ def test_a_small_client_stops_earlier(counted):
 def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
     experiment, _ = counted
     engine, state = experiment.engine, experiment.init()
-    cohort = engine.cohort([0, 1], 0)
+    cohort = Cohort.of(engine, [0, 1], 0)
     before = engine.server_blocks(state.server)
     personal = cohort.unload(cohort.broadcast(state.server))
     sick = {k: jax.tree.map(lambda x, k=k: np.full_like(x, np.nan) if k == 1 else x, personal[k]) for k in (0, 1)}
-    params, losses = cohort.train(
-        cohort.load([sick[0] if where == "before training" else personal[0], sick[1]]), "local"
+    _, params, losses = cohort.train(
+        state, cohort.load([sick[0] if where == "before training" else personal[0], sick[1]]), "local"
     )
     if where == "in the last step":
-        _, losses = cohort.train(cohort.load([personal[0], personal[1]]), "local")
+        _, _, losses = cohort.train(state, cohort.load([personal[0], personal[1]]), "local")
         assert np.isfinite(losses.plain).all()
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), dict(params))
         losses = without_broken(losses, broken_clients(flat, cohort.flat_layout))
@@ -129,7 +136,7 @@ def test_what_is_not_a_number_does_not_reach_the_server(counted, where):
     indicator = replacement_indicator(losses.mean(), np.inf, 0.0, losses.seen)
     healthy = (cohort.clients == 0)[:, None] & np.asarray(losses.seen)
     np.testing.assert_array_equal(indicator, healthy)
-    after = engine.server_blocks(cohort.aggregate(state.server, params, losses))
+    after = engine.server_blocks(cohort.aggregate(state, params, losses).server)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     # What only client 1 has is as it was; what both have is client 0's.
     trained = cohort.unload(params)[0]
@@ -238,20 +245,49 @@ def test_each_client_has_its_own_part_of_the_test_set(counted):
             assert found[variant, client, "ag_news"] not in map(pytest.approx, others), "would show nothing"
 
 
-def test_plans_drawn_ahead_are_those_drawn_when_needed(tiny, monkeypatch):
-    """Every round after the second begins with a plan that was drawn while the one before it ran."""
-    rows, fields = ({"ag_news": 0.25},) * 4, {"method": "local", "variants": ("local",)}
-    experiment = experiments.build(tiny(rows, SETTINGS | fields))
-    state, drawn = experiment.init(), []
-    for _ in range(4):
-        waiting = dict(experiment.engine.drawn_ahead)
+@pytest.mark.parametrize(("method", "phase"), [("local", "local"), ("fedavg", "federated")])
+def test_every_round_begins_with_a_plan_that_was_drawn_ahead(tiny, monkeypatch, method, phase):
+    """Drawn once, in the background, while the round before it runs; and it is what would be drawn when needed."""
+    experiment = experiments.build(tiny(({"ag_news": 0.25},) * 4, SETTINGS | {"method": method, "variants": (method,)}))
+    plans, state, ahead, drawn, draw = experiment.engine.plans, experiment.init(), [], [], Plans.training
+
+    def noted(self, table, rounds, *args, **kwargs):
+        drawn.append((int(rounds.max()), threading.current_thread() is threading.main_thread()))
+        return draw(self, table, rounds, *args, **kwargs)
+
+    monkeypatch.setattr(Plans, "training", noted)
+    for round_ in range(3):
         state, line = experiment.round(state)
-        for (round_, phase, clients), plan in waiting.items():
-            expected = experiment.engine.cohort(clients, round_).plan(phase, post=False)
-            jax.tree.map(np.testing.assert_array_equal, plan.result(), expected)
-            assert clients == tuple(line["clients"]) and plan not in experiment.engine.drawn_ahead.values()
-            drawn.append(round_)
-    assert drawn == [2, 3]
+        assert line["clients"] == sorted(plans.clients(round_))
+        ahead.append(plans.ahead(round_ + 1, phase).result())
+    assert drawn == [(round_, False) for round_ in range(4)]
+    for round_, plan in enumerate(ahead, 1):
+        expected = Cohort.of(experiment.engine, plans.clients(round_), round_).plan(phase, post=False)
+        jax.tree.map(np.testing.assert_array_equal, plan, expected)
+
+
+def test_what_is_carried_from_training_to_training_is_in_the_state_alone(tiny):
+    """Neither a cohort nor the engine has anything of its own that changes, and a state stays as it is."""
+    fields = SETTINGS | {"method": "fedavg", "variants": ("fedavg+post",), "optimizer.state": "persist"}
+    experiment = experiments.build(tiny(({"ag_news": 0.5},) * 2, fields))
+    engine, before = experiment.engine, dict(vars(experiment.engine))
+    cohort, first = Cohort.of(engine, [0, 1], 0), experiment.init()
+
+    def train(state):
+        state, params, losses = cohort.train(state, cohort.broadcast(first.server), "federated")
+        return cohort.aggregate(state, params, losses), cohort.unload(params)
+
+    (after, once), (again, twice) = train(first), train(first)
+    jax.tree.map(np.testing.assert_array_equal, (once, dict(after.server)), (twice, dict(again.server)))
+    assert len(after.verdicts) == len(again.verdicts) == 1 and first.verdicts == ()
+    assert all(not leaf.any() for leaf in jax.tree.leaves(first.moments["federated"]))
+    _, later = train(after)  # goes on with the optimizer states of the state
+    assert difference(later[0], once[0]) > 1e-6
+    experiment.finish(experiment.round(first)[0])
+    assert vars(engine).keys() == before.keys() and all(vars(engine)[name] is before[name] for name in before)
+    for field in dataclasses.fields(cohort):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(cohort, field.name, None)
 
 
 def test_no_place_for_a_teacher_where_blocks_are_large(tiny, monkeypatch):
@@ -285,7 +321,7 @@ def test_a_program_for_each_way_of_training_is_made_ready(
     monkeypatch.setattr(cohorts, "TEACHER_RESERVED", 0)
     monkeypatch.setattr(engine, "rule", LocalRule(takes_teacher=takes_teacher, teacher_optional=teacher_optional))
     monkeypatch.setattr(engine.train_program, "prepare", lambda *args: prepared.append(args[4]))
-    cohort = engine.cohort([0, 1], 0)
+    cohort = Cohort.of(engine, [0, 1], 0)
     cohort.prepare()
     assert len(prepared) == programs
     assert (prepared[0] is None) == (cohort._teacher(None) is None) == (teacher_optional or not takes_teacher)

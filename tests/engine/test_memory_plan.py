@@ -8,6 +8,7 @@ import numpy as np
 
 from tap_jax import assembly
 from tap_jax import experiment as experiments
+from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.memory_plan import LAST, ROUND, array_bytes
 from tap_jax.experiment import Experiment
 from tap_jax.planning import planned_memory
@@ -54,7 +55,7 @@ def test_what_is_described_is_there(tiny, monkeypatch):
     stored = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(state.client_models)}
     assert sum(stored.values()) == plan.host["personal blocks of all clients, only those they own"]
     # The bytes of parameters are those of the program's own state.
-    params = run.engine.cohort((0, 1), 0).broadcast(state.server)
+    params = Cohort.of(run.engine, (0, 1), 0).broadcast(state.server)
     size = sum(leaf.nbytes for leaf in params.values())
     parts = plan.phases[ROUND].parts
     assert parts["blocks in training"] == parts["their gradients"] == size

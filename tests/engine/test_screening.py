@@ -81,19 +81,19 @@ def hostile(monkeypatch, change, *, client=HOSTILE, rounds=None):
     """The client sends `change` of what it has trained; returns a list to which every aggregation is added."""
     train, aggregate, sent = Cohort.train, Cohort.aggregate, []
 
-    def changed(self, params, phase, **kwargs):
-        params, losses = train(self, params, phase, **kwargs)
+    def changed(self, state, params, phase, **kwargs):
+        state, params, losses = train(self, state, params, phase, **kwargs)
         if phase == "federated" and client in self.clients and (rounds is None or self.round in rounds):
             (position,) = np.flatnonzero(self.clients == client)
             mine = {
                 group: (at == position).reshape(params[group].shape[:2]) for group, at in self.flat_layout.owner.items()
             }
             params = {group: jnp.where(mine[group][..., None], change(leaf), leaf) for group, leaf in params.items()}
-        return params, losses
+        return state, params, losses
 
-    def seen(self, server, params, losses):
-        sent.append(types.SimpleNamespace(before=self.engine.server_blocks(server), clients=self.unload(params)))
-        return aggregate(self, server, params, losses)
+    def seen(self, state, params, losses):
+        sent.append(types.SimpleNamespace(before=self.engine.server_blocks(state.server), clients=self.unload(params)))
+        return aggregate(self, state, params, losses)
 
     monkeypatch.setattr(Cohort, "train", changed)
     monkeypatch.setattr(Cohort, "aggregate", seen)

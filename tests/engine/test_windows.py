@@ -12,6 +12,7 @@ from tap_jax.assembly import cut
 from tap_jax.config import config_hash, default_config, override, validate
 from tap_jax.engine import windows
 from tap_jax.engine.checkpointing import Checkpoints
+from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.memory_plan import LAST, ROUND, WINDOW
 from tap_jax.engine.rounds import resume, run_rounds
 from tap_jax.errors import Preempted, UserError
@@ -269,10 +270,10 @@ def test_what_does_not_go_with_it_is_refused(tiny):
 
 
 def test_clients_of_several_rounds_have_no_aggregate(experiment):
-    cohort, state = experiment.engine.cohort((0, 1), (0, 1)), experiment.init()
-    params, losses = cohort.train(cohort.broadcast(state.server), "federated")
+    cohort, state = Cohort.of(experiment.engine, (0, 1), (0, 1)), experiment.init()
+    state, params, losses = cohort.train(state, cohort.broadcast(state.server), "federated")
     with pytest.raises(ValueError, match="clients of several rounds have no aggregate"):
-        cohort.aggregate(state.server, params, losses)
+        cohort.aggregate(state, params, losses)
 
 
 def test_memory_is_planned_for_the_clients_of_a_window(tiny):

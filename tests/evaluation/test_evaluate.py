@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tap_jax.blocks import select
+from tap_jax.engine.cohort import client_batches
 from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.experiment import build
 
@@ -36,7 +37,7 @@ def scores(experiment, found):
     blocks, partition = experiment.initial_blocks, experiment.partition
     return [
         row
-        for cohort in experiment.engine.client_batches(0)
+        for cohort in client_batches(experiment.engine, 0)
         for row in found.evaluate(
             "tap", cohort, {int(k): select(blocks, partition.blocks_of(k)) for k in cohort.clients if k >= 0}
         )

@@ -6,6 +6,7 @@ import pytest
 
 from tap_jax.blocks import select
 from tap_jax.data.device_data import cut
+from tap_jax.engine.cohort import client_batches
 from tap_jax.evaluation.samples import EXAMPLES, ImageSample, TextSample, to_uint8
 from tap_jax.experiment import build
 
@@ -20,7 +21,7 @@ def evaluated(tiny):
     def scores():
         return [
             row
-            for cohort in experiment.engine.client_batches(0)
+            for cohort in client_batches(experiment.engine, 0)
             for row in evaluator.evaluate(
                 "tap",
                 cohort,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from tap_jax import experiment as experiments
 from tap_jax.data.sampling import share_out
-from tap_jax.engine.compiled import PhaseInputs
+from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.engine import PhaseInputs
 from tap_jax.export import folder as folders
 from tap_jax.export import torch_model
 from tap_jax.export.naming import to_torch
@@ -34,7 +35,7 @@ def test_ten_steps_take_the_same_path(tiny, tmp_path, monkeypatch, tasks, model)
     folders.write_torch(model, frozen, blocks, tmp_path / "out", tokenizer=experiment.data.tokenizer)
     twin = torch_model.load(tmp_path / "out").train()  # all dropout rates are 0
 
-    cohort = engine.cohort([0], 0)
+    cohort = Cohort.of(engine, [0], 0)
     plan, rate = cohort.plan("local", post=False), engine.settings.rate(0)
     ours, trained = _engine_losses(engine, cohort, plan, rate, blocks)
     theirs = _torch_losses(experiment, twin, jax.tree.map(lambda leaf: leaf[0], plan), rate)

@@ -11,6 +11,7 @@ import torch
 
 import tap_jax
 from tap_jax import experiment as experiments
+from tap_jax.engine.cohort import Cohort
 from tap_jax.errors import UserError
 from tap_jax.methods import criteria
 from tap_jax.methods.criteria import Evidence, relative_margin
@@ -52,7 +53,7 @@ def models(experiment):
 
 @pytest.fixture(scope="module")
 def cohort(experiment):
-    return experiment.engine.cohort([0, 1], 5)
+    return Cohort.of(experiment.engine, [0, 1], 5)
 
 
 def held_out(experiment, i) -> dict[str, list]:
@@ -244,8 +245,8 @@ def test_a_run_with_relative_margins_on_held_out_losses(experiment):
         before = state
         state, line = experiment.round(state)
         replaced = {(entry["client"], entry["task"]) for entry in line["replacements"]}
-        cohort = experiment.engine.cohort(line["clients"], int(before.round))
-        federated = cohort.unload(cohort.train(cohort.broadcast(before.server), "federated")[0])
+        cohort = Cohort.of(experiment.engine, line["clients"], int(before.round))
+        federated = cohort.unload(cohort.train(before, cohort.broadcast(before.server), "federated")[1])
         for i in line["clients"]:
             mine = held_out_losses(experiment, federated[i], i)
             theirs = held_out_losses(experiment, before.client_models["personal"][i], i)
@@ -265,14 +266,21 @@ def test_a_run_with_relative_margins_on_held_out_losses(experiment):
 @pytest.fixture(scope="module")
 def course(experiment, models):
     """Stage 2 of clients 0 and 1 a step at a time: blocks and summed held-out loss after 0, 1, ... P steps."""
-    cohort = experiment.engine.cohort([0, 1], 5)
+    cohort = Cohort.of(experiment.engine, [0, 1], 5)
     teacher = cohort.load(models[1])
-    params = cohort.load(models[0])
+    params, opt_state = cohort.load(models[0]), cohort.opt_state(experiment.init(), "distil")
     looked = [(cohort.unload(params), np.asarray(cohort.held_out_loss(params)).sum(1))]
     for step in range(experiment.config.post_steps):
-        params, _ = cohort.train(params, "distil", post=True, teacher=teacher, steps=(step, step + 1))
+        params, opt_state, _ = cohort.train_steps(
+            params, opt_state, "distil", (step, step + 1), post=True, teacher=teacher
+        )
         looked.append((cohort.unload(params), np.asarray(cohort.held_out_loss(params)).sum(1)))
     return looked
+
+
+def of_students(experiment, models):
+    """A state whose personal models are the first ones."""
+    return experiment.init().replace(client_models={"personal": models[0]})
 
 
 def same_bits(one, other) -> None:
@@ -285,23 +293,24 @@ def same_but_for_rounding(one, other) -> None:
 
 def test_training_in_pieces_is_training(experiment, models, course):
     """Whatever the pieces, to the bit; and without any, by a program that keeps no optimizer states."""
-    cohort = experiment.engine.cohort([0, 1], 5)
-    teacher = cohort.load(models[1])
+    cohort = Cohort.of(experiment.engine, [0, 1], 5)
+    teacher, state = cohort.load(models[1]), of_students(experiment, models)
     for steps in (3, experiment.config.post_steps):
-        part, _ = cohort.train(cohort.load(models[0]), "distil", post=True, teacher=teacher, steps=(0, steps))
+        params, opt_state = cohort.load(models[0]), cohort.opt_state(state, "distil")
+        part, *_ = cohort.train_steps(params, opt_state, "distil", (0, steps), post=True, teacher=teacher)
         same_bits(cohort.unload(part), course[steps][0])
-    whole, _ = cohort.train(cohort.load(models[0]), "distil", post=True, teacher=teacher)
+    _, whole, _ = cohort.train(state, cohort.load(models[0]), "distil", post=True, teacher=teacher)
     same_but_for_rounding(cohort.unload(whole), course[-1][0])
-    same_but_for_rounding(distil(cohort, models[0], "personal", teacher), course[-1][0])
+    same_but_for_rounding(distil(cohort, state, "personal", teacher), course[-1][0])
 
 
 @pytest.mark.parametrize("looks", [1, 2, 1000])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_client_keeps_its_best_look(experiment, models, course, looks, every):
     """The rule in words, client by client: stop after so many looks without a new best; the best one counts."""
-    cohort = experiment.engine.cohort([0, 1], 5)
+    cohort = Cohort.of(experiment.engine, [0, 1], 5)
     patience = Patience(experiment.config.post_steps, every, looks)
-    found = distil(cohort, models[0], "personal", cohort.load(models[1]), patience)
+    found = distil(cohort, of_students(experiment, models), "personal", cohort.load(models[1]), patience)
     steps = [*range(0, experiment.config.post_steps, every), experiment.config.post_steps]
     for position, i in enumerate(map(int, cohort.clients)):
         best, stale = 0, 0
@@ -336,7 +345,7 @@ def test_stage_2_without_a_teacher_has_the_same_patience(experiment, monkeypatch
     """Else the ablation would differ from TAP in more than distillation."""
     asked = []
 
-    def noted(cohort, blocks, model, teacher, patience):
+    def noted(cohort, state, model, teacher, patience):
         asked.append((model, teacher is not None, patience))
         return {}
 

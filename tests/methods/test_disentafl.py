@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
+from tap_jax.engine.cohort import Cohort
 from tap_jax.methods import disentafl
 from tap_jax.methods.base import Row
 from tap_jax.tasks import find_task
@@ -67,8 +68,9 @@ def test_clients_with_one_group_train_as_in_fedavg(experiment, run, tiny):
     assert experiment.engine.with_statistics == {1, 2, 3}
     trained = []
     for clients in ([0, 1, 3], [0]):
-        cohort = experiment.engine.cohort(clients, 0)
-        params, _ = cohort.train(cohort.broadcast(experiment.init().server), "federated")
+        cohort = Cohort.of(experiment.engine, clients, 0)
+        state = experiment.init()
+        _, params, _ = cohort.train(state, cohort.broadcast(state.server), "federated")
         trained.append(cohort.unload(params)[0])
     jax.tree.map(np.testing.assert_array_equal, *trained)
     plain = FedAvg(experiment)
@@ -84,8 +86,8 @@ def test_a_broken_client_stays_alone(tiny):
     owned = [{b: healthy[b] for b in experiment.partition.blocks_of(i)} for i in range(2)]
     sick = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), owned[1])
     for second in (owned[1], sick):
-        cohort = experiment.engine.cohort([0, 1], 0)
-        params, losses = cohort.train(cohort.load([owned[0], second]), "federated")
+        cohort = Cohort.of(experiment.engine, [0, 1], 0)
+        _, params, losses = cohort.train(experiment.init(), cohort.load([owned[0], second]), "federated")
         assert cohort.clients[0] == 0, "padding names position 0"
         found.append((cohort.unload(params)[0], np.asarray(losses.plain)[0]))
     jax.tree.map(np.testing.assert_array_equal, *found)

@@ -11,6 +11,7 @@ import pytest
 from tap_jax import assembly
 from tap_jax import experiment as experiments
 from tap_jax.config import default_config
+from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.objective import Where, _key_of, gradient, statistics
 from tap_jax.methods import feddat
 from tap_jax.methods.base import Row
@@ -114,7 +115,7 @@ def test_a_row_has_a_mask_of_its_own(tiny):
 
     def means(clients, step) -> dict:
         """(client, task kind, step) -> the mean over the minibatch's samples of what is drawn for their rows."""
-        cohort = engine.cohort(clients, 0)
+        cohort = Cohort.of(engine, clients, 0)
         (plan, _, key), params = cohort.inputs("federated"), cohort.broadcast(server)
         layout, key, params = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (cohort.layout, key, params))
         plan = jax.tree.map(lambda leaf: leaf[0, 0], plan)  # of one shard, which has one device

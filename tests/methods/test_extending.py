@@ -64,18 +64,19 @@ def fedprox(strength):
         gradient = jax.tree.map(lambda g, w, w0: g + strength * (w - w0), gradient, params, received)
         return *tools.update(params, optimizer, gradient), losses
 
-    def train(cohort, server, phase, post=False):
-        return cohort.train(cohort.broadcast(server), phase, post=post, teacher=cohort.broadcast(server))
+    def train(cohort, state, phase, post=False):
+        start, received = (cohort.broadcast(state.server) for _ in range(2))  # training uses up the first
+        return cohort.train(state, start, phase, post=post, teacher=received)
 
     def play(cohort, state):
-        trained, losses = train(cohort, state.server, "federated")
-        server = cohort.aggregate(state.server, trained, losses)
-        state = state.replace(round=state.round + 1, server=server)
-        return state, RoundMetrics(losses.seen, federated_loss=losses.mean())
+        state, trained, losses = train(cohort, state, "federated")
+        state = cohort.aggregate(state, trained, losses)
+        return state.replace(round=state.round + 1), RoundMetrics(losses.seen, federated_loss=losses.mean())
 
     def finish(cohort, state, variants):
         if "fedprox+post" in variants:  # "fedprox" itself is the server's blocks
-            yield "fedprox+post", cohort.unload(train(cohort, state.server, "post", post=True)[0])
+            _, trained, _ = train(cohort, state, "post", post=True)
+            yield "fedprox+post", cohort.unload(trained)
 
     return Method(client_models=(), round=play, finish=finish, rule=LocalRule(step, takes_teacher=True))
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
+from tap_jax.engine.cohort import Cohort, client_batches
 from tap_jax.methods.base import LocalRule, plain_step
 from tap_jax.methods.fedavg import fedavg
 from tests.methods.oracles import FedAvg
@@ -41,7 +42,7 @@ def test_standard_backbone_equals_oracle(experiment, run):
 
 
 def test_one_program_serves_p_and_2p_iterations(experiment):
-    cohort = experiment.engine.client_batches(0)[0]
+    cohort = client_batches(experiment.engine, 0)[0]
     once, twice = (cohort.plan("post", post=True, twice=twice) for twice in (False, True))
     assert jax.tree.map(np.shape, once) == jax.tree.map(np.shape, twice)
     assert (2 * once.steps).tolist() == twice.steps.tolist() == [2 * experiment.config.post_steps] * len(once.steps)
@@ -60,8 +61,9 @@ def test_a_step_is_told_each_task_s_share_of_the_minibatch(tiny):
     settings = SETTINGS | {"engine.microbatch": 2}
     config = tiny(ROWS, settings)
     built = experiments.build(config, method=fedavg(rule=LocalRule(step)), variants=("fedavg",))
-    cohort = built.engine.cohort([0, 1], 0)
-    _, losses = cohort.train(cohort.broadcast(built.init().server), "federated")
+    cohort = Cohort.of(built.engine, [0, 1], 0)
+    state = built.init()
+    _, _, losses = cohort.train(state, cohort.broadcast(state.server), "federated")
     found, tasks = np.asarray(losses.plain).reshape(-1, len(built.model.tasks)), [t.name for t in built.model.tasks]
     for place, i in enumerate(np.ravel(cohort.clients)):
         if i < 0:
@@ -88,10 +90,11 @@ def test_centralised_is_fedavg_of_one_client_with_all_the_data(tiny):
     engine = experiment.engine
     assert [client.samples for client in engine.data] == [config.data.train_size]
     assert engine.settings.local_steps == config.local_steps * config.cohort_size
-    cohort = engine.cohort([0], 0)
-    trained, losses = cohort.train(cohort.broadcast(experiment.init().server), "federated")
+    cohort = Cohort.of(engine, [0], 0)
+    state = experiment.init()
+    _, trained, losses = cohort.train(state, cohort.broadcast(state.server), "federated")
     assert int(losses.steps.sum()) == 6
-    state, _ = experiment.round(experiment.init())
+    state, _ = experiment.round(state)
     same = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # noqa: E731
     jax.tree.map(same, engine.server_blocks(state.server), cohort.unload(trained)[0])
     rows = experiment.evaluate(experiment.finish(state))

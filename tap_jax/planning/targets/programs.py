@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tap_jax.engine.cohort import Cohort
+from tap_jax.engine.cohort import Cohort, client_batches
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.parallel import SHARED
 from tap_jax.engine.programs import abstract
@@ -41,7 +41,7 @@ def programs(run: Experiment) -> list[RunProgram]:
       run: of `experiment.build` with a target.
     """
     engine = run.engine
-    cohort, everyone = engine.cohort(range(engine.settings.cohort_size), 0), engine.client_batches(0)[0]
+    cohort, everyone = Cohort.of(engine, range(engine.settings.cohort_size), 0), client_batches(engine, 0)[0]
     same = cohort.positions == everyone.positions
     found = _training(run, cohort, "round", TRAINING, takes_teacher=same or not engine.rule.teacher_optional)
     found += _exchange(run, cohort)
@@ -55,7 +55,7 @@ def _training(run: Experiment, cohort: Cohort, name: str, phase: str, *, takes_t
     found = []
     for (with_teacher, remember), args in cohort.training(takes_teacher=takes_teacher).items():
         extra = ", with a teacher" * with_teacher + ", with optimizer states" * remember
-        title = f"{name}: local training of {len(cohort.given)} clients{extra}"
+        title = f"{name}: local training of {(cohort.table >= 0).sum()} clients{extra}"
         found.append(RunProgram(title, phase, lambda args=args: run.engine.train_program.lower(*args), bodies))
     return found
 
