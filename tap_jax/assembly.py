@@ -287,15 +287,13 @@ MANY_CLIENTS = 300
 def engine_settings(config: ConfigDict, clients: int, target: Platform | None = None) -> EngineSettings:
     """The configuration's numbers, with the platform's defaults where it leaves them open.
 
-    On CPU: rows of one sample (wide rows lose to caches, and padding is work), batches of the cohort's size so
-    that one program serves everything. On accelerators: rows of 32 samples or of as many tokens, packed, all clients in
-    one batch, for which `device_sizes.sized` puts what the device's memory allows. Dropout masks are of a TPU's own
-    generator on TPUs, where Threefry's arithmetic would be two thirds of what there is to compile of a forward pass;
-    elsewhere of Threefry, whose masks are the same on every machine.
+    Left open, `microbatch` and `clients_at_once` stay 0: `device_sizes.sized` puts numbers there. Rows are packed on
+    accelerators. Dropout masks are of a TPU's own generator on TPUs, where Threefry's arithmetic would be two thirds of
+    what there is to compile of a forward pass; elsewhere of Threefry, whose masks are the same on every machine.
     Personal blocks may take half of the host's memory before they go to disk, and none where clients are very many.
     """
     platform = target or platforms.here()
-    cpu, engine, optimizer = not platform.accelerated, config.engine, config.optimizer
+    engine, optimizer = config.engine, config.optimizer
     bits, spare = engine.dropout_bits, 0 if clients > MANY_CLIENTS else machine_memory() // 2
     # All data in one place: as many iterations a round as the cohort's clients can take together.
     entry, settings = configuration.method_settings(config)
@@ -312,12 +310,12 @@ def engine_settings(config: ConfigDict, clients: int, target: Platform | None = 
     return EngineSettings(
         rounds=config.rounds,
         cohort_size=cohort,
-        clients_at_once=min(clients, engine.clients_at_once or (cohort if cpu else clients)),
+        clients_at_once=min(clients, engine.clients_at_once),
         batch=config.batch_size,
         local_steps=config.local_steps * pooled,
         post_steps=config.post_steps,
-        microbatch=engine.microbatch or (1 if cpu else min(32, config.batch_size)),
-        packed=engine.packing == "on" or (engine.packing == "auto" and not cpu),
+        microbatch=engine.microbatch,
+        packed=engine.packing == "on" or (engine.packing == "auto" and platform.accelerated),
         training=training,
         persist=optimizer.state == "persist",
         rate=rate,

@@ -1,7 +1,7 @@
-"""How large rows and batches of clients may be, and what the backward pass is given: the defaults of an accelerator.
+"""How large rows and batches of clients may be, and what the backward pass is given: the defaults of a device.
 
-Where `engine.microbatch` and `engine.clients_at_once` are 0 and `engine.remat` is "auto", `sized` fills in what an
-estimate of memory and time finds best for the device at hand. The estimate counts arrays from shapes; nothing is
+Where `engine.microbatch` and `engine.clients_at_once` are 0 and `engine.remat` is "auto", `sized` fills them in: of an
+accelerator what an estimate of memory and time finds best. The estimate counts arrays from shapes; nothing is
 compiled. `tap-jax describe --target` shows what the compiler says of the same program.
 
 Letters: M tokens of a row, D width, F inner width of feed-forward networks.
@@ -67,20 +67,30 @@ class Sizes:
 
 
 def sized(sections: Sections, devices: int = 1) -> Sections:
-    """The sections with the defaults of a device where they are `open`; themselves where there are none.
+    """The sections with the defaults of a device where they are `open`.
 
-    On CPUs, and where a device's memory is not known, nothing is changed.
+    On CPUs rows of one sample (wide rows lose to caches, and padding is work) and batches of the cohort's size, so that
+    one program serves everything. On accelerators what `choices` finds; where their memory is not known, rows of 32
+    samples or of as many tokens, all clients in one batch.
 
     Args:
       devices: how many share out the clients.
     """
-    if not sections.open or not sections.platform.accelerated or sections.platform.memory is None:
+    if not sections.open:
         return sections
-    found = next(iter(choices(sections, devices)), None)
-    if found is None:  # nothing fits by the estimate: the smallest, and the compiler has the last word
-        found = min(_all(sections, devices), key=lambda sizes: sizes.bytes)
-    engine = dataclasses.replace(sections.engine, microbatch=found.microbatch, clients_at_once=found.clients)
-    model = dataclasses.replace(sections.model, remat=found.remat == LAYER)
+    settings, people = sections.engine, len(sections.federation.clients)
+    remat = sections.model.remat
+    if not sections.platform.accelerated:
+        microbatch, clients = settings.microbatch or 1, settings.clients_at_once or min(people, settings.cohort_size)
+    elif sections.platform.memory is None:
+        microbatch, clients = settings.microbatch or min(32, settings.batch), settings.clients_at_once or people
+    else:
+        found = next(iter(choices(sections, devices)), None)
+        if found is None:  # nothing fits by the estimate: the smallest, and the compiler has the last word
+            found = min(_all(sections, devices), key=lambda sizes: sizes.bytes)
+        microbatch, clients, remat = found.microbatch, found.clients, found.remat == LAYER
+    engine = dataclasses.replace(settings, microbatch=microbatch, clients_at_once=clients)
+    model = dataclasses.replace(sections.model, remat=remat)
     return dataclasses.replace(sections, engine=engine, model=model, open=frozenset())
 
 

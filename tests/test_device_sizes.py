@@ -17,11 +17,16 @@ LARGE, MIDDLE, SMALL = (Platform("gpu", "one", memory=size * GIB) for size in (8
 ROWS = ({"ag_news": 0.25, "cifar100": 0.25},) * 4
 
 
-def test_cpus_and_unknown_devices_keep_their_defaults(tiny):
+def test_cpus_and_devices_of_unknown_memory(tiny):
+    """Rows of one sample and the cohort's clients, or large rows and all clients; what is named is kept."""
     config = tiny(ROWS, {"engine.microbatch": 0})
-    for platform in (Platform("cpu", "cpu"), Platform("gpu", "unheard of")):
-        sections = cut(config, platform)
-        assert sections.open and sized(sections) is sections
+    named = tiny(ROWS, {"engine.microbatch": 3, "engine.clients_at_once": 3})
+    cpu, unknown = Platform("cpu", "cpu"), Platform("gpu", "unheard of")
+    for platform, expected in ((cpu, (1, config.cohort_size)), (unknown, (min(32, config.batch_size), len(ROWS)))):
+        for given, sizes in ((config, expected), (named, (3, 3))):
+            found = sized(cut(given, platform))
+            assert (found.engine.microbatch, found.engine.clients_at_once) == sizes
+            assert not found.open and not found.model.remat
 
 
 def test_larger_devices_have_larger_rows():

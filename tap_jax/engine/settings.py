@@ -25,7 +25,8 @@ class EngineSettings:
       rounds: T.
       cohort_size, clients_at_once: clients in a round, and at once in phases over all clients.
       batch: samples per iteration. local_steps: τ. post_steps: P.
-      microbatch: samples of a row. packed: its texts share sequences, see `data.packing`.
+      microbatch: samples of a row; this and `clients_at_once` are 0 until `device_sizes.sized` has chosen them.
+      packed: a row's texts share sequences, see `data.packing`.
       generator: of dropout masks, see `objective.Objective`.
       training: static choices of the program.
       persist: a client goes on with its optimizer states instead of starting every local training afresh.

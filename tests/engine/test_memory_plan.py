@@ -22,14 +22,6 @@ FIELDS = {"variants": ("tap",), "model.width": 64, "model.mlp": 128, "data.train
 PROGRAM = ("their gradients", "AdamW's two moments", "one row's blocks and gradients")  # made and dropped inside it
 
 
-def test_how_many_clients_are_in_a_pass(tiny, monkeypatch):
-    """Those of a round on a CPU, all on an accelerator."""
-    config = tiny(ROWS)
-    for platform, clients in (("cpu", config.cohort_size), ("gpu", 30)):
-        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert assembly.engine_settings(config, 30).clients_at_once == clients
-
-
 def test_what_is_described_is_there(tiny, monkeypatch):
     gc.collect()
     before, config = array_bytes(), tiny(ROWS, FIELDS)
