@@ -28,6 +28,7 @@ from tap_jax.data.settings import DataSettings
 from tap_jax.engine import parallel, rounds
 from tap_jax.engine.cohort import Cohort, client_batches
 from tap_jax.engine.engine import Engine
+from tap_jax.engine.preparation import prepare
 from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
 from tap_jax.evaluation.metrics import MetricSettings, TextScorer, text_scorer
@@ -183,10 +184,10 @@ class Experiment:
         everyone = client_batches(self.engine, 0)[0]
         most = range(self.engine.settings.window_clients(len(self.federation.clients)))
         # A teacher comes after the last round, to as many clients as then train at once.
-        cohort.prepare(takes_teacher=cohort.positions == everyone.positions or not self.engine.rule.teacher_optional)
+        prepare(cohort, takes_teacher=cohort.positions == everyone.positions or not self.engine.rule.teacher_optional)
         if len(most) > self.engine.settings.cohort_size:
-            Cohort.of(self.engine, most, [0] * len(most)).prepare(takes_teacher=False)
-        everyone.prepare()
+            prepare(Cohort.of(self.engine, most, [0] * len(most)), takes_teacher=False)
+        prepare(everyone)
         self.evaluator.prepare(everyone)
 
     @functools.cached_property

@@ -247,42 +247,6 @@ class Cohort:
         size = sum(4 * matrix.size for matrix in self.abstract_params().values()) // len(self.table)
         return reserves_teacher(self.engine.rule, size)
 
-    def prepare(self, *, takes_teacher: bool = True) -> None:
-        """Starts compiling `train` in the background.
-
-        Args:
-          takes_teacher: whether it will be given a teacher.
-        """
-        for args in self.training(takes_teacher=takes_teacher).values():
-            self.engine.train_program.prepare(*args)
-
-    def training(self, *, takes_teacher: bool = True) -> dict[tuple[bool, bool], tuple]:
-        """What `train` is given, as shapes: (with a place for a teacher, with optimizer states) -> arguments.
-
-        Args:
-          takes_teacher: whether it will be given a teacher.
-        """
-        engine, settings = self.engine, self.engine.settings
-        params = self.abstract_params()
-        flag = abstract(np.zeros(len(self.table), bool), engine.by_client)
-        opt_state = self.abstract_params(engine.moments_like)
-        keys = jnp.broadcast_to(jax.random.key(0), self.table.shape)
-        wanted = {(self.reserves_teacher, settings.persist)}
-        if takes_teacher and engine.rule.takes_teacher:
-            wanted.add((True, settings.persist or settings.in_pieces))
-        found = {}
-        for with_teacher, remember in sorted(wanted):
-            found[with_teacher, remember] = (
-                *abstract((engine.frozen, engine.arrays), engine.shared),
-                params,
-                opt_state if remember else None,
-                (flag, params) if with_teacher else None,
-                abstract(self.layout, engine.by_client),
-                abstract(share_out(self.plan(PHASES[-1], post=True), engine.devices.per_shard), engine.by_row),
-                *abstract((np.zeros(keys.shape, np.float32), keys), engine.by_client),
-            )
-        return found
-
     def abstract_params(self, like: Blocks | None = None) -> Packed:
         """The shapes of the cohort's parameters, of blocks or of what else has a vector per block."""
         like = self.engine.like if like is None else like

@@ -14,6 +14,7 @@ from tap_jax.engine import cohort as cohorts
 from tap_jax.engine.cohort import Cohort
 from tap_jax.engine.local_training import broken_clients, without_broken
 from tap_jax.engine.plans import Plans
+from tap_jax.engine.preparation import prepare
 from tap_jax.methods.base import LocalRule
 from tap_jax.models.server_model import ServerModel
 from tests.oracle import minibatches
@@ -322,6 +323,6 @@ def test_a_program_for_each_way_of_training_is_made_ready(
     monkeypatch.setattr(engine, "rule", LocalRule(takes_teacher=takes_teacher, teacher_optional=teacher_optional))
     monkeypatch.setattr(engine.train_program, "prepare", lambda *args: prepared.append(args[4]))
     cohort = Cohort.of(engine, [0, 1], 0)
-    cohort.prepare()
+    prepare(cohort)
     assert len(prepared) == programs
     assert (prepared[0] is None) == (cohort._teacher(None) is None) == (teacher_optional or not takes_teacher)

@@ -10,6 +10,7 @@ import numpy as np
 from tap_jax.engine.cohort import Cohort, client_batches
 from tap_jax.engine.local_training import Losses
 from tap_jax.engine.parallel import SHARED
+from tap_jax.engine.preparation import training_shapes
 from tap_jax.engine.programs import abstract
 from tap_jax.experiment import Experiment
 
@@ -53,7 +54,7 @@ def programs(run: Experiment) -> list[RunProgram]:
 def _training(run: Experiment, cohort: Cohort, name: str, phase: str, *, takes_teacher: bool) -> list[RunProgram]:
     bodies = sum(map(len, run.engine.shapes.values()))
     found = []
-    for (with_teacher, remember), args in cohort.training(takes_teacher=takes_teacher).items():
+    for (with_teacher, remember), args in training_shapes(cohort, takes_teacher=takes_teacher).items():
         extra = ", with a teacher" * with_teacher + ", with optimizer states" * remember
         title = f"{name}: local training of {(cohort.table >= 0).sum()} clients{extra}"
         found.append(RunProgram(title, phase, lambda args=args: run.engine.train_program.lower(*args), bodies))
