@@ -1,7 +1,8 @@
 """The demo on ViLT's architecture: no encoder towers, a deeper backbone, six tasks, 30 clients.
 
-Reproduces no table: the data sets are drawn by the program, and frozen weights are random. With `configs/demo.py` it
-is what `launch/tables/all_demo.sh` runs.
+Reproduces no table: the data sets are drawn by the program. The frozen weights are `demo_vilt`'s, which comes with the
+package (made by `launch/pretrain.py`); random stand-ins: `--config.model.weights=`. With `configs/demo.py` it is what
+`launch/tables/all_demo.sh` runs.
 
     tap-jax train --config=demo_vilt --workdir=runs/demo-vilt
 
@@ -25,9 +26,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.margins.text_generation = 0.02
     model = config.model
     model.name = "vilt"
-    model.weights = ""
-    model.vocab = 1000
-    config.data.tokenizer = "train"
+    model.weights = config.data.tokenizer = "demo_vilt"
+    model.position_grid = 4
     model.backbone_layers = (2, 2)
     model.head_hidden = (64, 32)
     model.head_activation = "gelu"

@@ -55,7 +55,7 @@ from tap_jax.tasks import TASKS
 
 PROBE_SEED = 1009  # of training sets that no configuration here draws
 PROBE_SIZE, PROBE_REPEATS = 1600, 10  # samples, and how often some of them are drawn to fit on
-PROBE_SHOTS = (4, 16)  # of a class; a client of the demo has about as many as the latter
+PROBE_SHOTS = (4, 16)  # of a class; a client of the demo has 25 or 30
 PENALTIES = np.logspace(-4, 2, 13)  # of the squared weights, times the number of samples
 MASKED_WORDS, MASKED_PATCHES = 0.3, 0.4  # parts
 MASKED_CAPTIONS = 0.5  # of a caption's words, for ViLT: the more are hidden, the more must come from the picture
@@ -681,7 +681,8 @@ and for tests; it knows nothing of the world.
   {curves[-1]["step"]:,} steps. Last losses: {", ".join(f"{k} {v:.3f}" for k, v in list(curves[-1].items())[1:])}
   (`losses.csv`, `losses.png`).
 - **Linear probe** on the embedded tasks, by the mean token of the frozen model's last layer: logistic regression on
-  {" or ".join(map(str, PROBE_SHOTS))} samples a class, ridge regression on ten times as many where it is a picture.
+  {" or ".join(map(str, PROBE_SHOTS))} samples a class, ridge regression on ten times as many where a picture is
+  rebuilt.
   As many others chose the penalty, and the rest of {PROBE_SIZE:,} from the training set (seed {PROBE_SEED}) are scored;
   means of {PROBE_REPEATS} draws. No test set was read. "Random" is the same model before its first step.
 

@@ -21,7 +21,7 @@ from tests.models import reference
 from tests.models.reference import close
 from tests.models.test_checkpoints import same_layers
 
-NAMES = {"demo_flava": "demo"}  # checkpoint -> the configuration that starts from it
+NAMES = {"demo_flava": "demo", "demo_vilt": "demo_vilt"}  # checkpoint -> the configuration that starts from it
 MOST_BYTES = 4_000_000
 FORMATS = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"}
 BESIDE = {"README.md", "losses.csv", "losses.png", "probe.json"}
@@ -33,7 +33,8 @@ def start(request):
     config = load_config(NAMES[request.param])
     ours = ServerModel(model_config(config), federation_of(config).tasks)
     frozen, blocks = ours.init(jax.random.key(0), checkpoints.load(request.param, ours))
-    theirs = transformers.FlavaModel.from_pretrained(shipped.located(request.param)).eval()
+    kind = {"flava": transformers.FlavaModel, "vilt": transformers.ViltModel}[config.model.name]
+    theirs = kind.from_pretrained(shipped.located(request.param)).eval()
     return request.param, theirs, ours, frozen, blocks
 
 
@@ -63,9 +64,14 @@ def test_hidden_states_equal_pytorch_s(start):
     pixels = torch.tensor(np.array(ours.adapt(blocks["encoder/image"], images))).permute(0, 3, 1, 2)
     ids = torch.tensor(tokens).long()
     with torch.no_grad():
-        image = theirs.image_model(pixel_values=pixels).last_hidden_state
-        text = theirs.text_model(ids, torch.tensor(mask).long()).last_hidden_state
-        layers = theirs.multimodal_model.encoder.layer
+        if ours.config.name == "flava":
+            image = theirs.image_model(pixel_values=pixels).last_hidden_state
+            text = theirs.text_model(ids, torch.tensor(mask).long()).last_hidden_state
+            layers = theirs.multimodal_model.encoder.layer
+        else:
+            image = reference.visual_embed(theirs.embeddings, pixels)
+            text = theirs.embeddings.text_embeddings(ids)
+            layers = theirs.encoder.layer
         for modality, states, inputs, real in (("image", image, images, None), ("text", text, tokens, mask)):
             block = blocks[f"encoder/{modality}"]
             found = np.asarray(ours.encode(modality, frozen, block, inputs, real))
@@ -97,8 +103,9 @@ def test_the_card_has_command_and_figures():
         card, probe = (folder / "README.md").read_text(), json.loads((folder / "probe.json").read_text())
         assert re.search(r"python launch/pretrain.py \w+ --out=DIR .*--seed=\d+", card)
         assert set(probe["random"]) == set(probe["trained"]) and len(probe["random"]) == 8
-        for task, score in probe["trained"].items():
-            assert re.search(rf"\| {task}\b.* \| {probe['random'][task]:.3f} \| {score:.3f} \|", card)
+        for task, trained in probe["trained"].items():
+            figures = [f"{score:.3f}" for shots in trained for score in (probe["random"][task][shots], trained[shots])]
+            assert re.search(rf"\| {task}\b.* \| {re.escape(' | '.join(figures))} \|", card)
 
 
 def test_a_folder_of_the_same_name_is_meant_by_its_path(tmp_path, monkeypatch):
@@ -106,7 +113,7 @@ def test_a_folder_of_the_same_name_is_meant_by_its_path(tmp_path, monkeypatch):
     (tmp_path / "demo_flava").mkdir()
     assert checkpoints.find("demo_flava") == shipped.CHECKPOINTS / "demo_flava"
     assert checkpoints.find("./demo_flava").resolve() == tmp_path / "demo_flava"
-    with pytest.raises(UserError, match="no folder ./another; .* comes with the package: demo_flava$"):
+    with pytest.raises(UserError, match="no folder ./another; .* comes with the package: demo_flava, demo_vilt$"):
         checkpoints.find("./another")
 
 
