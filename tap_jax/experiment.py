@@ -31,6 +31,7 @@ from tap_jax.engine.engine import Engine
 from tap_jax.engine.preparation import prepare
 from tap_jax.errors import UserError
 from tap_jax.evaluation.evaluate import Evaluator
+from tap_jax.evaluation.held_out import held_out_losses
 from tap_jax.evaluation.metrics import MetricSettings, TextScorer, text_scorer
 from tap_jax.evaluation.scores import Row
 from tap_jax.federation import Federation
@@ -237,6 +238,17 @@ class Experiment:
                     mine = {int(k): found[k] for k in cohort.clients if k >= 0}
                     rows += self.evaluate_cohort(variant, cohort, mine)
         return self.in_order(rows)
+
+    def held_out_loss(self, models: Finished) -> list[Row]:
+        """Losses of finished models on samples held out of training (`data.held_out`): what to choose settings by.
+
+        No test set is read. Rows are like `evaluate`'s, with the metric "held_out_loss"; see `held_out_losses`.
+
+        Raises:
+          UserError: nothing is held out.
+        """
+        loss = assembly.sample_loss(self.engine.finished.model)
+        return self.in_order(held_out_losses(self.engine, loss, models.models, models.state))
 
     def evaluate_cohort(self, variant: str, cohort: Cohort, models: Mapping[int, Blocks]) -> list[Row]:
         """Result rows of the models of a cohort's clients, client number -> blocks."""

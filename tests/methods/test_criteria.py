@@ -13,6 +13,7 @@ import tap_jax
 from tap_jax import experiment as experiments
 from tap_jax.engine.cohort import Cohort
 from tap_jax.errors import UserError
+from tap_jax.experiment import Finished
 from tap_jax.methods import criteria
 from tap_jax.methods.criteria import Evidence, relative_margin
 from tap_jax.methods.early_stopping import Patience, distil
@@ -93,6 +94,19 @@ def test_held_out_loss(experiment, models, cohort):
         expected = held_out_losses(experiment, models[0][i], i)
         for o, name in enumerate(names):
             assert found[position, o] == pytest.approx(expected.get(name, 0.0), rel=1e-5)
+
+
+def test_held_out_losses_of_finished_models(experiment, models):
+    """Of every client and variant; the server's blocks are the initial ones here."""
+    rows = experiment.held_out_loss(Finished(experiment.init(), {"tap": tuple(models[1]), "fedavg": None}))
+    found = {(row["variant"], row["client"], row["task"]): row["value"] for row in rows}
+    expected = {
+        (variant, i, name): loss
+        for variant, blocks in (("tap", models[1]), ("fedavg", models[0]))
+        for i in range(len(ROWS))
+        for name, loss in held_out_losses(experiment, blocks[i], i).items()
+    }
+    assert found == pytest.approx(expected, rel=1e-5) and {row["metric"] for row in rows} == {"held_out_loss"}
 
 
 def task_gradient(experiment, blocks, i, task):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from tap_jax import experiment as experiments
+from tap_jax.engine.cohort import client_batches
+from tap_jax.experiment import Finished
 from tests.methods.oracles import FedDAT
 from tests.trajectories import agree, alive, check_federated, play
 
@@ -66,6 +68,26 @@ def test_the_comparison_notices(experiment, run, fault):
     """A2 of the first round for ever, A0 anew every time, z_1 of after A1's step, heads that step in one turn only."""
     with pytest.raises(AssertionError):
         check(experiment, run, FedDAT(experiment, fault))
+
+
+def test_held_out_losses_are_those_of_both_adapters_side_by_side(tiny):
+    """Twice the same adapters, ½ each, are the adapters: the finished model's losses are the server's."""
+    built = experiments.build(tiny(ROWS, SETTINGS | {"data.held_out": 0.3}))
+    blocks, partition = alive(built).initial_blocks, built.partition
+    dual = [
+        built.model.dual(mine, mine)
+        for k in range(len(ROWS))
+        for mine in [{name: blocks[name] for name in partition.blocks_of(k) if not name.startswith("private/")}]
+    ]
+    losses, server = {}, built.engine.server_params(blocks)
+    for cohort in client_batches(built.engine, 0):
+        found = np.asarray(cohort.held_out_loss(cohort.broadcast(server)))
+        losses |= dict(zip(cohort.clients.tolist(), found, strict=True))
+    rows = built.held_out_loss(Finished(built.init(), {"feddat": tuple(dual)}))
+    names = [task.name for task in built.model.tasks]
+    assert rows and {row["task"] for row in rows} == set(names)
+    for row in rows:
+        assert row["value"] == pytest.approx(losses[row["client"]][names.index(row["task"])], rel=1e-5)
 
 
 def test_only_the_communicated_adapters_travel(experiment, run):
