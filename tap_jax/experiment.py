@@ -142,7 +142,9 @@ class Experiment:
 
         The lines are those of `round`, which plays one round by itself whatever the window.
         """
-        return rounds.play_window(self.engine, self.method, state, self.engine.settings.rounds)
+        found = rounds.play_window(self.engine, self.method, state, self.engine.settings.rounds)
+        assert found is not None, "nothing asked it to stop"
+        return found
 
     def finish(self, state: State) -> Finished:
         """Stage 2 and the other variants' last phases, over all clients in batches.

@@ -28,6 +28,7 @@ from tap_jax.engine.parallel import CLIENTS, SHARED
 from tap_jax.engine.programs import abstract
 from tap_jax.engine.transfer import Transfer
 from tap_jax.errors import UserError
+from tap_jax.methods import base
 from tap_jax.methods.base import ClientModels, LocalRule, State
 from tap_jax.tasks import Task
 
@@ -131,7 +132,7 @@ class Cohort:
 
     def load(
         self,
-        models: Sequence[Blocks] | Mapping[int, Blocks],
+        models: ClientModels | Mapping[int, Blocks],
         rest: Packed | None = None,
         like: Blocks | None = None,
     ) -> Packed:
@@ -257,7 +258,7 @@ class Cohort:
                 found[name] = jax.ShapeDtypeStruct(size, jnp.float32)
         return abstract(found, self.engine.by_client)
 
-    def aggregate(self, state: State, params: Packed, losses: Losses) -> State:
+    def aggregate(self, state: State, params: Packed, losses: base.Losses) -> State:
         """Component-wise FedAvg (Sec. 3.1), weighted by |D_i| or uniformly; or with noise, see `engine.privacy`.
 
         A block is averaged over the clients with samples on its paths (`engine.sends`).

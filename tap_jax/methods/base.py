@@ -85,12 +85,14 @@ class State(struct.PyTreeNode):
 
 
 class Losses(Protocol):
-    """Losses of a phase: `mean(history)` float32 [P, O] over the steps that saw the task, `seen` bool [P, O].
+    """Losses of a phase: `mean(history)` is float32 [P, O], over the steps that saw the task.
 
     A client whose blocks are not all numbers at the end has NaN for every task it saw.
     """
 
-    seen: Array
+    @property
+    def seen(self) -> Array:
+        """bool [P, O], tasks that were in a minibatch."""
 
     def mean(self, history: str = ...) -> Array:
         """Mean loss of every client and task."""
@@ -224,13 +226,11 @@ PLAIN = LocalRule()
 
 
 class Cohort(Protocol):
-    """Clients that train together. It is data: what a training or an aggregation changes is in what it returns.
+    """Clients that train together. It is data: what a training or an aggregation changes is in what it returns."""
 
-    Attributes:
-      clients: int [P], client numbers, -1 at an empty position.
-    """
-
-    clients: np.ndarray
+    @property
+    def clients(self) -> np.ndarray:
+        """int [P], client numbers, -1 at an empty position."""
 
     def broadcast(self, server: Params) -> Params:
         """W̃[i] for every client: the server's parameters [B, n] -> [D, G, n]."""
