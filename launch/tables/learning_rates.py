@@ -106,7 +106,8 @@ def table(rows: Sequence[dict], methods: Sequence[str], rates: Sequence[float]) 
         cases = sorted({(str(seed), task) for _, seed, task in mine})
         found = {(rate, str(seed), task): loss for (rate, seed, task), loss in mine.items()}
         losses = np.array([[found[rate, *case] for case in cases] for rate in rates])
-        scores = (losses / losses.min(0)).mean(1)
+        with np.errstate(invalid="ignore"):  # where a task has diverged at every rate
+            scores = np.nan_to_num(losses / losses.min(0), nan=np.inf).mean(1)
         best = rates[int(np.argmin(scores))]
         lines.append(f"| {method} | {' | '.join(f'{score:.3f}' for score in scores)} | {best:g} |")
     return "\n".join(lines)
