@@ -10,6 +10,7 @@ import logging
 from tap_jax.data import cache, places
 from tap_jax.data.examples import Examples
 from tap_jax.data.samples import convert
+from tap_jax.errors import UserError
 from tap_jax.tasks import Task
 
 _LOG = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ def load(
     Raises:
       UserError: as of `convert`, or data that are missing or lack a column.
     """
+    if split not in ("train", "test"):
+        raise UserError(f"split: unknown '{split}'; use one of train, test")
+    if limit is not None and limit < 1:
+        raise UserError(f"data.{split}_size: {limit}; use at least 1, or leave it out for all")
     owner = (client_column,) if client_column else ()
     place = places.find(task, split, root)
     settings = [place.identity, places.SPLIT_SEED, places.VQA_TRAIN_ROWS, limit, on_bad_row, *owner]

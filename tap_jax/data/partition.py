@@ -12,6 +12,8 @@ import numpy as np
 from tap_jax.errors import UserError
 from tap_jax.federation import Federation
 
+SPLITS = ("share", "iid", "dirichlet", "pathological")
+
 
 def assign(
     federation: Federation,
@@ -42,7 +44,7 @@ def assign(
       seed: each task is shuffled by its own stream of this seed, so adding a task leaves the others as they were.
       labels: of the two skewed splits; task name -> int [N], what to skew by: class labels, or domains. A task without
         an entry, or with one value throughout, gets skewed amounts instead, and with "pathological" equal ones.
-      split: one of these.
+      split: one of `SPLITS`.
       alpha: "dirichlet" only; > 0.
       parts: "share" only; into how many parts a set is cut, of which group g takes part number g modulo parts. 0: one
         for each group; fewer: large federations on little data, where groups that share a part have the same samples;
@@ -55,10 +57,19 @@ def assign(
       Per client a dict task name -> int64 ids in [0, sizes[task]), disjoint between clients of different parts.
 
     Raises:
-      UserError: a client is left without samples.
+      UserError: an unknown split, alpha <= 0, no classes for a client, a task without a size, or a client left without
+        samples.
     """
+    if split not in SPLITS:
+        raise UserError(f"federation.split: unknown '{split}'; use one of {', '.join(SPLITS)}")
+    if split == "dirichlet" and not alpha > 0:
+        raise UserError(f"federation.alpha: {alpha}; use more than 0")
+    if split == "pathological" and classes_per_client < 1:
+        raise UserError(f"federation.classes_per_client: {classes_per_client}; use at least 1")
     dealt: list[dict[str, np.ndarray]] = [{} for _ in federation.clients]
     for task in federation.tasks:
+        if task.name not in sizes:
+            raise UserError(f"data: no training set for task {task.name}; add it or drop the task from all clients")
         stream = [seed, zlib.crc32(task.name.encode())]
         order = np.random.default_rng(stream).permutation(sizes[task.name])
         owners = [k for k, client in enumerate(federation.clients) if task.name in client.shares]

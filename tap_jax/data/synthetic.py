@@ -45,10 +45,14 @@ def load(task: Task, split: str, *, size: int, seed: int) -> Examples:
       >>> load(find_task("common_gen"), "train", size=1, seed=0).inputs[0].split("Concepts: ")[1]
       'school, boy, jump'
     """
+    if split not in SPLITS:
+        raise UserError(f"split: unknown '{split}'; use one of {', '.join(SPLITS)}")
     if task.name not in RULES:
         remedy = f"set tasks.{task.name}.path or data.root to its files"
         where = remedy if task.source.needed else f"known: {', '.join(RULES)}"
         raise UserError(f"data.root: no synthetic data for task {task.name}; {where}")
+    if size < 1:
+        raise UserError(f"data.{split}_size: {size} of {task.name}; use at least 1")
     rng = np.random.default_rng([seed, zlib.crc32(task.name.encode()), SPLITS.index(split)])
     return RULES[task.name](task, split, rng, size)
 

@@ -27,6 +27,7 @@ from tap_jax.models.token_layout import same_segment
 from tap_jax.token_logits import TokenLogits, float32_product
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": gelu}
+CONDITIONS = ("pooled", "paths")
 
 # Uniform in +-1/sqrt(fan in): torch.nn.Linear's weight.
 _linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -49,6 +50,9 @@ class ClassificationHead(nn.Module):
       layer_norm: whether the first hidden layer is normalised before its activation.
       layer_norm_eps: added to the variance.
       dtype: of the products; the last layer is always float32.
+
+    Raises:
+      UserError: unknown activation.
     """
 
     classes: int
@@ -62,6 +66,8 @@ class ClassificationHead(nn.Module):
     @nn.compact
     def __call__(self, pooled: jax.Array, *, deterministic: bool) -> jax.Array:
         """Maps pooled [B, D] to logits [B, C], float32."""
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"model.head_activation: unknown '{self.activation}'; use one of {', '.join(ACTIVATIONS)}")
         x = pooled
         for index, width in enumerate(self.hidden):
             x = _linear(x, width, dtype=self.dtype, name=f"hidden_{index}")
@@ -277,7 +283,7 @@ class TextHead(nn.Module):
       dtype: of the products; logits are accumulated and returned in float32.
 
     Raises:
-      UserError: an answer above max_length.
+      UserError: unknown condition, heads that do not divide the width, or an answer above max_length.
     """
 
     vocab: int
@@ -291,7 +297,12 @@ class TextHead(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        """Declares the parameters."""
+        """Declares the parameters and checks the configuration; see the class for what is raised."""
+        if self.condition not in CONDITIONS:
+            raise UserError(f"model.condition: unknown '{self.condition}'; use one of {', '.join(CONDITIONS)}")
+        for field, heads in (("text_heads", self.heads), ("text_cond_heads", self.cond_heads)):
+            if self.width % heads:
+                raise UserError(f"model.{field}: {heads} does not divide model.width {self.width}; use one that does")
         self.wte = self.param("wte", _gpt2_init, (self.vocab, self.width), jnp.float32)
         self.position = self.param("position", _gpt2_init, (self.max_length, self.width), jnp.float32)
         self.wpe = self.param("wpe", _gpt2_init, (self.max_length, self.width), jnp.float32)

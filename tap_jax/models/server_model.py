@@ -78,10 +78,12 @@ class ServerModel:
       adapter_blocks: those of them that are bottleneck adapters; none where the model has LoRA.
 
     Raises:
-      UserError: tasks name one head and need different ones.
+      UserError: sizes that do not fit together, or tasks that name one head and need different ones; the message names
+        the field or the task.
     """
 
     def __init__(self, config: ModelConfig, tasks: Sequence[Task]):
+        _check(config)
         self.config = config
         self.tasks = tuple(tasks)
         self.streams = tuple(stream for task in self.tasks for stream in task.streams)
@@ -493,3 +495,20 @@ def _order(name: str) -> tuple[int, str]:
 def _is_adapter(name: str) -> bool:
     """Whether a block is one of bottleneck adapters, in a model that has them."""
     return name.split("/")[0] in ("mote", "mome", standard.BLOCK) or name.endswith("/adapters")
+
+
+def _check(c: ModelConfig) -> None:
+    """What `config.validate` checks too, in its words: sizes need not come from there."""
+    if c.name not in ENCODERS:
+        raise UserError(f"model.name: unknown '{c.name}'; use one of {', '.join(ENCODERS)}")
+    if c.backbone not in ("routed", "standard"):
+        raise UserError(f"model.backbone: unknown '{c.backbone}'; use one of routed, standard")
+    if c.bottleneck < 0:
+        raise UserError(f"feddat.bottleneck: {c.bottleneck}; use more than 0")
+    for field in ("heads", "text_heads", "text_cond_heads"):
+        if c.width % getattr(c, field):
+            raise UserError(
+                f"model.{field}: {getattr(c, field)} does not divide model.width {c.width}; use one that does"
+            )
+    if c.image_size % c.patch:
+        raise UserError(f"model.patch: {c.patch} does not divide model.image_size {c.image_size}; use one that does")

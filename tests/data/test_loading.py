@@ -164,6 +164,9 @@ def test_limit_takes_a_fixed_subset(tmp_path):
     few, again = (loading.load(task, "train", root=str(tmp_path), limit=10).inputs for _ in range(2))
     assert few == again and len(set(few)) == 10
     assert list(map(int, few)) == sorted(map(int, few)) != list(range(10))
+    for part in ("train", "test"):
+        with pytest.raises(UserError, match=f"data.{part}_size: -1; use at least 1"):
+            loading.load(task, part, root=str(tmp_path), limit=-1)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,13 @@ def test_tiny_alpha_leaves_nobody_empty():
         ({"sizes": {"vqa": 1}}, "client1 is left with no sample of vqa.*larger share"),
         ({"sizes": {"vqa": 1}, "split": "iid"}, "client1 is left with no sample"),
         ({"sizes": {"vqa": 1}, "split": "dirichlet"}, "left with no sample"),
+        ({"sizes": {}}, "no training set for task vqa"),
+        ({"sizes": {"vqa": 9}, "split": "fair"}, "federation.split: unknown 'fair'"),
+        ({"sizes": {"vqa": 9}, "split": "dirichlet", "alpha": 0.0}, "federation.alpha: 0.0; use more than 0"),
+        (
+            {"sizes": {"vqa": 9}, "split": "pathological", "classes_per_client": 0},
+            "federation.classes_per_client: 0; use at least 1",
+        ),
     ],
 )
 def test_user_errors(kwargs, message):

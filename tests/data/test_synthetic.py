@@ -143,6 +143,8 @@ def test_more_data_means_better_predictions():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: synthetic.load(small("vqa"), "dev", size=1, seed=0), "use one of train, test"),
+        (lambda: synthetic.load(small("vqa"), "train", size=0, seed=0), "at least 1"),
         (lambda: synthetic.load(dataclasses.replace(small("vqa"), name="gqa"), "train", size=1, seed=0), "gqa"),
         (
             lambda: synthetic.load(dataclasses.replace(small("cifar100"), classes=201), "train", size=1, seed=0),

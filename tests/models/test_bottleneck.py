@@ -10,6 +10,7 @@ import torch
 
 from tap_jax.blocks import count
 from tap_jax.engine.packed import members
+from tap_jax.errors import UserError
 from tap_jax.models.bottleneck import dual, init_bottleneck
 from tap_jax.models.server_model import ServerModel
 from tap_jax.tasks import find_task
@@ -137,6 +138,8 @@ def test_only_bottlenecks_have_duals():
     assert model.adapter_blocks == ()
     with pytest.raises(ValueError, match="no bottleneck adapters"):
         model.dual({}, {})
+    with pytest.raises(UserError, match="feddat.bottleneck: -1; use more than 0"):
+        ServerModel(dataclasses.replace(CONFIG, bottleneck=-1), TASKS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

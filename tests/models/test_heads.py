@@ -243,7 +243,7 @@ def decode(head, params, vectors, **ids):
     return jax.jit(lambda p, v: head.apply({"params": p}, v, method="generate", **ids))(params, vectors)
 
 
-@pytest.mark.parametrize("condition", ("pooled", "paths"))
+@pytest.mark.parametrize("condition", heads.CONDITIONS)
 def test_generate_equals_naive_decoding(condition):
     head, params, vectors = decoding_case(4, condition=condition)
     ids = {"length": MAX_LENGTH, "start_id": 1, "stop_id": -1, "pad_id": 0}
@@ -309,7 +309,7 @@ def test_base_size_parameter_counts():
     assert count(flava, pooled, deterministic=True) == 768 * 384 + 384 + 384 * 100 + 100
     assert count(vilt, pooled, deterministic=True) == vilt_head
     assert count(heads.ImageHead(), pooled) == image_head
-    for condition in ("pooled", "paths"):
+    for condition in heads.CONDITIONS:
         text = heads.TextHead(vocab=30522, max_length=256, width=768, condition=condition)
         text_size = 2 * 30522 * 768 + 2 * 256 * 768 + 4_727_040 + 1_536 + 2_362_368
         assert count(text, pooled[:, None], ids, deterministic=True) == text_size
@@ -410,7 +410,20 @@ def test_half_precision_trains_with_float32_parameters_and_outputs(kind):
         assert decode(head, params, x[0], length=4, start_id=1, stop_id=2, pad_id=0).shape == (B, 4)
 
 
-def test_answers_beyond_the_positions_are_refused():
-    head = heads.TextHead(vocab=V, max_length=A - 1, width=D)
-    with pytest.raises(UserError, match="model.max_answer: 5, too few for answers of 6 tokens"):
+@pytest.mark.parametrize(
+    "head, message",
+    [
+        (text_head(condition="tokens"), "model.condition: unknown 'tokens'; use one of pooled, paths"),
+        (text_head(heads=3), f"model.text_heads: 3 does not divide model.width {D}; use one that does"),
+        (text_head(cond_heads=5), "model.text_cond_heads: 5 does not divide"),
+        (heads.TextHead(vocab=V, max_length=A - 1, width=D), "model.max_answer: 5, too few for answers of 6 tokens"),
+    ],
+)
+def test_text_head_rejects(head, message):
+    with pytest.raises(UserError, match=message):
         count(head, normal(1, B, 1, D), np.ones((B, A), np.int32), deterministic=True)
+
+
+def test_classification_rejects_unknown_activation():
+    with pytest.raises(UserError, match="model.head_activation: unknown 'swish'; use one of relu, gelu"):
+        count(VILT.clone(activation="swish"), normal(1, B, D), deterministic=True)

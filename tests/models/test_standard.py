@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tap_jax.blocks import count
+from tap_jax.errors import UserError
 from tap_jax.models import checkpoints, standard
 from tap_jax.models.server_model import ServerModel
 from tap_jax.models.token_layout import TokenLayout
@@ -194,6 +195,8 @@ def test_one_block_that_every_task_touches(name):
     low_rank = lambda inputs, outputs, rank: rank * (inputs + outputs)  # noqa: E731
     layer = 2 * low_rank(c.width, c.width, c.attention_rank) + 2 * low_rank(c.width, c.mlp, c.expert_rank)
     assert count(blocks["backbone"]) == sum(c.backbone_layers) * layer
+    with pytest.raises(UserError, match="model.backbone: unknown 'plain'; use one of routed, standard"):
+        ServerModel(dataclasses.replace(c, backbone="plain"), TASKS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
