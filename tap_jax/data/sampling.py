@@ -57,6 +57,8 @@ class ClientData:
 class Table(struct.PyTreeNode):
     """Rows of one shape and task group, per step; entries past the real ones are padding of weight 0.
 
+    In a program a further axis stands in front, the minibatches of a step: [minibatches_per_step, τ, ...].
+
     Attributes:
       client: int32 [τ, N], position in the cohort shard.
       stream: int32 [τ, N], which of the group's streams all samples of the row are of.

@@ -4,7 +4,7 @@ A cohort is data: which clients, of which rounds, where. What a training leaves 
 
 Plans are drawn on the host; everything else a cohort returns stays on the device until it is read.
 
-Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
+Letters: D shards, K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
 """
 
 import dataclasses

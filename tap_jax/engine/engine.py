@@ -2,7 +2,7 @@
 
 It knows of no cohort; `engine.cohort` makes these of it.
 
-Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
+Letters: D shards, K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
 """
 
 import dataclasses

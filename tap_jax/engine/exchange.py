@@ -1,6 +1,6 @@
 """Pure functions of a cohort's parameters [D, G, n] of all shards together, to be compiled by the engine.
 
-Letters: D shards (devices), K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
+Letters: D shards, K positions of a shard, P = D·K positions, O tasks, R blocks, G slots of a shape class.
 """
 
 from collections.abc import Callable

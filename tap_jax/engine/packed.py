@@ -6,7 +6,7 @@ Only owned blocks have one, so nothing is stored, moved or updated for blocks th
 
 The operators are those of `tap_jax.blocks`, to the same bits.
 
-Letters: K clients, R blocks, O tasks, G slots of a shape class, n parameters of one of its blocks, D shards (devices).
+Letters: K clients, R blocks, O tasks, G slots of a shape class, n parameters of one of its blocks, D shards.
 """
 
 from collections.abc import Mapping, Sequence

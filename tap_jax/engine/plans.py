@@ -3,7 +3,7 @@
 All that is drawn is a function of the seed and the arguments, so it changes nothing whether it was drawn ahead: that is
 a cache.
 
-Letters: D shards (devices), K positions of a shard, τ steps.
+Letters: D shards, K positions of a shard, τ steps.
 """
 
 import concurrent.futures

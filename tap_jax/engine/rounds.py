@@ -240,8 +240,7 @@ def run_rounds(
     """Plays rounds until `rounds` are done; a line per round goes to metrics.jsonl, the state to checkpoints/.
 
     Checkpoints are of the ends of windows: the first one at or after every `every` rounds. They are written while the
-    next rounds are played; when this returns or raises, none is under way. Of
-    several processes the first one writes.
+    next rounds are played; when this returns or raises, none is under way. Of several processes the first one writes.
 
     Args:
       state: the initial state, or what `resume` returned.
