@@ -183,12 +183,11 @@ class Cohort:
         steps: tuple[int, int],
         *,
         post: bool = False,
-        twice: bool = False,
         teacher: Packed | None = None,
         idle: np.ndarray | None = None,
     ) -> tuple[Packed, Packed | None, Losses]:
         """Some steps of a local training -> (params, optimizer states, losses); see `methods.base.Cohort`."""
-        inputs = self.inputs(phase, post=post, twice=twice, idle=idle)
+        inputs = self.inputs(phase, post=post, idle=idle)
         first, last = np.full_like(inputs.plan.first, steps[0]), np.minimum(inputs.plan.steps, steps[1])
         inputs = inputs._replace(plan=inputs.plan.replace(first=first, steps=last))
         return self._train(params, opt_state, teacher, inputs)

@@ -291,7 +291,6 @@ class Cohort(Protocol):
         steps: tuple[int, int],
         *,
         post: bool = False,
-        twice: bool = False,
         teacher: Params | None = None,
         idle: np.ndarray | None = None,
     ) -> tuple[Params, OptState | None, "Losses"]:
