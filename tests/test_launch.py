@@ -52,7 +52,9 @@ def test_every_script_asks_for_runs_that_can_be_made(size, launch):
     calls, done = launch("all.sh", size, SEEDS="41")
     assert done.returncode == 0, done.stderr
     found = configs(calls)
-    assert len(found) == len(calls) - 1 == 18, "eight runs for each model's tables, and a centralised one"
+    # Eight runs for each model's tables and a centralised one; in demo, whose learning rates are chosen, Local's, too.
+    count = 20 if size == "demo" else 18
+    assert len(found) == len(calls) - 1 == count
     for name, config in found.items():
         model, method = name.split("-")[:2]
         assert (config.model.name, config.method, config.seed) == (model, method, 41)
@@ -62,7 +64,17 @@ def test_every_script_asks_for_runs_that_can_be_made(size, launch):
     for model in ("flava", "vilt"):
         own = load_config(ROOT / "configs" / f"{model}.py").margins
         assert dict(found[f"{model}-tap-41"].margins[0]) == own.to_dict()
-    assert calls[-1].startswith("report ") and calls[-1].count("/runs/") == 18
+    assert calls[-1].startswith("report ") and calls[-1].count("/runs/") == count
+    assert calls[-1].endswith("--across=optimizer")
+
+
+def test_local_has_the_rate_that_was_chosen_for_it_and_is_trained_once(launch):
+    found = configs(launch("table_02.sh", "demo")[0])
+    assert found["flava-local-51"].optimizer.learning_rate == 8e-3
+    assert {config.optimizer.learning_rate for config in found.values()} == {4e-3, 8e-3}
+    assert [name for name, config in found.items() if "local" in variants_of(config)] == ["flava-local-51"]
+    everywhere = configs(launch("table_02.sh", "mini")[0])
+    assert "local" in variants_of(everywhere["flava-tap-41"]) and "flava-local-41" not in everywhere
 
 
 @pytest.mark.parametrize("number", range(1, 18))
@@ -82,24 +94,24 @@ def test_a_table_asks_for_its_own_runs_only(number, launch):
 def test_a_finished_run_is_not_made_again(launch):
     first, _ = launch("table_04.sh", "demo")
     again, _ = launch("table_09.sh", "demo")
-    assert list(configs(first)) == ["vilt-tap-41"] and set(configs(again)) == {"flava-tap-41", "flava-disentafl-41"}
+    assert list(configs(first)) == ["vilt-tap-51"] and set(configs(again)) == {"flava-tap-51", "flava-disentafl-51"}
     more, _ = launch("table_08.sh", "demo")
-    assert list(configs(more)) == ["vilt-disentafl-41"]
+    assert list(configs(more)) == ["vilt-disentafl-51"]
 
 
 def test_the_demo_has_every_table_and_the_checks(launch):
     calls, done = launch("all_demo.sh", JOBS="1")
     assert done.returncode == 0, done.stderr
     checks = {name for name in configs(calls) if name.startswith("check-")}
-    assert checks == {f"check-{path.stem}-41" for path in (ROOT / "configs" / "checks").glob("*.py")}
+    assert checks == {f"check-{path.stem}-51" for path in (ROOT / "configs" / "checks").glob("*.py")}
     assert [call.split()[0] for call in calls].count("report") == 2
 
 
 def test_a_run_that_fails_does_not_stop_the_others(launch):
     calls, done = launch("table_02.sh", "demo", FAIL="disentafl", JOBS="1")
-    assert done.returncode == 1 and "flava-disentafl-41 failed" in done.stderr
-    assert len(configs(calls)) == 4
-    assert calls[-1].startswith("report ") and "flava-feddat-41" in calls[-1] and "disentafl" not in calls[-1]
+    assert done.returncode == 1 and "flava-disentafl-51 failed" in done.stderr
+    assert len(configs(calls)) == 5
+    assert calls[-1].startswith("report ") and "flava-feddat-51" in calls[-1] and "disentafl" not in calls[-1]
 
 
 def test_a_wrong_size_is_named(launch):

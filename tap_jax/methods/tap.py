@@ -43,9 +43,9 @@ from tap_jax.methods.base import (
     take_rows,
 )
 from tap_jax.methods.criteria import CRITERIA, Criterion, Evidence, loss, relative_margin
-from tap_jax.methods.early_stopping import Patience, distil
 from tap_jax.methods.fedavg import post_trained
 from tap_jax.methods.losses import distillation_loss
+from tap_jax.methods.stage2 import Patience, distil
 from tap_jax.registry import Settings
 from tap_jax.tasks import Task
 

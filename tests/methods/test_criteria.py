@@ -16,8 +16,8 @@ from tap_jax.errors import UserError
 from tap_jax.experiment import Finished
 from tap_jax.methods import criteria
 from tap_jax.methods.criteria import Evidence, relative_margin
-from tap_jax.methods.early_stopping import Patience, distil
 from tap_jax.methods.fedavg import fedavg
+from tap_jax.methods.stage2 import Patience, distil
 from tests.oracle import Oracle, minibatches
 from tests.trajectories import alive
 
