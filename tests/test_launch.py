@@ -1,5 +1,6 @@
 """The scripts of launch/tables: which runs each asks for, with a tap-jax that only notes its arguments."""
 
+import json
 import os
 import pathlib
 import re
@@ -7,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tap_jax.config import load_config, variants_of
+from tap_jax.config import load_config, to_json, variants_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLES = ROOT / "launch" / "tables"
@@ -118,3 +119,20 @@ def test_a_wrong_size_is_named(launch):
     calls, done = launch("table_02.sh", "tiny")
     assert done.returncode == 2 and not calls
     assert "unknown size 'tiny'; use full, mini or demo" in done.stderr
+
+
+def test_findings_change_one_thing_at_a_time(launch, tmp_path):
+    stub = tmp_path / "bin" / "python"
+    stub.write_text("#!/usr/bin/env bash\nexit 0\n")
+    stub.chmod(0o755)
+    calls, done = launch("findings.sh", SEEDS="51 52", JOBS="1")
+    assert done.returncode == 0, done.stderr
+    found = configs(calls)
+    names = {name.rpartition("-")[0] for name in found}
+    assert len(found) == 2 * len(names) == len(calls) == 20
+    unchanged = json.loads(to_json(found["unchanged-51"]))
+    for name, config in found.items():
+        fields = json.loads(to_json(config))
+        changed = {key for key in fields if fields[key] != unchanged[key]} - {"seed"}
+        assert bool(changed) == ("unchanged" not in name) and len(changed) <= 2, name
+        assert config.seed == int(name[-2:])

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The experiments behind launch/docs/findings.md: the demo with one thing changed at a time, and what then is left of
+# TAP's lead (findings.py beside this file).  SEEDS="51 52 53" bash launch/tables/findings.sh
+source "$(dirname "$0")/common.sh" demo
+RUNS=$RUNS/findings
+change() { # name [fields]
+    local seed
+    for seed in $SEEDS; do
+        runs+=("configs/demo.py:variants=('tap','tap-stage2','tap-no-kd','fedavg+post'),seed=$seed${2:+,$2}" "$1-$seed")
+    done
+}
+change unchanged
+change rounds-14 rounds=14
+change rounds-56 rounds=56
+change data-third data.train_size=300
+change data-threefold data.train_size=2700
+change skewed-labels federation.split=dirichlet,federation.alpha=0.1
+change margin-none margins=0.0
+change margin-relative replacement.margin=relative,margins=0.05
+change own-blocks-only replacement.scope=exclusive
+change held-out-decides replacement.criterion=held_out,data.held_out=0.2
+play
+python launch/tables/findings.py "$RUNS" --out="$OUT"
