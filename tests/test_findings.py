@@ -13,7 +13,7 @@ SCORES = {"tap": (60.0, 0.4, 1.0), "fedavg+post": (50.0, 0.5, 1.0), "tap-stage2"
 def run_of(name):
     rows = [
         {"variant": variant, "client": client, "task": task, "metric": metric, "value": value + change}
-        for variant, values in (SCORES | {"tap-no-kd": SCORES["tap"]}).items()
+        for variant, values in (SCORES | {name: SCORES["tap"] for name in ("tap-no-kd", "fedavg+2p")}).items()
         for task, metric, value in (
             ("ag_news", "accuracy", values[0]),
             ("fashion_mnist", "mse", values[1]),
@@ -45,7 +45,7 @@ def test_changes_are_lines_and_seeds_are_averaged(tmp_path, monkeypatch, capsys)
     assert SCRIPT["main"]([str(tmp_path), f"--out={tmp_path / 'out'}"]) == 0
     text = (tmp_path / "out" / "findings.md").read_text()
     assert text + "\n" == capsys.readouterr().out and text.endswith("a note\n")
-    assert "| unchanged | 2 | 50 % | +13.3 ± 0.0 | -6.7 ± 0.0 | +0.0 ± 0.0 |" in text
+    assert "| unchanged | 2 | 50 % | +13.3 ± 0.0 | +0.0 ± 0.0 | -6.7 ± 0.0 | +0.0 ± 0.0 |" in text
     assert "| rounds-14 | +20.0 | +20.0 | +0.0 |" in text
 
 

@@ -129,7 +129,7 @@ def test_findings_change_one_thing_at_a_time(launch, tmp_path):
     assert done.returncode == 0, done.stderr
     found = configs(calls)
     names = {name.rpartition("-")[0] for name in found}
-    assert len(found) == 2 * len(names) == len(calls) == 20
+    assert len(found) == 2 * len(names) == len(calls) == 22
     unchanged = json.loads(to_json(found["unchanged-51"]))
     for name, config in found.items():
         fields = json.loads(to_json(config))

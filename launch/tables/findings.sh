@@ -3,15 +3,17 @@
 # TAP's lead (findings.py beside this file).  SEEDS="51 52 53" bash launch/tables/findings.sh
 source "$(dirname "$0")/common.sh" demo
 RUNS=$RUNS/findings
+variants="('tap','tap-stage2','tap-no-kd','fedavg+post','fedavg+2p')"
 change() { # name [fields]
     local seed
     for seed in $SEEDS; do
-        runs+=("configs/demo.py:variants=('tap','tap-stage2','tap-no-kd','fedavg+post'),seed=$seed${2:+,$2}" "$1-$seed")
+        runs+=("configs/demo.py:variants=$variants,seed=$seed${2:+,$2}" "$1-$seed")
     done
 }
 change unchanged
 change rounds-14 rounds=14
 change rounds-56 rounds=56
+change post-steps-10 post_steps=10
 change data-third data.train_size=300
 change data-threefold data.train_size=2700
 change skewed-labels federation.split=dirichlet,federation.alpha=0.1
