@@ -13,7 +13,7 @@ SCORES = {"tap": (60.0, 0.4, 1.0), "fedavg+post": (50.0, 0.5, 1.0), "tap-stage2"
 def run_of(name):
     rows = [
         {"variant": variant, "client": client, "task": task, "metric": metric, "value": value + change}
-        for variant, values in (SCORES | {name: SCORES["tap"] for name in ("tap-no-kd", "fedavg+2p")}).items()
+        for variant, values in (SCORES | dict.fromkeys(("tap-no-kd", "fedavg+2p"), SCORES["tap"])).items()
         for task, metric, value in (
             ("ag_news", "accuracy", values[0]),
             ("fashion_mnist", "mse", values[1]),

@@ -3,11 +3,15 @@
     python launch/tables/findings.py RUNS --out=DIR
 
 RUNS holds finished runs named CHANGE-SEED, as findings.sh trains them. OUT gets findings.md: for each change how often
-a client took federated blocks over, and TAP's lead over FedAvg + Post-train, over FedAvg + 2P (which trains as long
-after the rounds as teacher and student together), over its own Stage 2 without replacement (what Stage 1 gives) and over
-itself without a teacher (what distillation gives). A lead is relative, in percent of the
-rival's score, and positive where TAP is better; of a text task it is METEOR's. Shown are its mean over tasks, and over
-seeds mean and standard error.
+a client took federated blocks over, and TAP's lead over
+
+- FedAvg + Post-train,
+- FedAvg + 2P, which trains as long after the rounds as teacher and student together,
+- its own Stage 2 without replacement: what Stage 1 gives,
+- itself without a teacher: what distillation gives.
+
+A lead is relative, in percent of the rival's score, and positive where TAP is better; of a text task it is METEOR's.
+Shown are its mean over tasks, and over seeds mean and standard error.
 """
 
 import argparse
