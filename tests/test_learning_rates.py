@@ -47,6 +47,10 @@ def test_tasks_count_alike_whatever_their_units(script, monkeypatch, tmp_path, c
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"| {method} | 1.100 | 1.050 | inf | 0.2 |" for method in ("local", "fedavg")
     ]
+    # A table is of the seeds that are asked for, whatever else was measured.
+    monkeypatch.setattr(script, "losses", lambda config, method, rate, seed: {"a": 1 / rate, "b": 1 / rate})
+    assert script.main([*arguments[:-2], "7", "--methods", "local"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| local | 4.000 | 2.000 | 1.000 | 0.4 |"
 
 
 def test_losses_of_a_run(script, tiny, tmp_path):

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a configuration's file or name")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder")
-    parser.add_argument("--rates", type=float, nargs="+", default=(1e-3, 2e-3, 4e-3, 8e-3))
+    parser.add_argument("--rates", type=float, nargs="+", default=(2e-3, 4e-3, 8e-3, 1.6e-2))
     parser.add_argument("--seeds", type=int, nargs="+", default=(101, 102))
     parser.add_argument("--methods", nargs="+", choices=SCORED, default=tuple(SCORED))
     chosen = parser.parse_args(argv)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(chosen: argparse.Namespace) -> list[dict]:
-    """Trains what OUT has no losses of -> all its lines."""
+    """Trains what OUT has no losses of -> its lines of the seeds asked for."""
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / "losses.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
@@ -73,7 +73,7 @@ def measure(chosen: argparse.Namespace) -> list[dict]:
                         file.flush()
                         rows += mine
                         print(f"{method}, rate {rate:g}, seed {seed}: mean loss {np.mean(list(found.values())):.4f}")
-    return rows
+    return [row for row in rows if int(row["seed"]) in chosen.seeds]
 
 
 def losses(config: str, method: str, rate: float, seed: int) -> dict[str, float]:
