@@ -30,22 +30,22 @@ def run_of(name):
 
 
 def test_a_lead_is_relative_and_positive_where_tap_is_better():
-    found = SCRIPT["leads"](run_of("unchanged-51"))
+    found = SCRIPT["leads"](run_of("flava-tap-51"))
     assert found["fedavg+post"] == pytest.approx({"ag_news": 20, "fashion_mnist": 20, "vqa": 0})
     assert found["tap-stage2"] == pytest.approx({"ag_news": -20, "fashion_mnist": 0, "vqa": 0})
 
 
 def test_the_first_participation_is_not_counted():
-    assert SCRIPT["taken_over"](run_of("unchanged-51")) == 3 / 6
+    assert SCRIPT["taken_over"](run_of("flava-tap-51")) == 3 / 6
 
 
 def test_changes_are_lines_and_seeds_are_averaged(tmp_path, monkeypatch, capsys):
-    runs = [run_of(name) for name in ("unchanged-51", "unchanged-52", "rounds-14-51")]
+    runs = [run_of(name) for name in ("flava-tap-51", "flava-tap-52", "change-rounds-14-51")]
     monkeypatch.setitem(SCRIPT["main"].__globals__, "read_runs", lambda folders: (runs, ["a note"]))
     assert SCRIPT["main"]([str(tmp_path), f"--out={tmp_path / 'out'}"]) == 0
     text = (tmp_path / "out" / "findings.md").read_text()
     assert text + "\n" == capsys.readouterr().out and text.endswith("a note\n")
-    assert "| unchanged | 2 | 50 % | +13.3 ± 0.0 | +0.0 ± 0.0 | -6.7 ± 0.0 | +0.0 ± 0.0 |" in text
+    assert "| none | 2 | 50 % | +13.3 ± 0.0 | +0.0 ± 0.0 | -6.7 ± 0.0 | +0.0 ± 0.0 |" in text
     assert "| rounds-14 | +20.0 | +20.0 | +0.0 |" in text
 
 

@@ -1,9 +1,9 @@
 """What is left of TAP's lead when one thing in the demo is changed: the tables of launch/docs/findings.md.
 
-    python launch/tables/findings.py RUNS --out=DIR
+    python launch/tables/findings.py runs/tables-demo/flava-tap-51 runs/tables-demo/change-rounds-14-51 ... --out=DIR
 
-RUNS holds finished runs named CHANGE-SEED, as findings.sh trains them. OUT gets findings.md: for each change how often
-a client took federated blocks over, and TAP's lead over
+Runs of one change differ in the seed at the end of their folders' names; flava-tap is the demo unchanged. OUT gets
+findings.md: for each change how often a client took federated blocks over, and TAP's lead over
 
 - FedAvg + Post-train,
 - FedAvg + 2P, which trains as long after the rounds as teacher and student together,
@@ -36,17 +36,18 @@ RIVALS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=pathlib.Path)
+    parser.add_argument("runs", nargs="+", help="folders of finished runs, as findings.sh trains them")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder")
     chosen = parser.parse_args(argv)
     try:
-        runs, notes = read_runs([chosen.runs])
+        runs, notes = read_runs(chosen.runs)
     except UserError as error:
         print(f"findings: {error}", file=sys.stderr)
         return 2
     changes: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        changes.setdefault(run.folder.name.rpartition("-")[0], []).append(run)
+        name = run.folder.name.rpartition("-")[0]
+        changes.setdefault("none" if name == "flava-tap" else name.removeprefix("change-"), []).append(run)
     text = "\n\n".join([by_change(changes), by_task(changes), *notes]) + "\n"
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "findings.md").write_text(text, encoding="utf-8")
