@@ -1,6 +1,6 @@
 """Kills `tap-jax train` at random moments, lets it go on, and compares with a run that was left alone, bit by bit.
 
-    python -m tests.faults [--seed=0] [--client_models=4] [--folder=DIR]
+    python -m tests.faults [--seed=0] [--chains=4] [--folder=DIR]
 
 A chain is one run that is killed again and again: while programs compile (with an empty compilation cache), in a round,
 while a checkpoint is being written, after the last round in training and in evaluation; and once it gets SIGTERM. The
