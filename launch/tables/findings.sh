@@ -15,7 +15,7 @@ change rounds-56 rounds=56
 change post-steps-10 post_steps=10
 change data-third data.train_size=300
 change data-threefold data.train_size=2700
-change skewed-labels federation.split=dirichlet,federation.alpha=0.1
+change skewed-labels federation.split=dirichlet,federation.alpha=0.1,data.test_split=personal
 change margin-none margins=0.0
 change margin-relative replacement.margin=relative,margins=0.05
 change own-blocks-only replacement.scope=exclusive
