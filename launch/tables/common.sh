@@ -4,10 +4,10 @@
 #
 # SIZE (the argument): full is the paper's setting and needs an accelerator, the data sets and the checkpoints; demo is
 # the embedded suite with tiny models; mini is real data with small models and needs DATA=<folder of parquet files>.
-# Environment: SEEDS ("41 42 43 44" in full, 51 in demo, whose settings were chosen with others, 41 in mini), RUNS (runs/tables-SIZE), OUT (reports/tables-SIZE), JOBS (runs
-# at a time, 1; in demo 2, since much of such a run is compiling), FIELDS (further --config.KEY=VALUE arguments of every
-# run), SWEEP (the margins besides Table 22's; set it to nothing where Tables 11-13 and Figure 4 are not wanted: a third
-# of the time).
+# Environment: SEEDS ("41 42 43 44" in full, 41 in mini, 51 in demo, whose settings were chosen with others), RUNS
+# (runs/tables-SIZE), OUT (reports/tables-SIZE), JOBS (runs at a time, 1; in demo 2, since much of such a run is
+# compiling), FIELDS (further --config.KEY=VALUE arguments of every run), SWEEP (the margins besides Table 22's; set it to
+# nothing where Tables 11-13 and Figure 4 are not wanted: a third of the time).
 #
 # Runs are shared: each is trained once, under RUNS, and a finished one is not trained again, even if FIELDS or SWEEP
 # have changed: name another RUNS then. One TAP run yields TAP, all its ablations and margins, FedAvg, FedAvg +
