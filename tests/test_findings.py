@@ -23,10 +23,20 @@ def run_of(name):
         for client, change in ((0, -0.1), (1, 0.1))
     ]
     both = {"0": {"ag_news": 1.0, "vqa": 1.0}, "1": {"vqa": 1.0}}
-    lines = [{"clients": [0, 1], "losses": {"federated": both}}] * 3
     events = [(0, 0, "ag_news"), (0, 0, "vqa"), (0, 1, "vqa"), (1, 0, "vqa"), (2, 0, "vqa"), (2, 1, "vqa")]
-    replacements = [{"round": r, "client": k, "task": task, "variant": "tap"} for r, k, task in events]
-    return types.SimpleNamespace(folder=pathlib.Path(name), rows=rows, replacements=replacements, lines=lambda: lines)
+    lines = [
+        {
+            "losses": {"federated": both},
+            "replacements": [
+                {"client": k, "task": task, "variant": variant}
+                for when, k, task in events
+                for variant in ("tap", "tap@0.1")
+                if when == number
+            ],
+        }
+        for number in range(3)
+    ]
+    return types.SimpleNamespace(folder=pathlib.Path(name), rows=rows, lines=lambda: lines)
 
 
 def test_a_lead_is_relative_and_positive_where_tap_is_better():

@@ -31,7 +31,6 @@ sweep=${SWEEP-(0.01,0.04),(0.02,0.05),(0.05,0.1)}
 tap_variants="'tap','tap-no-kd','tap-stage1','tap-stage2','fedavg','fedavg+post','fedavg+2p'"
 [[ $SIZE == demo ]] || tap_variants+=",'local'"
 
-
 config_of() { # model -> config file and the fields that make it that model
     case $SIZE-$1 in
         full-*) echo "configs/$1.py:" ;;

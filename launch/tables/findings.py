@@ -95,17 +95,13 @@ def leads(run: FinishedRun) -> dict[str, dict[str, float]]:
 
 def taken_over(run: FinishedRun) -> float:
     """Replacements over tasks seen, without each client's first participation, at which it always replaces."""
-    seen, first = 0, set()
+    seen, taken, known = 0, 0, set()
     for line in run.lines():
-        for client in line["clients"]:
-            tasks = line["losses"]["federated"].get(str(client), {})
-            seen += len(tasks) if client in first else 0
-            first.add(client)
-    starts: dict[tuple[int, str], int] = {}
-    for event in run.replacements:
-        starts.setdefault((event["client"], event["task"]), event["round"])
-    later = sum(event["variant"] == "tap" for event in run.replacements) - len(starts)
-    return later / max(seen, 1)
+        tasks = line["losses"]["federated"]
+        seen += sum(len(tasks[client]) for client in known & tasks.keys())
+        taken += sum(event["variant"] == "tap" and str(event["client"]) in known for event in line["replacements"])
+        known |= tasks.keys()
+    return taken / max(seen, 1)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The experiments behind launch/docs/findings.md: the demo with one thing changed at a time, and what then is left of
-# TAP's lead (findings.py beside this file).  SEEDS="51 52 53" bash launch/tables/findings.sh
+# The experiments behind launch/docs/findings.md: the demo with one thing changed at a time (for skewed
+# labels the test sets, too), and what then is left of TAP's lead (findings.py beside this file).  SEEDS="51 52 53" bash launch/tables/findings.sh
 source "$(dirname "$0")/common.sh" demo
 variants="('tap','tap-stage2','tap-no-kd','fedavg+post','fedavg+2p')"
-change() { # name [fields]
+change() { # name fields
     local seed
     for seed in $SEEDS; do
-        runs+=("configs/demo.py:variants=$variants,seed=$seed${2:+,$2}" "change-$1-$seed")
+        runs+=("configs/demo.py:variants=$variants,seed=$seed,$2" "change-$1-$seed")
     done
 }
 need flava tap # the demo unchanged

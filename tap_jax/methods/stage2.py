@@ -1,7 +1,6 @@
 """Stage 2 (Sec. 3.3): every client's personal model learns on from its data and a teacher.
 
-It takes P iterations, or ends, client by client, when it no longer helps (the choice of P is the
-paper's open question).
+It takes P iterations, or ends, client by client, when it no longer helps. The choice of P is the paper's open question.
 """
 
 import dataclasses
