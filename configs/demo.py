@@ -6,7 +6,7 @@ at work: Local, FedAvg, FedAvg + Post-train and TAP from one run.
 
     tap-jax train --config=demo --workdir=runs/demo
 
-Needs no network, no accelerator, and under 4 GB; under three minutes on two cores, a third of it compiling.
+Needs no network, no accelerator, and under 4 GB; about three minutes on two cores, a third of it compiling.
 """
 
 from ml_collections import ConfigDict
