@@ -85,13 +85,15 @@ def test_one_pass_has_no_estimate_and_many_have_few_lines(capsys):
 
 def test_a_run_that_is_silent_says_what_it_is_at(capsys):
     clock = Clock()
-    with terminal.Terminal(2, bar=False, clock=clock) as screen:
+    words = iter(["compiling local training and 7 more", "", ""])
+    with terminal.Terminal(2, bar=False, clock=clock, compiling=lambda: next(words)) as screen:
         screen.begin(0)
         for seconds in (3.0, 6.0, 1.0, 8.0):
             clock.now += seconds
             screen.after_silence()
-        first = "  round 1/2, the first of this process: compiling and training, for "
-        assert capsys.readouterr().out.splitlines() == [f"{first}9 s", f"{first}18 s"]
+        first = "  round 1/2, the first of this process"
+        said = [f"{first}, compiling local training and 7 more, for 9 s", f"{first}, for 18 s"]
+        assert capsys.readouterr().out.splitlines() == said
         screen.progress(line(0))
         clock.now += 60
         screen.after_silence()  # how long a round takes is known by now
@@ -144,7 +146,7 @@ def test_a_terminal_gets_bars_that_fit(columns):
     (last,) = [text for text in drawn if text.startswith("rounds 3/3")][-1:]
     fits = ["federated 1.23", "personal 1.23", "local 1.23"][: {50: 1, 80: 3, 120: 3}[columns]]
     assert re.fullmatch(rf"rounds 3/3 \|█+\| 00:0\d, {', '.join(fits)}\s*", last)
-    assert any(text.startswith("rounds 0/3") and "the first compiles" in text for text in drawn)
+    assert any(text.startswith("rounds 0/3") and "round 1/3, the first" in text for text in drawn)
     assert re.match(r"scored 3/3 \|█+\| 00:0\d, fedavg", drawn[-1])
 
 

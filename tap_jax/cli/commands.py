@@ -29,10 +29,11 @@ def train(config: ConfigDict, workdir: str, coordinator: str = "", processes: in
     several = distributed.processes(coordinator, processes, process)
     _writable("workdir", workdir)
     startup.start_jax(config, several)
+    from tap_jax.engine.programs import compiling
     from tap_jax.planning.headline import headline
     from tap_jax.runs import runner as runs
 
-    with terminal.Terminal(config.rounds) as screen, preemption.Preemption() as asked_to:
+    with terminal.Terminal(config.rounds, compiling=compiling) as screen, preemption.Preemption() as asked_to:
         screen.say("reading data, building the model")
         screen.doing("reading data, building the model")
         reporter = _reporter(screen, headline, begin=asked_to.arm)
@@ -46,10 +47,11 @@ def evaluate(workdir: str, client: str = "", coordinator: str = "", processes: i
     folder = pathlib.Path(workdir)
     config = configuration.of_run(folder)
     startup.start_jax(config, several)
+    from tap_jax.engine.programs import compiling
     from tap_jax.planning.headline import evaluation_headline
     from tap_jax.runs import runner as runs
 
-    with terminal.Terminal(config.rounds) as screen:
+    with terminal.Terminal(config.rounds, compiling=compiling) as screen:
         screen.say("reading data, building the model")
         screen.doing("reading data, building the model")
         rows = runs.evaluate(folder, _reporter(screen, evaluation_headline), client=client or None)

@@ -26,10 +26,18 @@ class Terminal:
       rounds: T.
       bar: whether to draw a progress bar; default: where stdout and stderr are terminals.
       clock: seconds.
+      compiling: asked what is compiled in the background, as long as that may be what a user waits for; "" for nothing.
     """
 
-    def __init__(self, rounds: int, *, bar: bool | None = None, clock: Callable[[], float] = time.monotonic):
-        self.rounds, self._clock, self._started = rounds, clock, clock()
+    def __init__(
+        self,
+        rounds: int,
+        *,
+        bar: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        compiling: Callable[[], str] = lambda: "",
+    ):
+        self.rounds, self._clock, self._started, self._compiling = rounds, clock, clock(), compiling
         self._draw = interactive() if bar is None else bar
         self._bar: tqdm | None = None
         self._room, self._closed = 0, threading.Event()  # characters behind the bar; that it is closed
@@ -89,14 +97,14 @@ class Terminal:
         """Says what is going on, if nothing has been said for too long."""
         doing, now = self._doing, self._clock()
         if doing and now - self._said >= SILENCE:
-            self._print(f"  {doing[0]}, for {short(now - doing[1])}")
+            text = ", ".join(filter(None, (doing[0], self._compiling())))
+            self._print(f"  {text}, for {short(now - doing[1])}")
 
     def begin(self, done: int) -> None:
         """Before the first round of this process; so many are done."""
         if done < self.rounds:
-            self._open("rounds", done, self.rounds, "the first compiles")
-            if not self._draw:
-                self.doing(f"round {done + 1}/{self.rounds}, the first of this process: compiling and training")
+            self.doing(f"round {done + 1}/{self.rounds}, the first of this process")
+            self._open("rounds", done, self.rounds)
 
     def progress(self, line: dict) -> None:
         """A line of metrics.jsonl, after its round."""
@@ -138,7 +146,7 @@ class Terminal:
         elif _shown(self._scored, self._total, LAST_LINES):
             self.say(f"scored {self._scored}/{self._total}: {'; '.join(filter(None, (variant, left)))}")
 
-    def _open(self, what: str, done: int, total: int, text: str = "") -> None:
+    def _open(self, what: str, done: int, total: int) -> None:
         if self._draw:
             self._close()
             # Not tqdm's own measure: in containers it may be 0 x 0, on which nothing would be drawn.
@@ -149,13 +157,23 @@ class Terminal:
                 total=total,
                 initial=done,
                 bar_format=f"{{desc}} {{n_fmt}}/{{total_fmt}} |{{bar:{bar}}}| {{elapsed}}{{postfix}}",
-                postfix=text,
+                postfix=self._doing[0] if self._doing else "",
                 ncols=size.columns,
                 nrows=size.lines,
             )
             self._room = size.columns - len(f"{what} {total}/{total} || 0:00:00") - bar - 1
             self._closed = threading.Event()
-            threading.Thread(target=_tick, args=(self._bar, self._closed), daemon=True).start()
+            threading.Thread(target=self._tick, args=(self._bar, self._closed), daemon=True).start()
+
+    def _tick(self, bar: tqdm, closed: threading.Event) -> None:
+        """Keeps the clock beside the bar going: a round may take minutes, and its programs longer."""
+        while not closed.wait(1):
+            with bar.get_lock():
+                if not closed.is_set():
+                    if bar.n == bar.initial:
+                        text = self._compiling() or (self._doing[0] if self._doing else "")
+                        bar.set_postfix_str(text[: max(0, self._room)], refresh=False)
+                    bar.refresh()
 
     def _show(self, what: str, done: int, total: int, texts: Sequence[str]) -> None:
         """Redraws the bar with as many of the texts behind it as fit, so that no number is cut."""
@@ -177,14 +195,6 @@ class Terminal:
             self._closed.set()
             self._bar.close()
             self._bar = None
-
-
-def _tick(bar: tqdm, closed: threading.Event) -> None:
-    """Keeps the clock beside the bar going: a round may take minutes."""
-    while not closed.wait(1):
-        with bar.get_lock():
-            if not closed.is_set():
-                bar.refresh()
 
 
 def _shown(done: int, total: int, lines: int) -> bool:

@@ -151,6 +151,7 @@ class Engine:
         # not: two phases may start from the same ones.
         specs = (SHARED, SHARED, CLIENTS, CLIENTS, CLIENTS, CLIENTS, ROWS, CLIENTS, CLIENTS)
         self.train_program = Program(
+            "local training",
             functools.partial(exchange.train, devices.over(local_training(self.objective, settings.training), specs)),
             platform=devices.platform,
             donate_argnums=(2,),

@@ -13,12 +13,22 @@ import jax
 from tap_jax.platforms import Platform, compiler_options
 
 _WORKERS = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+_WAITING: dict[object, str] = {}  # what nobody has begun to compile yet, by name
+_IN_WORK: dict[object, str] = {}
+
+
+def compiling() -> str:
+    """What is being compiled in the background, in words; "" where nothing is."""
+    names = ", ".join(list(_IN_WORK.values()))
+    waiting = len(_WAITING)
+    return f"compiling {names}" + (f" and {waiting} more" if waiting else "") if names else ""
 
 
 class Program:
     """A function under `jax.jit` whose executables can be asked for ahead of their first call.
 
     Args:
+      name: what a user reads while it is compiled.
       function: pure.
       platform: of the devices; default: of this process.
       jit: further arguments of `jax.jit`.
@@ -27,8 +37,8 @@ class Program:
       traces: how often the function has been traced; 1 as long as one program serves all calls.
     """
 
-    def __init__(self, function: Callable, *, platform: Platform | None = None, **jit: Any):
-        self.traces = 0
+    def __init__(self, name: str, function: Callable, *, platform: Platform | None = None, **jit: Any):
+        self.name, self.traces = name, 0
 
         def counted(*args):
             self.traces += 1
@@ -41,7 +51,9 @@ class Program:
         """Starts compiling for arguments like these (arrays, or shapes with shardings); returns at once."""
         key = _signature(args)
         if key not in self._ready:
-            self._ready[key] = _WORKERS.submit(_compiled, self._jitted, args)
+            token = object()
+            _WAITING[token] = self.name
+            self._ready[key] = _WORKERS.submit(_compiled, token, self._jitted, args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """For arguments like these; nothing is compiled yet."""
@@ -53,8 +65,12 @@ class Program:
         return self._jitted(*args) if ready is None else ready.result()(*args)
 
 
-def _compiled(jitted: Any, args: tuple) -> jax.stages.Compiled:
-    return jitted.lower(*args).compile()
+def _compiled(token: object, jitted: Any, args: tuple) -> jax.stages.Compiled:
+    _IN_WORK[token] = _WAITING.pop(token)
+    try:
+        return jitted.lower(*args).compile()
+    finally:
+        del _IN_WORK[token]
 
 
 def _signature(args: Any) -> Any:

@@ -70,6 +70,7 @@ class Evaluator:
         )
         self._programs = {
             group.name: Program(
+                f"prediction of {group.name}",
                 predictor(engine, group, self.shapes[group.name], tokenizer, scored),
                 platform=engine.devices.platform,
             )
