@@ -23,6 +23,7 @@ from tap_jax.blocks import PRIVATE, Blocks, Partition
 from tap_jax.config import ConfigDict, validate
 from tap_jax.data import federated
 from tap_jax.data.federated import FederatedData
+from tap_jax.data.samples import Tell, silent
 from tap_jax.data.sampling import ClientData, hold_out
 from tap_jax.data.settings import DataSettings
 from tap_jax.engine import parallel, rounds
@@ -278,6 +279,7 @@ def build(
     variants: Sequence[str] = (),
     target: Sequence[jax.Device] = (),
     federation: Federation | None = None,
+    tell: Tell = silent,
 ) -> Experiment:
     """Builds everything that a configuration describes: federation, data, model, method, and the engine to train it.
 
@@ -292,6 +294,7 @@ def build(
       target: devices of a topology (`jax.experimental.topologies`), to compile for and not to run: weights are not
         read, and what would lie on a device, or start there, is a `jax.ShapeDtypeStruct`.
       federation: what `assembly.federation_of` made of the configuration, where that is known already.
+      tell: gets what is being read ("task/split"), how many of its rows are converted, and of how many.
 
     Raises:
       UserError: whatever is wrong with it, in one line.
@@ -324,7 +327,7 @@ def build(
         scorer_of(sections.metrics, tasks)
     notes = (*assembly.privacy_notes(sections), *sections.notes)
     pretrained = None if target else pretrained_weights(sections)
-    data = federated.build(federation, tasks, sections.data)
+    data = federated.build(federation, tasks, sections.data, tell)
     notes = (*notes, *data.notes, *assembly.test_notes(federation, data.personal_tests))
     vocab = sections.model.vocab
     if data.tokenizer and sections.data.tokenizer == "train":  # it may have fewer word pieces than it could

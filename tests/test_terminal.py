@@ -112,6 +112,9 @@ RUN = """if True:
     from tap_jax.cli import terminal
     with terminal.Terminal(3) as screen:
         screen.say(" ".join(["many words"] * 12))
+        screen.doing("reading data, building the model")
+        for number in range(0, 100_001, 25_000):
+            screen.reading("tiny_imagenet/train", number, 100_000)
         screen.begin(0)
         losses = dict.fromkeys(("federated", "personal", "local"), {"0": {"vqa": 1.23456}})
         for number in range(3):

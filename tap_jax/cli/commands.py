@@ -197,7 +197,16 @@ def _reporter(
         begin()
         screen.begin(done)
 
-    return Reporter(screen.say, screen.progress, built, begins, screen.last, screen.scored, doing=screen.doing)
+    return Reporter(
+        screen.say,
+        screen.progress,
+        built,
+        begins,
+        screen.last,
+        screen.scored,
+        doing=screen.doing,
+        reading=screen.reading,
+    )
 
 
 def _finish(screen: terminal.Terminal, rows: "Sequence[Row]", workdir: pathlib.Path | None) -> None:

@@ -81,7 +81,11 @@ class Terminal:
         """What begins now, "" for nothing slow: it stands behind the bar, or is said where all is silent for long."""
         self._doing = (text, self._clock()) if text else None
         if self._draw:
-            if self._bar is not None and text:
+            if self._bar is None or not self._bar.total:
+                self._close()
+                if text:
+                    self._open(text)
+            elif text:
                 self._bar.set_postfix_str(text[: max(0, self._room)], refresh=False)
         elif text and self._talker is None:
             self._talker = threading.Thread(target=self._talk, daemon=True)
@@ -100,11 +104,26 @@ class Terminal:
             text = ", ".join(filter(None, (doing[0], self._compiling())))
             self._print(f"  {text}, for {short(now - doing[1])}")
 
+    def reading(self, what: str, done: int, total: int) -> None:
+        """So many of the rows of a split ("task/split") are converted."""
+        if self._draw:
+            if self._bar is None or self._bar.desc != f"reading {what}":
+                self._open(f"reading {what}", 0, total, stays=False)
+            if self._bar is not None:
+                self._bar.update(done - self._bar.n)
+        if done == total:
+            self._close()
+            self.doing("reading data, building the model")
+        else:
+            since = self._doing[1] if self._doing and self._doing[0].startswith(f"reading {what}:") else self._clock()
+            self._doing = f"reading {what}: {done:,} of {total:,} rows", since
+
     def begin(self, done: int) -> None:
         """Before the first round of this process; so many are done."""
         if done < self.rounds:
-            self.doing(f"round {done + 1}/{self.rounds}, the first of this process")
+            self._doing = f"round {done + 1}/{self.rounds}, the first of this process", self._clock()
             self._open("rounds", done, self.rounds)
+            self.doing(self._doing[0])
 
     def progress(self, line: dict) -> None:
         """A line of metrics.jsonl, after its round."""
@@ -146,7 +165,8 @@ class Terminal:
         elif _shown(self._scored, self._total, LAST_LINES):
             self.say(f"scored {self._scored}/{self._total}: {'; '.join(filter(None, (variant, left)))}")
 
-    def _open(self, what: str, done: int, total: int) -> None:
+    def _open(self, what: str, done: int = 0, total: int = 0, *, stays: bool = True) -> None:
+        """A bar; without a total only a clock, which goes as does a bar that does not stay."""
         if self._draw:
             self._close()
             # Not tqdm's own measure: in containers it may be 0 x 0, on which nothing would be drawn.
@@ -156,8 +176,11 @@ class Terminal:
                 desc=what,
                 total=total,
                 initial=done,
-                bar_format=f"{{desc}} {{n_fmt}}/{{total_fmt}} |{{bar:{bar}}}| {{elapsed}}{{postfix}}",
-                postfix=self._doing[0] if self._doing else "",
+                bar_format=f"{{desc}} {{n_fmt}}/{{total_fmt}} |{{bar:{bar}}}| {{elapsed}}{{postfix}}"
+                if total
+                else "{desc} {elapsed}",
+                postfix=self._doing[0] if self._doing and stays and total else "",
+                leave=stays and total > 0,
                 ncols=size.columns,
                 nrows=size.lines,
             )
@@ -170,7 +193,7 @@ class Terminal:
         while not closed.wait(1):
             with bar.get_lock():
                 if not closed.is_set():
-                    if bar.n == bar.initial:
+                    if bar.n == bar.initial and bar.total:
                         text = self._compiling() or (self._doing[0] if self._doing else "")
                         bar.set_postfix_str(text[: max(0, self._room)], refresh=False)
                     bar.refresh()

@@ -68,11 +68,14 @@ def names_of(task: Task, split: str, settings: DataSettings) -> list[str]:
     return [names[row] for row in samples.subset(len(names), settings.size(split) or None) if names[row]]
 
 
-def read(task: Task, split: str, settings: DataSettings, *, limit: int | None = None) -> Examples:
+def read(
+    task: Task, split: str, settings: DataSettings, *, limit: int | None = None, tell: samples.Tell = samples.silent
+) -> Examples:
     """One split of one task, with `Examples.clients`.
 
     Args:
       limit: samples at most, of all clients together; None for all.
+      tell: see `loading.load`.
 
     Raises:
       UserError: as of `loading.load`.
@@ -81,10 +84,10 @@ def read(task: Task, split: str, settings: DataSettings, *, limit: int | None = 
         examples = sites.load(task, split, seed=settings.seed)
     elif settings.split == "column":
         given = settings.place | {"on_bad_row": settings.on_bad_row, "client_column": settings.client_column}
-        return loading.load(task, split, limit=limit, **given)
+        return loading.load(task, split, limit=limit, tell=tell, **given)
     else:
         found = _with_task(task, settings)
-        parts = [loading.load(task, split, **mine.place, on_bad_row=mine.on_bad_row) for _, mine in found]
+        parts = [loading.load(task, split, **mine.place, on_bad_row=mine.on_bad_row, tell=tell) for _, mine in found]
         whose = tuple(name for (name, _), part in zip(found, parts, strict=True) for _ in range(len(part)))
         examples = dataclasses.replace(Examples.joined(parts), clients=whose)
     return examples.take(samples.subset(len(examples), limit))

@@ -20,7 +20,11 @@ def stored(task_groups: Sequence[TaskGroup], arrays: Mapping[str, TaskArrays]) -
     out = {}
     for group in task_groups:
         parts = [fields(arrays[task.name]) for task in group.tasks]
-        out[group.name] = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
+        # A task alone in its group keeps its arrays: pictures may be a file that is mapped.
+        out[group.name] = {
+            field: parts[0][field] if len(parts) == 1 else np.concatenate([part[field] for part in parts])
+            for field in parts[0]
+        }
     return out
 
 

@@ -11,6 +11,7 @@ from tap_jax.data import clients as natural
 from tap_jax.data import loading, synthetic
 from tap_jax.data.examples import Examples
 from tap_jax.data.partition import assign, by_name
+from tap_jax.data.samples import Tell, silent
 from tap_jax.data.sampling import ClientData
 from tap_jax.data.settings import DataSettings
 from tap_jax.data.text import TaskArrays, WordPiece, encode_examples, load_tokenizer
@@ -53,18 +54,19 @@ class FederatedData:
         return found
 
 
-def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings) -> FederatedData:
+def build(federation: Federation, tasks: Sequence[Task], settings: DataSettings, tell: Tell = silent) -> FederatedData:
     """Reads, tokenises and deals out the data sets of a federation.
 
     Args:
       federation: who takes how much of what.
       tasks: the federation's tasks, with the number of classes in use.
       settings: where they are, and how they are read, cut and dealt out.
+      tell: see `loading.load`.
 
     Raises:
       UserError: data that are missing or unusable, a tokenizer that does not fit, a client without samples.
     """
-    splits = {split: {task.name: _read(task, split, settings) for task in tasks} for split in ("train", "test")}
+    splits = {split: {task.name: _read(task, split, settings, tell) for task in tasks} for split in ("train", "test")}
     pieces = _tokenizer(splits["train"], settings)
     widths: dict[str, Any] = {name: getattr(settings, name) for name in ("max_text", "max_answer", "too_long")}
     encoded = {
@@ -176,7 +178,7 @@ def _equal_widths(*splits: TaskArrays) -> tuple[TaskArrays, ...]:
     return tuple(map(padded, splits))
 
 
-def _read(task: Task, split: str, settings: DataSettings) -> Examples:
+def _read(task: Task, split: str, settings: DataSettings, tell: Tell) -> Examples:
     """One split of one task, from wherever it is."""
     limit, placed = settings.size(split), bool(task.source.path)
     if settings.root == "synthetic" and not placed:
@@ -186,9 +188,9 @@ def _read(task: Task, split: str, settings: DataSettings) -> Examples:
     known = dataclasses.replace(task, classes=len(task.class_names) or 10**6) if reduced else task
     most = None if reduced else limit or None
     if drawn or settings.natural:
-        found = natural.read(known, split, settings, limit=most)
+        found = natural.read(known, split, settings, limit=most, tell=tell)
     else:
-        found = loading.load(known, split, **settings.place, limit=most, on_bad_row=settings.on_bad_row)
+        found = loading.load(known, split, **settings.place, limit=most, on_bad_row=settings.on_bad_row, tell=tell)
     if reduced and found.labels is not None:
         kept = np.flatnonzero(found.labels < task.classes)
         if len(kept) == 0:

@@ -7,13 +7,19 @@ import numpy as np
 
 from tap_jax import templates
 from tap_jax.data import reading, values
-from tap_jax.data.examples import Examples
+from tap_jax.data.examples import IMAGE_SIDE, Examples
 from tap_jax.data.images import to_rgb64
 from tap_jax.data.places import SPLIT_SEED
 from tap_jax.errors import UserError
 from tap_jax.tasks import Task
 
 Columns = Mapping[str, Sequence]
+Tell = Callable[[str, int, int], None]  # what is being converted, how many rows are, of how many
+_OFTEN = 500  # rows between two words of progress
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 def convert(
@@ -24,6 +30,7 @@ def convert(
     limit: int | None = None,
     client_column: str = "",
     on_bad_row: str = "stop",
+    tell: Tell = silent,
 ) -> Examples:
     """Rows with the hub's columns -> `Examples`.
 
@@ -32,7 +39,7 @@ def convert(
       split: "train" or "test"; test rows that agree in the source's group_by become one sample.
       rows: with the source's columns; pictures as bytes or {"bytes": ..., "path": ...}.
       limit, client_column: see `loading.load`. Rows of several clients are never one sample.
-      on_bad_row: see `loading.load`.
+      on_bad_row, tell: see `loading.load`.
 
     Raises:
       UserError: no rows, or none that can be used; a row that cannot be used (`values.BadRow`).
@@ -55,36 +62,51 @@ def convert(
                 together.setdefault((repr(entry), owner), []).append(row)
         groups = list(together.values())
 
-    def converted(chosen: Iterable[int]) -> list[_Sample]:
-        """Of groups, in the order of their rows."""
+    def converted(chosen: Iterable[int]) -> tuple[list[_Sample], np.ndarray]:
+        """Samples of groups, in the order of their rows, and their pictures."""
         found = []
-        for group in (groups[i] for i in sorted(chosen)):
-            tried = [(row, attempt(row, _fields, task, columns, row, client_column)) for row in group]
-            if good := [(row, fields) for row, fields in tried if fields is not _FAILED]:
+        for number, group in enumerate(groups[i] for i in sorted(chosen)):
+            attempts = [(row, attempt(row, _fields, task, columns, row, client_column)) for row in group]
+            if good := [(row, fields) for row, fields in attempts if fields is not _FAILED]:
                 found.append(_Sample(good[0][0], [fields for _, fields in good]))
+            if not source.image and number % _OFTEN == 0:
+                tell(place, tried + number, most)
         if not source.image or not found:
-            return found
+            return found, _pictures(0)
+        seen: list[_Sample] = []
+        pictures = _pictures(len(found))
         images = rows.entries(source.image, [sample.row for sample in found])
-        pictures = [
-            attempt(s.row, to_rgb64, image, column=source.image) for s, image in zip(found, images, strict=True)
-        ]
-        return [s._replace(image=image) for s, image in zip(found, pictures, strict=True) if image is not _FAILED]
+        for number, (sample, image) in enumerate(zip(found, images, strict=True)):
+            picture = attempt(sample.row, to_rgb64, image, column=source.image)
+            if picture is not _FAILED:
+                pictures[len(seen)] = picture
+                seen.append(sample)
+            if number % _OFTEN == 0:
+                tell(place, tried + number, most)
+        return seen, pictures[: len(seen)]
 
     # Those that a limit keeps; for each that cannot be used, the next.
     order = subset_order(len(groups), limit)
     samples: list[_Sample] = []
-    most, tried = limit or len(order), 0
+    parts: list[np.ndarray] = []  # their pictures
+    most, tried = min(limit or len(order), len(order)), 0
     while tried < len(order) and len(samples) < most:
         chosen = order[tried : tried + most - len(samples)]
-        samples, tried = samples + converted(chosen), tried + len(chosen)
-    samples.sort(key=lambda sample: sample.row)
+        more, pictures = converted(chosen)
+        samples, parts, tried = samples + more, [*parts, pictures], tried + len(chosen)
+    tell(place, most, most)
     if not samples:
         raise UserError(f"data.root: {place} has no row that can be used; the first: {attempt.first}")
+    images = parts[0]
+    if len(parts) > 1:  # each in the order of its rows
+        by_row = sorted(range(len(samples)), key=lambda number: samples[number].row)
+        samples = [samples[number] for number in by_row]
+        images = np.concatenate(parts)[by_row] if source.image else images
     first = [sample.fields[0] for sample in samples]
     fields: dict[str, Any] = {"domains": np.array([mine["domain"] for mine in first], np.int32)}
     fields["notes"] = attempt.notes()
     if source.image:
-        fields["images"] = np.stack([sample.image for sample in samples if sample.image is not None])
+        fields["images"] = images
     if source.label:
         fields["labels"] = np.array([mine["label"] for mine in first], np.int32)
     if source.text:
@@ -103,12 +125,15 @@ def convert(
 _FAILED = object()
 
 
+def _pictures(count: int) -> np.ndarray:
+    return np.empty((count, IMAGE_SIDE, IMAGE_SIDE, 3), np.uint8)
+
+
 class _Sample(NamedTuple):
-    """Its first row, the fields of all rows of its group, and its picture."""
+    """Its first row, and the fields of all rows of its group."""
 
     row: int
     fields: list[dict[str, Any]]
-    image: np.ndarray | None = None
 
 
 class _Attempts:

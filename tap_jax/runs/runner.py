@@ -57,6 +57,7 @@ class Reporter:
       scored: gets the variant, each time.
       writers: of one's own, beside those of `config.writers`; closed at the end.
       doing: gets a few words on what begins, where that may take long: before the rounds and after them.
+      reading: gets what is being read and converted ("task/split"), how many of its rows are, and of how many.
     """
 
     say: Callable[[str], None] = lambda line: None
@@ -67,6 +68,7 @@ class Reporter:
     scored: Callable[[str], None] = lambda variant: None
     writers: Sequence[Writer] = ()
     doing: Callable[[str], None] = lambda text: None
+    reading: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
 def run(
@@ -110,7 +112,7 @@ def run(
             writers.check(config.writers)
     federation = federation_of(config)
     run_folder.check_clients(workdir, federation)
-    experiment = build(config, federation=federation)
+    experiment = build(config, federation=federation, tell=reporter.reading)
     reporter.built(experiment)
     for note in (*experiment.notes, *(experiment.scorer.notes if experiment.scorer else ())):
         reporter.say(note)
@@ -311,7 +313,7 @@ def evaluate(
     federation = federation_of(config)
     number = None if client is None else federation.number_of(client)
     run_folder.check_clients(workdir, federation)
-    experiment = build(config, federation=federation)
+    experiment = build(config, federation=federation, tell=reporter.reading)
     reporter.built(experiment)
     with run_folder.alone(workdir):
         return _evaluate(experiment, workdir, results, reporter, number)

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tap_jax.data import loading, places
+from tap_jax.data import loading, places, samples
 from tap_jax.errors import UserError
 from tap_jax.tasks import PAPER_TASKS, declared, find_task
 
@@ -125,13 +125,43 @@ def test_cache_follows_the_file_and_survives_damage(tmp_path):
 
     write(folder, image=[png(10)])
     assert value() == 10
-    (stored,) = cache.iterdir()
-    stored.write_bytes(stored.read_bytes()[:200])
-    assert value() == 10 and stored.stat().st_size > 200
+    pictures, rest = sorted(cache.iterdir())
+    assert (pictures.suffix, rest.suffix) == (".npy", ".npz")
+    for stored in (pictures, rest):
+        whole = stored.read_bytes()
+        stored.write_bytes(whole[:200])
+        assert value() == 10 and stored.stat().st_size == len(whole)
+    pictures.write_bytes(whole := pictures.read_bytes()[:-1] + b"\0")  # a bit of the last pixel has turned
+    assert value() == 10 and pictures.read_bytes() != whole
+    pictures.unlink()
+    assert value() == 10 and pictures.exists()
     write(folder, image=[png(20)])
     os.utime(folder / "train.parquet", ns=(1, 1))
     assert value() == 20
     assert not list(cache.glob("*.tmp"))
+
+
+def test_pictures_of_the_cache_are_not_copied(tmp_path):
+    write(tmp_path / "fashion_mnist", image=[png(10), png(20)])
+    task, given = find_task("fashion_mnist"), {"root": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    converted, stored = (loading.load(task, "train", **given).images for _ in range(2))
+    assert isinstance(stored, np.memmap) and not stored.flags.writeable
+    np.testing.assert_array_equal(stored, converted)
+
+
+def test_progress_goes_from_none_to_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "_OFTEN", 2)
+    write(tmp_path / "fashion_mnist", image=[png(10)] * 5)
+    write(tmp_path / "ag_news", text=["a"] * 3, label=[0] * 3)
+    told = []
+    for name, limit in (("fashion_mnist", None), ("ag_news", None), ("ag_news", 2)):
+        tell = lambda *progress: told.append(progress)  # noqa: E731
+        loading.load(find_task(name), "train", root=str(tmp_path), limit=limit, tell=tell)
+    assert [told[:4], told[4:7], told[7:]] == [
+        [("fashion_mnist/train", done, 5) for done in (0, 2, 4, 5)],
+        [("ag_news/train", done, 3) for done in (0, 2, 3)],
+        [("ag_news/train", done, 2) for done in (0, 2)],
+    ]
 
 
 @pytest.mark.parametrize("root", ["folder", "hub"])
