@@ -119,8 +119,12 @@ def test_shares_of_a_run(built):
         for share in by_task.values():
             assert 0 < share.share <= 1 and share.useful + sum(share.lost.values()) == pytest.approx(share.computed)
     assert set(shares.stage2) == set(shares.evaluation) == {task.name for task in run.model.tasks}
-    lines = report(shares)
+    lines = report(shares, rounds=30)
     assert lines[0].startswith("useful share, rounds: 0.") and lines[1].startswith("useful share, stage 2: 0.")
+    in_all, *others = (float(number.replace(",", "")) for number in re.findall(r"[\d.e+,-]+(?= in )", lines[3]))
+    computed = [sum(s.computed for s in by_task.values()) / 1e12 for by_task in (shares.rounds, shares.stage2)]
+    assert in_all == pytest.approx(30 * computed[0], rel=0.01) and others[0] == pytest.approx(computed[1], rel=0.01)
+    assert len(others) == 2
 
 
 def test_the_command_prints_them(tmp_path, capsys, monkeypatch):

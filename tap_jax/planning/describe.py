@@ -251,7 +251,7 @@ def useful(found: Outline, plans: int, devices: int = 1) -> str:
     )
     packed = ", packed" if settings.packed else ""
     title = f"Plans of {plans} rounds and of the last phases, rows of {settings.microbatch}{packed}"
-    return "\n".join([title, *report(shares)])
+    return "\n".join([title, *report(shares, rounds=settings.rounds / plans)])
 
 
 def _columns(rows: Sequence[Sequence[str]], *, left: Collection[int]) -> str:
