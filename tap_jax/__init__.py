@@ -14,7 +14,7 @@ Public names; `help(tap_jax.build)` and so on say more, each with an example:
 
   load_config(path, overrides)
     Reads a config file, or the config.json of a run.
-  build(config, *, criterion, method, variants, target, federation)
+  build(config, *, criterion, method, variants, target, federation, tell)
     Builds the Experiment that a config describes; a criterion or a method may be one's own.
   Experiment.init(workdir)
     The state before round 0.

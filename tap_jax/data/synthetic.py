@@ -5,7 +5,7 @@ transformer of width 32-64 learns them from a few hundred samples, and gains fro
 client holds. Train and test never share a sample: texts are divided by a hash of the text, and every picture
 carries per-pixel noise from its split's own random stream.
 
-A task of one's own joins the suite with a rule: `register_task` in `tap_jax.federation`, and an entry in `RULES` here.
+A task of one's own joins the suite with a rule: `register_task` in `tap_jax.tasks`, and an entry in `RULES` here.
 """
 
 import functools

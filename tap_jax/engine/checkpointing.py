@@ -5,7 +5,7 @@ folder of another name and renames it when it is whole. One write is under way a
 raised by the next `save` or `wait`. On several hosts all processes hold the same arrays, the first one writes, and all
 learn together how it went.
 
-What is in them: see `packing`.
+What is in them: see `manifest`.
 """
 
 import concurrent.futures

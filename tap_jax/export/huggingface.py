@@ -14,7 +14,7 @@ import jax
 import safetensors.torch
 
 from tap_jax.blocks import Blocks, Tree
-from tap_jax.export import twin
+from tap_jax.export import hf_model
 from tap_jax.export.staging import staged, write_json
 from tap_jax.models.server_model import ServerModel
 
@@ -43,16 +43,16 @@ def write_huggingface(
 
     Raises:
       UserError: the encoders have bottleneck adapters, `out` is in use, `source` is not where Ŵ comes from, or the
-        outputs differ by more than `twin.TOLERANCE`; then nothing is left behind.
+        outputs differ by more than `hf_model.TOLERANCE`; then nothing is left behind.
     """
-    twin.refuse_bottlenecks(model, "huggingface")
+    hf_model.refuse_bottlenecks(model, "huggingface")
     frozen, blocks = jax.device_get(
-        (dict(frozen), {n: blocks[n] for n in map("encoder/{}".format, twin.encoders(model))})
+        (dict(frozen), {n: blocks[n] for n in map("encoder/{}".format, hf_model.encoders(model))})
     )
     if source is not None:
-        twin.check_source(model, frozen, source)
-    with staged(out) as folder, twin.quiet():
-        theirs, fresh = twin.build(model, twin.merge(model.config, frozen, blocks), blocks, source)
+        hf_model.check_source(model, frozen, source)
+    with staged(out) as folder, hf_model.quiet():
+        theirs, fresh = hf_model.build(model, hf_model.merge(model.config, frozen, blocks), blocks, source)
         kind = type(theirs).__name__
         theirs.config.architectures = [kind]
         theirs.config.save_pretrained(folder)
@@ -68,9 +68,9 @@ def write_huggingface(
 
 
 def check(folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks) -> dict[str, float]:
-    """`twin.differences` of a written folder, which raises what that does; frozen, blocks: LoRA unmerged."""
-    theirs = twin.CLASSES[model.config.name].from_pretrained(folder, local_files_only=True).eval()
-    return twin.differences(model, frozen, blocks, theirs)
+    """`hf_model.differences` of a written folder, which raises what that does; frozen, blocks: LoRA unmerged."""
+    theirs = hf_model.CLASSES[model.config.name].from_pretrained(folder, local_files_only=True).eval()
+    return hf_model.differences(model, frozen, blocks, theirs)
 
 
 def _readme(kind: str, source: str | None, fresh: Sequence[str], report: Mapping[str, Any]) -> str:

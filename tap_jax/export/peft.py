@@ -19,7 +19,7 @@ import safetensors.torch
 
 from tap_jax.blocks import Blocks, Tree
 from tap_jax.errors import UserError
-from tap_jax.export import naming, twin
+from tap_jax.export import hf_model, naming
 from tap_jax.export.staging import staged, write_json
 from tap_jax.models.layers import ModelConfig
 from tap_jax.models.server_model import ServerModel
@@ -51,24 +51,24 @@ def write_peft(
     Raises:
       UserError: PEFT is not installed, no LoRA in the encoders, ViLT's position table is sliced, `out` is in use,
         `source` is not where Ŵ comes from, PEFT does not find what was written, or the outputs differ by more than
-        `twin.TOLERANCE`; then nothing is left behind.
+        `hf_model.TOLERANCE`; then nothing is left behind.
     """
     try:
         import peft
     except ImportError:
         raise UserError("format: 'peft' needs the package of that name; pip install peft") from None
     c = model.config
-    twin.refuse_bottlenecks(model, "peft")
+    hf_model.refuse_bottlenecks(model, "peft")
     frozen, blocks = jax.device_get((dict(frozen), {name: blocks[name] for name in model.block_names}))
-    if c.name == "vilt" and c.position == "slice" and "image" in twin.encoders(model):
+    if c.name == "vilt" and c.position == "slice" and "image" in hf_model.encoders(model):
         raise UserError("model.position: 'slice' is not what ViltModel does; export as huggingface or torch")
     tensors, modules = adapters(model, frozen, blocks)
     if not tensors:
         raise UserError("format: 'peft' needs a LoRA in an encoder, and these tasks have none; export as torch")
     if source is not None:
-        twin.check_source(model, frozen, source)
-    with staged(out) as folder, twin.quiet():
-        kind = twin.CLASSES[c.name]
+        hf_model.check_source(model, frozen, source)
+    with staged(out) as folder, hf_model.quiet():
+        kind = hf_model.CLASSES[c.name]
         config = peft.LoraConfig(
             r=c.encoder_rank,
             lora_alpha=alpha(c),
@@ -140,17 +140,17 @@ def _without(block: Tree, name: str, model: str) -> Tree:
 def check(
     folder: pathlib.Path, model: ServerModel, frozen: Tree, blocks: Blocks, source: str | None
 ) -> dict[str, float]:
-    """`twin.differences` of HF's model with the written adapters on it, as PEFT loads them.
+    """`hf_model.differences` of HF's model with the written adapters on it, as PEFT loads them.
 
     Args:
       source: the base model, see `write_peft`.
 
     Raises:
-      UserError: PEFT does not find all adapters that were written, or what `twin.differences` raises.
+      UserError: PEFT does not find all adapters that were written, or what `hf_model.differences` raises.
     """
     import peft
 
-    theirs, _ = twin.build(model, frozen, {}, source)
+    theirs, _ = hf_model.build(model, frozen, {}, source)
     embeddings = folder / "embeddings.safetensors"
     if embeddings.exists():
         theirs.load_state_dict(safetensors.torch.load_file(embeddings), strict=False)
@@ -159,7 +159,7 @@ def check(
     read = {key.replace(".default", "") for key in adapted.state_dict() if ".lora_" in key}
     if read != written:  # PEFT only warns
         raise UserError(f"export: PEFT does not find {sorted(read ^ written)[0]}; nothing was written")
-    return twin.differences(model, frozen, blocks, adapted.base_model.model)
+    return hf_model.differences(model, frozen, blocks, adapted.base_model.model)
 
 
 def _readme(kind: str, source: str | None, embeddings: bool, report: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 
 from tap_jax import experiment
 from tap_jax.config import ConfigDict, method_settings
-from tap_jax.data.minibatches import Batch, client_minibatches
 from tap_jax.data.sampling import sample_cohort
 from tap_jax.data.task_groups import fields
 from tap_jax.engine.cohort import Cohort
@@ -24,6 +23,7 @@ from tap_jax.engine.memory import peak_memory
 from tap_jax.errors import UserError
 from tap_jax.experiment import Experiment
 from tap_jax.methods.base import State
+from tap_jax.planning.minibatches import Batch, client_minibatches
 from tap_jax.planning.useful_share import Costs, Measure, Share
 from tap_jax.platforms import peak_tflops
 
@@ -243,7 +243,7 @@ RIVAL_FIELDS = ("torch_client_steps_per_s", "ratio", "loss_difference", "torch_s
 
 def _rival(run: Experiment, clients: Sequence[int], todo: Sequence[Steps], *, fused: bool):
     """The same clients, steps and rates in PyTorch, ready to run."""
-    from tap_jax.export.sequential import SequentialTrainer  # and with it PyTorch
+    from tap_jax.planning.sequential import SequentialTrainer  # and with it PyTorch
 
     settings = run.engine.settings
     return SequentialTrainer(

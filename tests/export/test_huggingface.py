@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tap_jax.errors import UserError
-from tap_jax.export import huggingface, twin
+from tap_jax.export import hf_model, huggingface
 from tap_jax.export.huggingface import write_huggingface
 from tap_jax.models import checkpoints
 from tap_jax.models.server_model import ServerModel
@@ -70,7 +70,7 @@ def test_the_readme_s_code_runs(client, tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong", ["unscaled", "transposed", "unmerged"])
 def test_wrongly_merged_weights_fail(client, tmp_path, monkeypatch, wrong):
     model, frozen, blocks, source = client
-    right = twin.merge
+    right = hf_model.merge
 
     def merge(config, frozen, blocks):
         merged = right(config, frozen, blocks)
@@ -88,7 +88,7 @@ def test_wrongly_merged_weights_fail(client, tmp_path, monkeypatch, wrong):
 
         return {name: spoil(merged[name], frozen[name]) for name in merged}
 
-    monkeypatch.setattr(twin, "merge", merge)
+    monkeypatch.setattr(hf_model, "merge", merge)
     refused(tmp_path, write_huggingface, model, frozen, blocks, source=source)
 
 

@@ -6,13 +6,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tap_jax.data.minibatches import Batch
 from tap_jax.export import naming, torch_model
 from tap_jax.export.folder import describe, random_batch
-from tap_jax.export.sequential import task_loss
 from tap_jax.models.accounting import shapes
 from tap_jax.models.server_model import ServerModel
 from tap_jax.planning import step_cost
+from tap_jax.planning.minibatches import Batch
+from tap_jax.planning.sequential import task_loss
 from tests.export.conftest import CONFIGS, TASKS
 from tests.models.reference import random_weights
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from tap_jax.blocks import Blocks, Tree
-from tap_jax.data.minibatches import Batch
 from tap_jax.data.text import WordPiece
 from tap_jax.export import folder, naming, torch_model
 from tap_jax.models.server_model import ServerModel
+from tap_jax.planning.minibatches import Batch
 
 
 class SequentialTrainer:
