@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every table and figure at demo size in OUT, and the sanity checks of configs/checks in OUT-checks: under an hour on two
-# cores. `pip install -e '.[offline-metrics]'` first, for BERTScore without a network.
+# Every table and figure at demo size in OUT, and the sanity checks of configs/checks in OUT-checks: one to one and a
+# half hours on two cores for one seed. `pip install -e '.[offline-metrics]'` first, for BERTScore without a network.
 #
 #   bash launch/tables/all_demo.sh
 source "$(dirname "$0")/common.sh" demo
