@@ -70,7 +70,7 @@ def convert(
             if good := [(row, fields) for row, fields in attempts if fields is not _FAILED]:
                 found.append(_Sample(good[0][0], [fields for _, fields in good]))
             if not source.image and number % _OFTEN == 0:
-                tell(place, tried + number, most)
+                tell(place, min(tried + number, most), most)
         if not source.image or not found:
             return found, _pictures(0)
         seen: list[_Sample] = []
@@ -82,7 +82,7 @@ def convert(
                 pictures[len(seen)] = picture
                 seen.append(sample)
             if number % _OFTEN == 0:
-                tell(place, tried + number, most)
+                tell(place, min(tried + number, most), most)
         return seen, pictures[: len(seen)]
 
     # Those that a limit keeps; for each that cannot be used, the next.
