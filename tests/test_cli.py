@@ -151,7 +151,7 @@ def test_a_wrong_command_is_one_line_and_status_2(argv, message, capsys):
 def test_a_missing_writer_is_said_before_anything_is_built(tiny, tmp_path, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else found(name, *a))
-    monkeypatch.setattr(runs, "build", lambda config: pytest.fail("something is built"))
+    monkeypatch.setattr(runs, "build", lambda config, **given: pytest.fail("something is built"))
     (tmp_path / "tiny.json").write_text(to_json(tiny(({"ag_news": 0.5},) * 2, {"compilation_cache": "off"})))
     command = ["train", f"--config={tmp_path}/tiny.json", f"--workdir={tmp_path}/run", "--config.writers=wandb"]
     assert cli.main(command) == 2
@@ -162,7 +162,7 @@ def test_a_missing_writer_is_said_before_anything_is_built(tiny, tmp_path, monke
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_only_the_process_that_writes_needs_the_writers(process, tiny, tmp_path, monkeypatch):
-    def build(config, federation=None):
+    def build(config, **given):
         raise RuntimeError("something is built")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)

@@ -107,6 +107,6 @@ def run_by(experiment, workdir, *, progress=lambda line: None, stop=lambda: Fals
     """
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "build", lambda config, federation: experiment)
+        patch.setattr(runs, "build", lambda config, **given: experiment)
         runs.run(experiment.config, workdir, runs.Reporter(say=said.append, progress=progress), stop)
     return said
