@@ -38,7 +38,7 @@ def test_the_stand_in_has_the_hubs_columns(drawn):
 def test_the_corpus_is_of_training_sets_alone(drawn, tmp_path):
     for path in drawn.glob("*/test.parquet"):  # whoever opens one fails
         path.write_bytes(b"")
-    script("tables/mini_corpus.py").main(drawn, tmp_path / "corpus")
+    script("tables/mini_corpus.py").main(str(drawn), tmp_path / "corpus")
     pictures = {path.name: len(list(path.glob("*.png"))) for path in (tmp_path / "corpus").iterdir() if path.is_dir()}
     assert pictures == {"tiny_imagenet": 200, "cifar100": 100, "fashion_mnist": 120, "caltech256": 48, "vqa": 34}
     row = pq.read_table(drawn / "vqa" / "train.parquet").to_pylist()[5]
