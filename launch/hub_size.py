@@ -3,9 +3,10 @@
     python launch/hub_size.py OUT [--part 1.0]
 
 Draws a stand-in for the eight data sets into OUT/data (0.3 GB; a set's pictures are the same two hundred again and
-again, which changes neither decoding nor memory) where there is none, and builds `configs/mini.py` on it twice, each time in a process of
-its own: with an empty cache (OUT/cache is removed first, and takes 3.6 GB then), and from the cache. Prints seconds, CPU seconds and peak memory of each, beside the bytes
-of all pictures as they are kept. Needs no network; ten minutes on two free cores.
+again, which changes neither decoding nor memory) where there is none, and builds `configs/mini.py` on it twice, each
+time in a process of its own: with an empty cache (OUT/cache is removed first, and takes 3.6 GB then), and from the
+cache. Prints seconds, CPU seconds and peak memory of each, beside the bytes of all pictures as they are kept. Needs
+no network; ten minutes on two free cores.
 """
 
 import argparse

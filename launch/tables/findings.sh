@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The experiments behind launch/docs/findings.md: the demo with one thing changed at a time (for skewed
-# labels the test sets, too), and what then is left of TAP's lead (findings.py beside this file).  SEEDS="51 52 53" bash launch/tables/findings.sh
+# The experiments behind launch/docs/findings.md: the demo with one thing changed at a time (for skewed labels the test
+# sets, too), and what then is left of TAP's lead (findings.py beside this file).
+#
+#   SEEDS="51 52 53" bash launch/tables/findings.sh
 source "$(dirname "$0")/common.sh" demo
 variants="('tap','tap-stage2','tap-no-kd','fedavg+post','fedavg+2p')"
 change() { # name fields
