@@ -338,24 +338,23 @@ def _add(total: dict[str, Share], more: Mapping[str, Share]) -> None:
         total[name] = total.get(name, Share()) + share
 
 
-def report(shares: Shares, *, rounds: float = 1.0) -> list[str]:
+def report(shares: Shares, *, rounds: float) -> list[str]:
     """Lines that say the shares: of the phases, by task, and where the rest goes; and what all of it costs.
 
     Args:
       rounds: how many times the rounds that were drawn the run has.
     """
-    lines, rows = [], [("phase", "task", "share", *(f"lost to {name}" for name in LOSSES))]
+    lines, tflop, rows = [], [], [("phase", "task", "share", *(f"lost to {name}" for name in LOSSES))]
     for phase, by_task in (("rounds", shares.rounds), ("stage 2", shares.stage2), ("evaluation", shares.evaluation)):
         total = sum(by_task.values(), Share())
         lines.append(f"useful share, {phase}: {total.share:.2f}")
+        tflop.append(f"{total.computed * (rounds if phase == 'rounds' else 1) / 1e12:,.3g}")
         for name, share in (*by_task.items(), ("all", total)):
             lost = (share.lost[kind] / max(share.computed, 1) for kind in LOSSES)
             rows.append((phase, name, f"{share.share:.3f}", *(f"{abs(part):.3f}" for part in lost)))
-    totals = [sum(found.values(), Share()).computed for found in (shares.rounds, shares.stage2, shares.evaluation)]
-    whole, stage2, evaluation = (f"{total / 1e12:,.3g}" for total in (rounds * totals[0], *totals[1:]))
     return [
         *lines,
-        f"TFLOP computed: {whole} in all rounds, {stage2} in stage 2, {evaluation} in the evaluation of one variant",
+        "TFLOP computed: {} in all rounds, {} in stage 2, {} in the evaluation of one variant".format(*tflop),
         "Floating-point operations of real samples and tokens over those computed; recomputation is in neither:",
         *(f"  {line}" for line in columns(rows, left=range(len(rows[0])))),
     ]
